@@ -1,0 +1,56 @@
+"""Every error a user of promptfold can cause.
+
+PromptfoldError
+├── UsageError      a flag or an argument that cannot be used
+├── TextError       a sentence that cannot be classified (empty, too long, not valid Unicode)
+├── DataError       a data file that cannot be read, or rows in it that cannot be used
+├── HubError        a model or data set that the Hugging Face hub did not give
+├── ModelError      a base model that is missing, damaged or of an unsupported kind
+├── AdapterError    a folder that is not an adapter, or an adapter that does not fit
+├── BundleError     a folder that is not a bundle, or a bundle that does not fit
+├── ParityError     an exported graph whose logits differ from PyTorch's
+└── EngineError     an engine process that died or did not answer in time
+
+Each message says what was wrong, where, and what to do next, so that it can be shown as it is: on the
+command line (exit status 2) and on the page.
+"""
+
+
+class PromptfoldError(Exception):
+    """The root: whatever promptfold raises on purpose."""
+
+
+class UsageError(PromptfoldError):
+    """A flag or an argument that cannot be used."""
+
+
+class TextError(PromptfoldError):
+    """A sentence that cannot be classified."""
+
+
+class DataError(PromptfoldError):
+    """A data file that cannot be read, or rows in it that cannot be used."""
+
+
+class HubError(PromptfoldError):
+    """A model or data set that the Hugging Face hub did not give."""
+
+
+class ModelError(PromptfoldError):
+    """A base model that is missing, damaged or of an unsupported kind."""
+
+
+class AdapterError(PromptfoldError):
+    """A folder that is not an adapter, or an adapter that does not fit."""
+
+
+class BundleError(PromptfoldError):
+    """A folder that is not a bundle, or a bundle that does not fit."""
+
+
+class ParityError(PromptfoldError):
+    """An exported graph whose logits differ from PyTorch's by more than the tolerance."""
+
+
+class EngineError(PromptfoldError):
+    """An engine process that died or did not answer in time."""
