@@ -1,0 +1,196 @@
+"""One pair, two engines: what they answer, how long it takes, and how far apart they are."""
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from export.runtime import Execution, PairTokenizer
+from train.errors import TextError
+
+MAX_CHARACTERS = 10_000
+"""Longest sentence in characters; no text near it fits the model's positions."""
+
+PAUSE_SECONDS = 0.4
+"""Idle time before each burst: after 0.3 s no thread pool of the other engine spins any more."""
+
+MIN_RUNS, MAX_RUNS = 5, 50
+BURST_BUDGET_SECONDS = 2.0
+"""How long the slower engine's burst may take; the number of runs, equal for both, follows from it."""
+
+
+class EngineLike(Protocol):
+    """What `compare` needs of an engine; `demo.backends.Engine` is one."""
+
+    def wait_until_ready(self) -> Execution:
+        """On what it runs."""
+
+    def logits(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """One forward pass."""
+
+    def burst(self, arrays: dict[str, np.ndarray], runs: int) -> Sequence[float]:
+        """Latency of each run in ms."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one forward pass at batch size 1, tokenisation excluded, over a warm burst."""
+
+    median_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one engine says of a pair.
+
+    Attributes:
+        label: the most probable class.
+        probabilities: of every class, in the order of the logits.
+        logits: in the same order.
+        latency: how long a forward pass takes.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    logits: tuple[float, ...]
+    latency: Latency
+
+    def as_json(self) -> dict[str, Any]:
+        """For the endpoint."""
+        return {
+            "label": self.label,
+            "probabilities": self.probabilities,
+            "latency_ms": {"median": self.latency.median_ms, "p95": self.latency.p95_ms},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both answers.
+
+    Attributes:
+        pytorch, onnx: the answers.
+        max_logit_difference: largest absolute difference of a logit between them.
+        speedup: PyTorch's median latency over ONNX Runtime's.
+        runs: timed forward passes of each engine.
+        tokens: length of the text in tokens, prompt excluded.
+        cut: whether the text was longer than the model allows and lost its end.
+    """
+
+    pytorch: Answer
+    onnx: Answer
+    max_logit_difference: float
+    speedup: float
+    runs: int
+    tokens: int
+    cut: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """For the endpoint ``/compare``; ``notice`` is there only when there is something to tell."""
+        value = {
+            "pytorch": self.pytorch.as_json(),
+            "onnx": self.onnx.as_json(),
+            "max_logit_difference": self.max_logit_difference,
+            "speedup": self.speedup,
+            "runs": self.runs,
+        }
+        return value | {"notice": self.notice} if self.cut else value
+
+    @property
+    def notice(self) -> str:
+        """What a visitor should know about the text; empty when it was read whole."""
+        if not self.cut:
+            return ""
+        return f"The pair was cut to the {self.tokens} tokens that the model can read beside its prompt."
+
+
+class Comparer:
+    """Runs pairs through both engines, one pair at a time: nothing may run beside a timed burst."""
+
+    def __init__(
+        self, tokenize: PairTokenizer, labels: Sequence[str], *, pytorch: EngineLike, onnx: EngineLike
+    ) -> None:
+        """Put two engines side by side.
+
+        Args:
+            tokenize: both engines get the very same token ids.
+            labels: class names in the order of the logits.
+        """
+        self._tokenize = tokenize
+        self._labels = tuple(labels)
+        self._pytorch = pytorch
+        self._onnx = onnx
+        self._lock = threading.Lock()
+
+    def compare(self, sentence1: str, sentence2: str) -> Comparison:
+        """Classify a pair with both engines and measure both.
+
+        Raises:
+            TextError: a sentence is empty, too long or not valid Unicode.
+            EngineError: an engine died or did not answer.
+        """
+        encoded = self._tokenize([(_check_text(sentence1, 1), _check_text(sentence2, 2))])
+        arrays = encoded.arrays
+        with self._lock:
+            pytorch_logits = self._pytorch.logits(arrays)[0]
+            onnx_logits = self._onnx.logits(arrays)[0]
+
+            time.sleep(PAUSE_SECONDS)
+            runs = _runs(self._pytorch.burst(arrays, MIN_RUNS))
+            pytorch_latency = _latency(self._pytorch.burst(arrays, runs))
+            time.sleep(PAUSE_SECONDS)
+            onnx_latency = _latency(self._onnx.burst(arrays, runs))
+        return Comparison(
+            pytorch=_answer(self._labels, pytorch_logits, pytorch_latency),
+            onnx=_answer(self._labels, onnx_logits, onnx_latency),
+            max_logit_difference=float(np.max(np.abs(pytorch_logits - onnx_logits))),
+            speedup=pytorch_latency.median_ms / onnx_latency.median_ms,
+            runs=runs,
+            tokens=int(arrays["input_ids"].shape[1]),
+            cut=encoded.cut[0],
+        )
+
+
+def _check_text(text: object, number: int) -> str:
+    """A sentence as it may be tokenised."""
+    name = f"Sentence {number}"
+    if not isinstance(text, str):
+        raise TextError(f"{name} is no text. Give a sentence.")
+    if not text.strip():
+        raise TextError(f"{name} is empty. Write a sentence.")
+    if len(text) > MAX_CHARACTERS:
+        raise TextError(f"{name} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read. Shorten it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise TextError(
+            f"{name} holds half a surrogate pair at character {cause.start + 1}, which is no valid Unicode. Remove it."
+        ) from cause
+    return text
+
+
+def _runs(probe_ms: Sequence[float]) -> int:
+    """As many runs as fit the budget, judged by a short probe of the slower engine."""
+    estimate_ms = max(float(np.median(probe_ms)), 1e-3)
+    return max(MIN_RUNS, min(MAX_RUNS, math.floor(1000 * BURST_BUDGET_SECONDS / estimate_ms)))
+
+
+def _latency(latencies_ms: Sequence[float]) -> Latency:
+    return Latency(median_ms=float(np.median(latencies_ms)), p95_ms=float(np.percentile(latencies_ms, 95)))
+
+
+def _answer(labels: tuple[str, ...], logits: np.ndarray, latency: Latency) -> Answer:
+    # softmax; the largest logit is taken off first, so that exp cannot overflow
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    return Answer(
+        label=labels[int(np.argmax(logits))],
+        probabilities={label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+        logits=tuple(float(logit) for logit in logits),
+        latency=latency,
+    )
