@@ -1,5 +1,8 @@
 """Labelled data: read from the hub or from a file, checked, and turned into token ids."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,16 +84,37 @@ def _load_file(file: Path, split: str) -> "Dataset":
         raise DataError(f"{name}: give a file that ends in {', '.join(FILE_TYPES)}.")
     if not file.is_file():
         raise DataError(f"{name}: there is no such file.")
+    if not file.stat().st_size:
+        raise DataError(f"{name} is empty. Give a file with at least one labelled pair.")
     readers: dict[str, Any] = {
         ".csv": Dataset.from_csv,
         ".jsonl": Dataset.from_json,
         ".parquet": Dataset.from_parquet,
     }
     try:
-        return readers[file.suffix](str(file), keep_in_memory=True)
+        # datasets keeps an Arrow copy of what it reads; a small labelled set need not stay in the user's cache.
+        with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
+            return readers[file.suffix](str(file), keep_in_memory=True, cache_dir=cache)
     except (DatasetsError, pyarrow.ArrowException, OSError, ValueError) as cause:
         reason = cause.__cause__ or cause
         raise DataError(f"{name} cannot be read as {file.suffix[1:]} ({reason}).") from cause
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No progress bar for a small file, and no second report of an error that we report."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _check_rows(dataset: "Dataset", task: Task, where: str) -> "Dataset":

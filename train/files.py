@@ -83,12 +83,15 @@ def check_target(target: Path, *, marker: str, kind: str, overwrite: bool) -> No
                 raise UsageError(
                     f"--out {target} holds an older {kind}. Add --overwrite to replace it, or choose another folder."
                 )
-    # The deepest folder that exists decides whether ours can be made.
+    # Try it in the deepest folder that exists: permission bits alone do not tell (read-only disks, /proc).
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {target}: {parent} cannot be written. Choose another folder.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
+            pass
+    except OSError as cause:
+        raise UsageError(f"--out {target}: {parent} cannot be written ({cause.strerror}). Choose another.") from cause
 
 
 @contextmanager

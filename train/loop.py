@@ -168,7 +168,14 @@ def _fit(
     say: Callable[[str], None],
 ) -> _Fitted:
     import torch
-    from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import (
+        DataCollatorWithPadding,
+        ProgressCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+        set_seed,
+    )
 
     set_seed(config.seed)
     peft_model = add_prompt(
@@ -220,6 +227,12 @@ def _fit(
                 f"F1 {100 * epoch.f1:.1f}"
             )
 
+    class Bar(ProgressCallback):
+        """The Trainer's progress bar without the dictionaries it prints: each epoch has a line already."""
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            pass
+
     keep_best = KeepBest()
     with tempfile.TemporaryDirectory() as work:
         trainer = Trainer(
@@ -246,6 +259,8 @@ def _fit(
             optimizers=(_optimizer(peft_model, config), None),
             callbacks=[keep_best],
         )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar)
         trainer.train()
     assert keep_best.best is not None
     peft_model.load_state_dict(keep_best.best.state, strict=False)

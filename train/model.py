@@ -247,6 +247,9 @@ def add_prompt(
     config = PromptEncoderConfig(
         task_type=TaskType.SEQ_CLS,
         num_virtual_tokens=virtual_tokens,
+        # PEFT guesses these from names that DistilBERT's configuration does not use.
+        token_dim=base.hidden_size,
+        num_attention_heads=model.config.num_attention_heads,
         encoder_hidden_size=encoder_hidden_size,
         modules_to_save=["pooler"] if has_pooler else None,
     )

@@ -1,0 +1,225 @@
+"""Small real models, made in code: the tests download nothing and mock no engine.
+
+One tiny base model a family, a word-level tokenizer of a hundred words, and pairs of sentences whose
+label can be learned: "equivalent" pairs share their words.
+"""
+
+import json
+import random
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train  # noqa: F401  -- switches telemetry off before anything below it is imported
+
+ROOT = Path(__file__).parent.parent
+"""The repository: command lines are started here."""
+
+SHIPPED_ADAPTER = ROOT / "demo" / "adapters" / "minilm-mrpc"
+
+FAMILIES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+WORDS = tuple(f"word{number}" for number in range(90))
+
+VIRTUAL_TOKENS = 5
+POSITIONS = 48
+"""How many tokens every tiny model can number, prompt included."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshot", type=Path, help="where the browser test keeps its picture of the page")
+
+
+def make_tokenizer(folder: Path, *, token_types: bool) -> None:
+    """Write a fast tokenizer for pairs: one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_input_names=names if token_types else names[:2],
+    ).save_pretrained(folder)
+
+
+def make_base_model(folder: Path, family: str) -> Path:
+    """Write a base model of a family with random weights, as a folder that ``--model`` takes."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    common = {"vocab_size": len(WORDS) + 4, "pad_token_id": 1}
+    if family == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": POSITIONS}
+    else:
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "type_vocab_size": 1 if "roberta" in family else 2,
+            # RoBERTa numbers positions from pad_token_id + 1.
+            "max_position_embeddings": POSITIONS + (2 if "roberta" in family else 0),
+        }
+    if family == "electra":
+        sizes["embedding_size"] = 32
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **common, **sizes, initializer_range=0.2)
+    AutoModel.from_config(config).save_pretrained(folder)
+    make_tokenizer(folder, token_types=family in {"bert", "electra"})
+    return folder
+
+
+def make_pairs(n: int, seed: int) -> list[dict[str, object]]:
+    """Pairs in MRPC's columns: label 1 where the second sentence has the first one's words, in any order."""
+    generator = random.Random(seed)  # noqa: S311 -- test data
+    rows: list[dict[str, object]] = []
+    for index in range(n):
+        label = index % 2
+        first = generator.sample(WORDS, generator.randint(3, 9))
+        second = generator.sample(first, len(first)) if label else generator.sample(WORDS, generator.randint(3, 9))
+        rows.append({"sentence1": " ".join(first), "sentence2": " ".join(second), "label": label, "idx": index})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files for ``--train-file`` and ``--validation-file``."""
+
+    train_file: Path
+    validation_file: Path
+
+    @property
+    def flags(self) -> list[str]:
+        """As command-line words."""
+        return ["--train-file", str(self.train_file), "--validation-file", str(self.validation_file)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    return Data(
+        write_jsonl(folder / "train.jsonl", make_pairs(64, seed=1)),
+        write_jsonl(folder / "validation.jsonl", make_pairs(40, seed=2)),
+    )
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family to a folder with a tiny model of it, made once a session."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_base_model(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def adapter(
+    tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path], data: Data
+) -> Callable[[str], Path]:
+    """A function from a family to an adapter folder that ``python -m train`` wrote for it."""
+    from train.__main__ import main
+
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            out = tmp_path_factory.mktemp("adapters") / family
+            status = main(
+                shlex.split(
+                    f"--model {base_model(family)} --out {out} --virtual-tokens {VIRTUAL_TOKENS} "
+                    "--encoder-hidden-size 16 --epochs 3 --learning-rate 1e-2"
+                )
+                + data.flags
+            )
+            assert status == 0
+            made[family] = out
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path]) -> Callable[[str], Path]:
+    """A function from a family to a bundle folder that ``python -m export`` wrote from its adapter."""
+    from export.__main__ import main
+
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            out = tmp_path_factory.mktemp("bundles") / family
+            assert main([str(adapter(family)), "--out", str(out)]) == 0
+            made[family] = out
+        return made[family]
+
+    return get
+
+
+def random_batch(
+    generator: np.random.Generator, batch_size: int, length: int, *, token_types: bool
+) -> dict[str, np.ndarray]:
+    """Random token ids with the padding on the right, the first row full."""
+    lengths = generator.integers(1, length + 1, batch_size)
+    lengths[0] = length
+    batch = {
+        "input_ids": generator.integers(0, len(WORDS) + 4, (batch_size, length)),
+        "attention_mask": (np.arange(length) < lengths[:, None]).astype(np.int64),
+    }
+    if token_types:
+        batch["token_type_ids"] = generator.integers(0, 2, (batch_size, length))
+    return batch
+
+
+def peft_logits(adapter_folder: Path, base_folder: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """The golden logits: transformers and PEFT alone, nothing of promptfold."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=2)
+    model = PeftModel.from_pretrained(model, adapter_folder).eval()
+    with torch.inference_mode():
+        return model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+
+
+def flip_bit(path: Path, position: int) -> None:
+    """Flip the lowest bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def no_leftovers(tmp_path: Path) -> Iterator[Path]:
+    """A folder for ``--out``; afterwards nothing hidden or half-written may lie in it."""
+    yield tmp_path
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -1,0 +1,279 @@
+"""``python -m export`` through its entry point: what it writes, that it is equal, what it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file
+
+import export.graph
+from export.__main__ import main
+from export.bundle import load_bundle
+from export.runtime import OnnxClassifier, PairTokenizer
+from tests.conftest import (
+    FAMILIES,
+    POSITIONS,
+    VIRTUAL_TOKENS,
+    flip_bit,
+    make_base_model,
+    make_pairs,
+    peft_logits,
+    random_batch,
+)
+from train.errors import BundleError
+
+Folders = Callable[[str], Path]
+
+
+def inputs_of(family: str) -> list[str]:
+    names = ["input_ids", "attention_mask"]
+    return [*names, "token_type_ids"] if family in {"bert", "electra"} else names
+
+
+def test_a_bundle_folder_holds_exactly_these_files(bundle: Folders) -> None:
+    assert {path.name for path in bundle("bert").iterdir()} == {
+        "config.json",
+        "manifest.json",
+        "model.onnx",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_is_static_but_for_batch_and_sequence_and_holds_the_learned_table(
+    family: str, bundle: Folders, adapter: Folders
+) -> None:
+    model = onnx.load(bundle(family) / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    initializers = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    learned = load_file(adapter(family) / "adapter_model.safetensors")["prompt_embeddings"]
+    assert np.array_equal(initializers["prompt_embeddings"], learned)
+    # The prompt encoder, whose hidden size is 16, is gone.
+    assert not [name for name, array in initializers.items() if 16 in array.shape]
+
+    assert [item.name for item in model.graph.input] == inputs_of(family)
+    for item in model.graph.input:
+        dimensions = [dimension.dim_param for dimension in item.type.tensor_type.shape.dim]
+        assert dimensions == ["batch_size", "sequence_length"]
+    assert [item.name for item in model.graph.output] == ["logits"]
+    assert not [item for item in model.graph.initializer if item.external_data]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_gives_pefts_logits_on_shapes_that_were_not_traced(
+    family: str, bundle: Folders, adapter: Folders, base_model: Folders
+) -> None:
+    session = onnxruntime.InferenceSession(bundle(family) / "model.onnx", providers=["CPUExecutionProvider"])
+    generator = np.random.default_rng(3)
+    for batch_size, length in ((1, 1), (1, 11), (5, 23), (11, POSITIONS - VIRTUAL_TOKENS)):
+        batch = random_batch(generator, batch_size, length, token_types=family in {"bert", "electra"})
+        expected = peft_logits(adapter(family), base_model(family), batch)
+        assert np.abs(session.run(["logits"], batch)[0] - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_bundle_loads_in_optimum_and_gives_the_same_logits(family: str, bundle: Folders) -> None:
+    import torch
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    model = ORTModelForSequenceClassification.from_pretrained(bundle(family))
+    assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
+    classifier = OnnxClassifier(load_bundle(bundle(family)), threads=1)
+    batch = random_batch(np.random.default_rng(4), 3, 12, token_types=family == "bert")
+    result = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+    assert np.abs(result - classifier.logits(batch)).max() < 1e-6
+
+
+def test_the_manifest_records_what_was_measured(bundle: Folders, adapter: Folders) -> None:
+    manifest = json.loads((bundle("bert") / "manifest.json").read_text())
+    training = json.loads((adapter("bert") / "training.json").read_text())
+    assert manifest["base_model"]["sha256"] == training["model"]["sha256"]
+    assert manifest["labels"] == ["not_equivalent", "equivalent"]
+    assert manifest["virtual_tokens"] == VIRTUAL_TOKENS
+    assert manifest["max_length"] == POSITIONS - VIRTUAL_TOKENS
+    assert manifest["quality"]["validation"] == training["validation"]
+    assert (
+        manifest["providers_tried"] == ["CPUExecutionProvider"]
+        or "CUDAExecutionProvider" in manifest["providers_tried"]
+    )
+    parity = manifest["parity"]
+    shapes = {(row["batch_size"], row["sequence_length"]) for row in parity["rows"]}
+    traced = manifest["traced_shape"]
+    assert (traced["batch_size"], traced["sequence_length"]) not in shapes
+    assert len(shapes) >= 5
+    assert max(length for _, length in shapes) == POSITIONS - VIRTUAL_TOKENS
+    assert sum(row["padding_tokens"] for row in parity["rows"]) > 0
+    assert 0 < parity["max_logit_difference"] <= parity["tolerance"] == 1e-4
+
+
+def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
+    adapter: Folders, no_leftovers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fault is put into the graph: one learned number is off by a little."""
+    write_graph = export.graph.write_graph
+
+    def write_wrong_graph(classifier: export.graph.PromptedClassifier, path: Path) -> export.graph.Graph:
+        graph = write_graph(classifier, path)
+        model = onnx.load(path)
+        for item in model.graph.initializer:
+            if item.name == "prompt_embeddings":
+                table = onnx.numpy_helper.to_array(item).copy()
+                table[0, 0] += 0.5
+                item.CopyFrom(onnx.numpy_helper.from_array(table, item.name))
+        onnx.save(model, path)
+        return graph
+
+    monkeypatch.setattr(export.graph, "write_graph", write_wrong_graph)
+    assert main([str(adapter("bert")), "--out", str(no_leftovers / "b")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: The exported graph differs from PyTorch by")
+    assert "0.0001 is allowed" in error
+    assert list(no_leftovers.iterdir()) == []
+
+
+def test_an_adapter_of_another_base_model_is_refused(
+    adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_base_model(no_leftovers / "other", "bert")
+    flip_bit(other / "model.safetensors", 4000)
+    copy = no_leftovers / "adapter"
+    shutil.copytree(adapter("bert"), copy)
+    training = json.loads((copy / "training.json").read_text())
+    training["model"]["name"] = str(other)
+    (copy / "training.json").write_text(json.dumps(training))
+    assert main([str(copy), "--out", str(no_leftovers / "b")]) == 2
+    assert "was trained on another base model" in capsys.readouterr().err
+    assert not (no_leftovers / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["{tmp}/none", "--out", "{tmp}/b"], "There is no adapter folder"),
+        (["{tmp}", "--out", "{tmp}/b"], "is no adapter of promptfold"),
+        (["{adapter}", "--out", "{tmp}"], "holds something that is no bundle"),
+        (["{adapter}"], "--out"),
+        ([], "--help"),
+    ],
+)
+def test_a_wrong_argument_ends_with_one_sentence_and_status_2(
+    flags: list[str], words: str, adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (no_leftovers / "x.txt").write_text("x")
+    filled = [flag.replace("{tmp}", str(no_leftovers)).replace("{adapter}", str(adapter("bert"))) for flag in flags]
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+    assert [path.name for path in no_leftovers.iterdir()] == ["x.txt"]
+
+
+def test_an_older_bundle_is_replaced_only_when_asked(
+    adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = no_leftovers / "b"
+    assert main([str(adapter("bert")), "--out", str(out)]) == 0
+    first = load_bundle(out)
+    assert main([str(adapter("electra")), "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert load_bundle(out) == first
+    assert main([str(adapter("electra")), "--out", str(out), "--overwrite"]) == 0
+    assert load_bundle(out).adapter_sha256 != first.adapter_sha256
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_one_flipped_bit_in_a_bundle_is_refused(name: str, bundle: Folders, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle("bert"), copy)
+    flip_bit(copy / name, 1234)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": 2}, "format version 2"),
+        ({"labels": None}, "wrong form"),
+        ({"sha256": {}}, "has no SHA-256 of model.onnx"),
+        ({"sha256": {"model.onnx": "", "tokenizer.json": "", "config.json": "", "../x": ""}}, "model.onnx is damaged"),
+        ({"sha256": {"../x": "", "model.onnx": "", "tokenizer.json": "", "config.json": ""}}, "outside itself"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(
+    change: dict[str, object], words: str, bundle: Folders, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle("bert"), copy)
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=words):
+        load_bundle(copy)
+
+
+def test_a_missing_file_is_named(bundle: Folders, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle("bert"), copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"lacks tokenizer\.json"):
+        load_bundle(copy)
+    with pytest.raises(BundleError, match="There is no bundle folder"):
+        load_bundle(tmp_path / "none")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_runtime_tokenises_as_transformers_does(family: str, bundle: Folders) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(bundle(family))
+    rows = make_pairs(6, seed=5)
+    rows[0]["sentence2"] = " ".join(["word3"] * 60)
+    pairs = [(str(row["sentence1"]), str(row["sentence2"])) for row in rows]
+    expected = reference(
+        [first for first, _ in pairs],
+        [second for _, second in pairs],
+        padding=True,
+        truncation="longest_first",
+        return_tensors="np",
+    )
+    encoded = OnnxClassifier(load_bundle(bundle(family)), threads=1).tokenize(pairs)
+    assert set(encoded.arrays) == set(expected) == set(inputs_of(family))
+    for name, array in encoded.arrays.items():
+        assert np.array_equal(array, expected[name])
+    assert encoded.cut == (True, False, False, False, False, False)
+    assert encoded.arrays["input_ids"].shape[1] == POSITIONS - VIRTUAL_TOKENS
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(BundleError, match="is no tokenizer"):
+        PairTokenizer(path, max_length=8, pad_token_id=1, inputs=["input_ids"])
+
+
+def test_the_runtime_says_on_what_it_runs(bundle: Folders) -> None:
+    classifier = OnnxClassifier(load_bundle(bundle("bert")), threads=1, use_cuda=False)
+    execution = classifier.execution
+    assert (execution.provider, execution.on_cuda, execution.threads, execution.precision) == (
+        "CPUExecutionProvider",
+        False,
+        1,
+        "fp32",
+    )
+    assert execution.engine == f"ONNX Runtime {onnxruntime.__version__}"
+
+
+def test_a_graph_that_onnx_runtime_cannot_load_is_refused(tmp_path: Path) -> None:
+    from export.runtime import open_session
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no protobuf")
+    with pytest.raises(BundleError, match="ONNX Runtime cannot load"):
+        open_session(path, threads=1, use_cuda=False)
