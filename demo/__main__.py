@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ def run(config: DemoConfig, stop: threading.Event) -> None:
         from demo.compare import Comparer
 
         comparer = Comparer(bundle_tokenizer(bundle), bundle.labels, pytorch=pytorch, onnx=onnx)
-        info = PageInfo(bundle, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
+        info = PageInfo(adapter, bundle, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
+        # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
+        warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
         page = build_page(comparer.compare, info)
         style = page_style()
         try:

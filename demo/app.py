@@ -9,6 +9,7 @@ import gradio as gr
 from demo.compare import PAUSE_SECONDS, Answer, Comparison
 from export.bundle import Bundle
 from export.runtime import Execution
+from train.adapter import Adapter
 from train.errors import PromptfoldError
 
 QUEUE_SIZE = 32
@@ -64,8 +65,9 @@ CSS = """
 
 @dataclass(frozen=True)
 class PageInfo:
-    """What the page says whatever the pair: the bundle, and on what each engine runs."""
+    """What the page says whatever the pair: the model, and on what each engine runs."""
 
+    adapter: Adapter
     bundle: Bundle
     pytorch: Execution
     onnx: Execution
@@ -126,9 +128,9 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
     with gr.Blocks(title="promptfold", analytics_enabled=False) as page:
         gr.Markdown(
             "# promptfold\n"
-            f"One P-tuned model, two engines. Left of the figures stands **{html.escape(bundle.base_model)}** with "
-            f"its {bundle.virtual_tokens} learned virtual tokens in PyTorch, as PEFT runs it; right of them the "
-            "same model folded into one ONNX graph. "
+            f"One P-tuned model, two engines. On the left is **{html.escape(bundle.base_model)}** with its "
+            f"{bundle.virtual_tokens} learned virtual tokens in PyTorch, as PEFT runs it; on the right the same "
+            "model, its prompt folded into one ONNX graph. "
             f"The task is *{html.escape(bundle.task)}*: do two sentences say the same?"
         )
         with gr.Row():
@@ -148,11 +150,13 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
                 speedup = gr.HTML(_empty_speedup(), elem_id="speedup")
                 with gr.Row():
                     with gr.Column(min_width=240):
-                        pytorch_label = gr.Label(label="PyTorch (PEFT)", num_top_classes=n_labels)
-                        pytorch_facts = gr.HTML(_facts(info.pytorch), elem_classes="facts")
+                        pytorch_label = gr.Label(
+                            label="PyTorch (PEFT)", num_top_classes=n_labels, elem_id="pytorch-answer"
+                        )
+                        pytorch_facts = gr.HTML(_facts(info.pytorch), elem_id="pytorch-facts", elem_classes="facts")
                     with gr.Column(min_width=240):
-                        onnx_label = gr.Label(label="ONNX Runtime", num_top_classes=n_labels)
-                        onnx_facts = gr.HTML(_facts(info.onnx), elem_classes="facts")
+                        onnx_label = gr.Label(label="ONNX Runtime", num_top_classes=n_labels, elem_id="onnx-answer")
+                        onnx_facts = gr.HTML(_facts(info.onnx), elem_id="onnx-facts", elem_classes="facts")
 
         outputs = [pytorch_label, pytorch_facts, onnx_label, onnx_facts, speedup]
         # One queue for whatever measures, so that no two bursts overlap.
@@ -163,7 +167,9 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             [sentence1, sentence2],
             outputs,
             api_visibility="private",
-            show_progress_on=outputs,
+            # The full progress animation, in a browser on the same two cores, cost both engines a fifth.
+            show_progress="minimal",
+            show_progress_on=speedup,
             **one_at_a_time,
         )
         gr.Markdown(
@@ -172,11 +178,23 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             f"of threads; they are asked one at a time, with a pause of {PAUSE_SECONDS} s and a warm-up before each "
             "burst, so that neither disturbs the other.\n\n"
             f"**How equal they are.** When this graph was exported, its logits differed from PEFT's by at most "
-            f"{bundle.max_logit_difference:.1e} over shapes and paddings that it was not traced with."
+            f"{bundle.max_logit_difference:.1e} over shapes and paddings that it was not traced with.\n\n"
+            f"**How good the model is.** {_quality(info.adapter)} What the page compares is the engines: a pair that "
+            "one of them gets wrong, the other gets wrong too."
         )
         gr.api(compare_endpoint, api_name="compare", **one_at_a_time)
     page.queue(max_size=QUEUE_SIZE)
     return page
+
+
+def _quality(adapter: Adapter) -> str:
+    """Scores, beside those of an answer that needs no model."""
+    scores, trivial = adapter.scores, adapter.always_positive
+    return (
+        f"Accuracy {100 * scores['accuracy']:.1f} and F1 {100 * scores['f1']:.1f} on {adapter.n_validation} "
+        f"validation pairs, where always giving the same answer scores {100 * trivial['accuracy']:.1f} and "
+        f"{100 * trivial['f1']:.1f}."
+    )
 
 
 def _facts(execution: Execution, answer: Answer | None = None, runs: int = 0) -> str:

@@ -52,6 +52,8 @@ class Adapter:
         virtual_tokens: length of the prompt.
         max_length: longest text in tokens.
         scores: accuracy and F1 on validation.
+        always_positive: what always answering the positive class scores on the same pairs.
+        n_validation: how many pairs those are.
         sha256: hash over everything in the folder that changes an answer.
     """
 
@@ -63,6 +65,8 @@ class Adapter:
     virtual_tokens: int
     max_length: int
     scores: dict[str, float]
+    always_positive: dict[str, float]
+    n_validation: int
     sha256: str
 
 
@@ -120,7 +124,9 @@ def load_adapter(folder: Path) -> Adapter:
             labels=tuple(str(label) for label in training["labels"]),
             virtual_tokens=int(training["virtual_tokens"]),
             max_length=int(training["max_length"]),
-            scores={name: float(value) for name, value in training["validation"].items()},
+            scores=_read_scores(training["validation"]),
+            always_positive=_read_scores(training["always_positive"]),
+            n_validation=int(training["n_validation"]),
             sha256=_sha256_of_answers(training),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
@@ -130,6 +136,10 @@ def load_adapter(folder: Path) -> Adapter:
         raise AdapterError(f"{folder / FILES.training} has no SHA-256 of {unlisted[0]}. {remedy}")
     check_hashes(folder, hashes, AdapterError, remedy)
     return adapter
+
+
+def _read_scores(scores: dict[str, Any]) -> dict[str, float]:
+    return {name: float(scores[name]) for name in ("accuracy", "f1")}
 
 
 def _sha256_of_answers(training: dict[str, Any]) -> str:
