@@ -93,8 +93,8 @@ def _in_use(error: OSError) -> bool:
     return error.errno == errno.EADDRINUSE
 
 
-def run(config: DemoConfig, stop: threading.Event) -> None:
-    """Serve the page until ``stop`` is set.
+def run(config: DemoConfig) -> None:
+    """Serve the page until an exception, such as Ctrl-C's, ends it.
 
     Raises:
         PromptfoldError: what the user can mend: flags, folders, the base model.
@@ -152,8 +152,7 @@ def run(config: DemoConfig, stop: threading.Event) -> None:
                 "no public link: Gradio's tunnel could not be set up (see above; it needs network and downloads a "
                 "helper program). The local address works."
             )
-        stop.wait()
-        page.close(verbose=False)
+        threading.Event().wait()
     finally:
         pytorch.close()
         onnx.close()
@@ -161,10 +160,9 @@ def run(config: DemoConfig, stop: threading.Event) -> None:
 
 def _command(argv: Sequence[str] | None) -> None:
     config = parse_config(argv)
-    stop = threading.Event()
-    # Ctrl-C stays a KeyboardInterrupt, which also ends a start that is under way.
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    run(config, stop)
+    # An exception, as Ctrl-C's is: it ends a start that is under way as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    run(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

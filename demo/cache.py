@@ -2,6 +2,8 @@
 
 import multiprocessing
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,6 +56,10 @@ def _export_in_child(adapter_folder: Path, folder: Path) -> None:
     sender.close()
     try:
         error: PromptfoldError | None = receiver.recv()
+    except (KeyboardInterrupt, SystemExit):
+        process.terminate()
+        process.join()
+        raise
     except EOFError:
         process.join()
         error = BundleError(
@@ -67,6 +73,8 @@ def _export_in_child(adapter_folder: Path, folder: Path) -> None:
 
 def _export(sender: Connection, adapter_folder: Path, folder: Path) -> None:
     """The export's process."""
+    # An exception, so that what is half-written is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     from export.fold import export_adapter
 
     try:

@@ -197,8 +197,10 @@ def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "
     if use_cuda:
         # The provider's libraries come from NVIDIA's wheels, which no loader path names.
         onnxruntime.preload_dlls()
+    # TF32 is on by default; it rounds fp32's 23 bits of mantissa to 10, and parity with PyTorch would be lost.
+    cuda = [(CUDA, {"use_tf32": "0"})] if use_cuda else []
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[CUDA, CPU] if use_cuda else [CPU])
+        return onnxruntime.InferenceSession(path, options, providers=[*cuda, CPU])
     except Exception as cause:
         # ORT's exceptions share no base but Exception.
         if not type(cause).__module__.startswith("onnxruntime"):

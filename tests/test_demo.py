@@ -322,6 +322,18 @@ def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
     assert load_bundle(folder).max_logit_difference < 1e-4
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_start_that_is_interrupted_leaves_nothing(how: signal.Signals, tmp_path: Path) -> None:
+    with serve([], tmp_path) as server:
+        server.wait_for(r"\[2/4\]")
+        children = server.children()
+        assert len(children) == 1
+        assert server.stop(how) == {signal.SIGTERM: 0, signal.SIGINT: 130}[how]
+        assert "Traceback" not in server.output
+        assert not [pid for pid in children if exists(pid)]
+    assert list((tmp_path / "promptfold" / "bundles").iterdir()) == []
+
+
 def test_killing_the_page_takes_its_engines_with_it(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
     flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))]
     with serve(flags, tmp_path) as server:

@@ -25,7 +25,7 @@ from tests.conftest import (
     write_jsonl,
 )
 from train.__main__ import main
-from train.adapter import load_adapter
+from train.adapter import find_adapter_base, load_adapter
 from train.config import TrainConfig, parse_config
 from train.errors import AdapterError, ModelError
 
@@ -276,6 +276,17 @@ def test_without_network_the_default_names_the_two_ways_that_need_none(tmp_path:
         assert "--train-file" in last
         assert "Traceback" not in result.stderr
         assert not (tmp_path / "a").exists()
+
+
+def test_a_base_model_given_by_a_relative_path_is_found_from_elsewhere(
+    base_model: Callable[[str], Path], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_model("bert"), tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "mine", *data.flags, "--epochs", "1", "--virtual-tokens", "4"]
+    assert main([*flags, "--out", "adapter"]) == 0
+    monkeypatch.chdir("/")
+    assert find_adapter_base(load_adapter(tmp_path / "adapter")).folder == tmp_path / "mine"
 
 
 def test_a_decoder_is_refused_by_name(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:

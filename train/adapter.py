@@ -158,7 +158,7 @@ def find_adapter_base(adapter: Adapter) -> BaseModel:
     try:
         base = find_base_model(adapter.model)
     except ModelError as cause:
-        raise ModelError(f"The base model of {adapter.folder}: {cause}") from cause
+        raise ModelError(f"{adapter.folder} needs the base model it was trained on. {cause}") from cause
     if base.sha256 != adapter.model_sha256:
         raise AdapterError(
             f"{adapter.folder} was trained on another base model: its {adapter.model} has weights with SHA-256 "

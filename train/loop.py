@@ -92,7 +92,8 @@ def train(config: TrainConfig, *, command: str, say: Callable[[str], None] = say
         fitted = _fit(config, task=task, base=base, tokenizer=tokenizer, encoded=encoded, say=say)
         save_weights(folder, fitted.peft_model, load_tokenizer(base.folder, max_length))
         # The scores to report are those of what was written, not of what was in memory.
-        scores = evaluate(load_peft_model(folder, base, task.labels), task, tokenizer, encoded["validation"])
+        written = load_peft_model(folder, base, task.labels).to(fitted.peft_model.device)
+        scores = evaluate(written, task, tokenizer, encoded["validation"])
         finish_adapter(
             folder,
             {

