@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 
@@ -125,10 +126,12 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
 
     bundle = info.bundle
     n_labels = len(bundle.labels)
+    # Of a folder its last part: where it lies on this machine is nobody's business.
+    model_name = Path(bundle.base_model).name
     with gr.Blocks(title="promptfold", analytics_enabled=False) as page:
         gr.Markdown(
             "# promptfold\n"
-            f"One P-tuned model, two engines. On the left is **{html.escape(bundle.base_model)}** with its "
+            f"One P-tuned model, two engines. On the left is **{html.escape(model_name)}** with its "
             f"{bundle.virtual_tokens} learned virtual tokens in PyTorch, as PEFT runs it; on the right the same "
             "model, its prompt folded into one ONNX graph. "
             f"The task is *{html.escape(bundle.task)}*: do two sentences say the same?"
