@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from demo.compare import BurstPlan
 from export.runtime import Execution
 from train.errors import EngineError, PromptfoldError
 
@@ -108,18 +109,19 @@ def _serve(connection: Connection, make_backend: Callable[[Path, int], Backend],
     connection.send(_Reply(value=backend.execution))
     while True:
         try:
-            arrays, runs = connection.recv()
+            arrays, plan = connection.recv()
         except EOFError:
             return
-        connection.send(_Reply(value=_burst(backend, arrays, runs) if runs else backend.logits(arrays)))
+        connection.send(_Reply(value=_burst(backend, arrays, plan) if plan else backend.logits(arrays)))
 
 
-def _burst(backend: Backend, arrays: Arrays, runs: int) -> tuple[float, ...]:
-    """Latency of each of ``runs`` forward passes in ms, after a warm-up."""
+def _burst(backend: Backend, arrays: Arrays, plan: BurstPlan) -> tuple[float, ...]:
+    """Latency of each forward pass of a burst in ms, after a warm-up."""
     for _ in range(WARM_UP_RUNS):
         backend.logits(arrays)
-    latencies_ms = []
-    for _ in range(runs):
+    latencies_ms: list[float] = []
+    end = time.perf_counter() + plan.budget_seconds
+    while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
         start = time.perf_counter()
         backend.logits(arrays)
         latencies_ms.append(1000 * (time.perf_counter() - start))
@@ -190,24 +192,24 @@ class Engine:
         Raises:
             EngineError: the process died or did not answer in time.
         """
-        return self._request(arrays, 0)
+        return self._request(arrays, None)
 
-    def burst(self, arrays: Arrays, runs: int) -> tuple[float, ...]:
-        """Latency of each of ``runs`` forward passes in ms, measured inside the engine's process after a warm-up.
+    def burst(self, arrays: Arrays, plan: BurstPlan) -> tuple[float, ...]:
+        """Latency of each forward pass of a burst in ms, measured inside the engine's process after a warm-up.
 
         Raises:
             EngineError: the process died or did not answer in time.
         """
-        return self._request(arrays, runs)
+        return self._request(arrays, plan)
 
-    def _request(self, arrays: Arrays, runs: int) -> Any:
+    def _request(self, arrays: Arrays, plan: BurstPlan | None) -> Any:
         with self._lock:
             if not self._process.is_alive():
                 self._stop()
                 self._start()
             self._wait_until_ready()
             try:
-                self._connection.send((dict(arrays), runs))
+                self._connection.send((dict(arrays), plan))
             except OSError as cause:
                 raise self._dead() from cause
             return self._receive(self._request_timeout_seconds)

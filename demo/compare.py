@@ -1,6 +1,5 @@
 """One pair, two engines: what they answer, how long it takes, and how far apart they are."""
 
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +19,16 @@ PAUSE_SECONDS = 0.4
 
 MIN_RUNS, MAX_RUNS = 5, 50
 BURST_BUDGET_SECONDS = 2.0
-"""How long the slower engine's burst may take; the number of runs, equal for both, follows from it."""
+"""How long PyTorch's burst goes on, within these bounds; ONNX Runtime gets the same number of runs."""
+
+
+@dataclass(frozen=True)
+class BurstPlan:
+    """How many timed runs: at least ``min_runs``, then up to ``max_runs`` while the time lasts."""
+
+    min_runs: int
+    max_runs: int
+    budget_seconds: float
 
 
 class EngineLike(Protocol):
@@ -32,8 +40,8 @@ class EngineLike(Protocol):
     def logits(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """One forward pass."""
 
-    def burst(self, arrays: dict[str, np.ndarray], runs: int) -> Sequence[float]:
-        """Latency of each run in ms."""
+    def burst(self, arrays: dict[str, np.ndarray], plan: BurstPlan) -> Sequence[float]:
+        """Latency of each run in ms, after a warm-up."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,11 @@ class Comparer:
             onnx_logits = self._onnx.logits(arrays)[0]
 
             time.sleep(PAUSE_SECONDS)
-            runs = _runs(self._pytorch.burst(arrays, MIN_RUNS))
-            pytorch_latency = _latency(self._pytorch.burst(arrays, runs))
+            pytorch_ms = self._pytorch.burst(arrays, BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS))
+            runs = len(pytorch_ms)
             time.sleep(PAUSE_SECONDS)
-            onnx_latency = _latency(self._onnx.burst(arrays, runs))
+            onnx_ms = self._onnx.burst(arrays, BurstPlan(runs, runs, BURST_BUDGET_SECONDS))
+        pytorch_latency, onnx_latency = _latency(pytorch_ms), _latency(onnx_ms)
         return Comparison(
             pytorch=_answer(self._labels, pytorch_logits, pytorch_latency),
             onnx=_answer(self._labels, onnx_logits, onnx_latency),
@@ -172,12 +181,6 @@ def _check_text(text: object, number: int) -> str:
             f"{name} holds half a surrogate pair at character {cause.start + 1}, which is no valid Unicode. Remove it."
         ) from cause
     return text
-
-
-def _runs(probe_ms: Sequence[float]) -> int:
-    """As many runs as fit the budget, judged by a short probe of the slower engine."""
-    estimate_ms = max(float(np.median(probe_ms)), 1e-3)
-    return max(MIN_RUNS, min(MAX_RUNS, math.floor(1000 * BURST_BUDGET_SECONDS / estimate_ms)))
 
 
 def _latency(latencies_ms: Sequence[float]) -> Latency:

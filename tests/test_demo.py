@@ -17,8 +17,8 @@ from gradio_client.exceptions import AppError
 from scipy.special import softmax
 
 from demo.__main__ import DEFAULT_PORT, find_port, main
-from demo.backends import Backend, Engine, make_onnx_backend, make_pytorch_backend
-from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, Comparer
+from demo.backends import WARM_UP_RUNS, Arrays, Backend, Engine, make_onnx_backend, make_pytorch_backend
+from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, BurstPlan, Comparer
 from export.bundle import load_bundle
 from export.runtime import Execution, bundle_tokenizer
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, flip_bit, make_pairs, peft_logits
@@ -169,6 +169,35 @@ def test_an_engine_that_dies_during_a_request_fails_that_one_and_serves_the_next
         engine.close()
 
 
+class RecordingBackend:
+    """Answers after a given time and counts its runs in what it answers."""
+
+    execution = Execution("none", "none", on_cuda=False, threads=1, precision="fp32", note="")
+    runs = 0
+
+    def logits(self, arrays: Arrays) -> np.ndarray:
+        self.runs += 1
+        time.sleep(float(arrays["seconds"]))
+        return np.array([[self.runs]], dtype=np.float32)
+
+
+def make_recording_backend(folder: Path, threads: int) -> Backend:
+    return RecordingBackend()
+
+
+def test_a_burst_is_warmed_up_bounded_and_measured_run_by_run(tmp_path: Path) -> None:
+    engine = Engine("recording", make_recording_backend, tmp_path, threads=1)
+    quick, slow = {"seconds": np.array(0.0)}, {"seconds": np.array(0.05)}
+    try:
+        assert len(engine.burst(quick, BurstPlan(min_runs=2, max_runs=9, budget_seconds=60))) == 9
+        assert engine.logits(quick)[0, 0] == WARM_UP_RUNS + 9 + 1
+        latencies_ms = engine.burst(slow, BurstPlan(min_runs=2, max_runs=9, budget_seconds=0))
+        assert len(latencies_ms) == 2
+        assert min(latencies_ms) >= 50  # it slept that long; milliseconds, not seconds
+    finally:
+        engine.close()
+
+
 class HangingBackend:
     """Loads, and answers no request in time."""
 
@@ -258,6 +287,8 @@ def test_without_a_port_the_first_free_one_is_taken() -> None:
     first = find_port("127.0.0.1", None)
     assert first >= DEFAULT_PORT
     with socket.socket() as listener:
+        # Connections that an earlier test left lingering there do not count, as they do not for a server.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", first))
         listener.listen()
         assert find_port("127.0.0.1", None) > first
