@@ -8,7 +8,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from export.bundle import FORMAT_VERSION, Bundle, load_bundle
+from export.bundle import BUNDLE, Bundle, load_bundle
 from train.adapter import Adapter
 from train.console import say
 from train.errors import BundleError, PromptfoldError, UsageError
@@ -19,7 +19,7 @@ def cached_bundle_folder(adapter: Adapter) -> Path:
     import platformdirs
 
     cache = Path(platformdirs.user_cache_dir("promptfold", appauthor=False))
-    return cache / "bundles" / f"{adapter.sha256[:16]}-v{FORMAT_VERSION}"
+    return cache / "bundles" / f"{adapter.sha256[:16]}-v{BUNDLE.format_version}"
 
 
 def cached_bundle(adapter: Adapter, say: Callable[[str], None] = say) -> Bundle:

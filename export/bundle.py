@@ -5,16 +5,12 @@ bundle/    model.onnx                     the graph, prompt and weights inside
            manifest.json                  what it is, what was measured, SHA-256 of each file
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.errors import BundleError
-from train.files import check_hashes, read_json_object, sha256_of_file, write_json
-
-FORMAT_VERSION = 1
-"""Version of manifest.json. A reader refuses a newer one."""
+from train.files import FolderKind, read_record, reading, write_record
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,16 @@ class BundleFiles:
 
 
 FILES = BundleFiles()
+
+BUNDLE = FolderKind(
+    name="bundle",
+    record=FILES.manifest,
+    needed=(FILES.model, FILES.tokenizer, FILES.config),
+    format_version=1,
+    error=BundleError,
+    command="python -m export ADAPTER --out",
+    remedy="Export it again: python -m export ADAPTER --out BUNDLE",
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,7 @@ class Bundle:
 
 def finish_bundle(folder: Path, manifest: dict[str, Any]) -> None:
     """Write manifest.json, with the format version and the hash of every file already in ``folder``."""
-    hashes = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
-    write_json(folder / FILES.manifest, {"format_version": FORMAT_VERSION, **manifest, "sha256": hashes})
+    write_record(folder, BUNDLE, manifest)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -83,25 +88,9 @@ def load_bundle(folder: Path) -> Bundle:
     Raises:
         BundleError: it is not there, is no bundle, is of another format, or a file of it was changed.
     """
-    if not folder.is_dir():
-        raise BundleError(f"There is no bundle folder {folder}. Make one: python -m export ADAPTER --out {folder}")
-    missing = _missing((FILES.manifest, FILES.model, FILES.tokenizer, FILES.config), folder)
-    if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise BundleError(
-            f"{folder} is no bundle: it lacks {', '.join(missing)} (it holds {found}). "
-            "Give a folder that `python -m export --out` wrote."
-        )
-    remedy = "Export it again: python -m export ADAPTER --out BUNDLE"
-    manifest = read_json_object(folder / FILES.manifest, BundleError, remedy)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise BundleError(
-            f"{folder / FILES.manifest} has format version {manifest.get('format_version')!r}; this promptfold "
-            f"reads {FORMAT_VERSION}. {remedy}"
-        )
-    try:
-        hashes = dict(manifest["sha256"])
-        bundle = Bundle(
+    manifest = read_record(folder, BUNDLE)
+    with reading(folder, BUNDLE):
+        return Bundle(
             folder=folder,
             adapter_sha256=str(manifest["adapter_sha256"]),
             base_model=str(manifest["base_model"]["name"]),
@@ -114,14 +103,3 @@ def load_bundle(folder: Path) -> Bundle:
             precision=str(manifest["precision"]),
             max_logit_difference=float(manifest["parity"]["max_logit_difference"]),
         )
-    except (KeyError, TypeError, ValueError) as cause:
-        raise BundleError(f"{folder / FILES.manifest} lacks {cause} or holds it in a wrong form. {remedy}") from cause
-    unlisted = [name for name in (FILES.model, FILES.tokenizer, FILES.config) if name not in hashes]
-    if unlisted:
-        raise BundleError(f"{folder / FILES.manifest} has no SHA-256 of {unlisted[0]}. {remedy}")
-    check_hashes(folder, hashes, BundleError, remedy)
-    return bundle
-
-
-def _missing(names: Sequence[str], folder: Path) -> list[str]:
-    return [name for name in names if not (folder / name).is_file()]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from export.bundle import FILES, Bundle, finish_bundle, load_bundle
+from export.bundle import BUNDLE, FILES, Bundle, finish_bundle, load_bundle
 from train.adapter import find_adapter_base, load_adapter, load_adapter_weights, load_peft_model
 from train.console import say
 from train.errors import AdapterError, ModelError
@@ -32,7 +32,7 @@ def export_adapter(
         AdapterError, ModelError, HubError: the adapter or its base model cannot be used.
         ParityError: the graph's logits are not PyTorch's.
     """
-    check_target(out, marker=FILES.manifest, kind="bundle", overwrite=overwrite)
+    check_target(out, BUNDLE, overwrite=overwrite)
     adapter = load_adapter(adapter_folder)
     say(f"[1/4] reading the base model {adapter.model}")
     base = find_adapter_base(adapter)

@@ -204,7 +204,7 @@ def test_one_flipped_bit_in_a_bundle_is_refused(name: str, bundle: Folders, tmp_
         ({"labels": None}, "wrong form"),
         ({"sha256": {}}, "has no SHA-256 of model.onnx"),
         ({"sha256": {"model.onnx": "", "tokenizer.json": "", "config.json": "", "../x": ""}}, "model.onnx is damaged"),
-        ({"sha256": {"../x": "", "model.onnx": "", "tokenizer.json": "", "config.json": ""}}, "outside itself"),
+        ({"sha256": {"../x": "", "model.onnx": "", "tokenizer.json": "", "config.json": ""}}, "outside its folder"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused(

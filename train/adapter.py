@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import AdapterError, ModelError
-from train.files import check_hashes, read_json_object, sha256_of_file, write_json
+from train.files import FolderKind, read_record, reading, write_record
 from train.model import BaseModel, find_base_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
-
-FORMAT_VERSION = 1
-"""Version of training.json. A reader refuses a newer one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,16 @@ class AdapterFiles:
 
 
 FILES = AdapterFiles()
+
+ADAPTER = FolderKind(
+    name="adapter",
+    record=FILES.training,
+    needed=(FILES.config, FILES.weights, FILES.tokenizer),
+    format_version=1,
+    error=AdapterError,
+    command="python -m train --out",
+    remedy="Train it again with `python -m train`, or take an unbroken copy.",
+)
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,8 @@ def finish_adapter(folder: Path, training: dict[str, Any]) -> None:
     Args:
         training: what training.json shall hold besides its format and hashes.
     """
-    hashes = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name != FILES.card}
-    write_json(folder / FILES.training, {"format_version": FORMAT_VERSION, **training, "sha256": hashes})
     (folder / FILES.card).write_text(_model_card(training), encoding="utf-8")
+    write_record(folder, ADAPTER, training, unhashed=[FILES.card])
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -97,26 +103,9 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         AdapterError: it is not there, is no adapter made by promptfold, or a file of it was changed.
     """
-    if not folder.is_dir():
-        raise AdapterError(f"There is no adapter folder {folder}. Give one that `python -m train --out` wrote.")
-    needed = (FILES.training, FILES.config, FILES.weights, FILES.tokenizer)
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise AdapterError(
-            f"{folder} is no adapter of promptfold: it lacks {', '.join(missing)} (it holds {found}). "
-            "Give a folder that `python -m train --out` wrote."
-        )
-    remedy = "Train it again with `python -m train`, or take an unbroken copy."
-    training = read_json_object(folder / FILES.training, AdapterError, remedy)
-    if training.get("format_version") != FORMAT_VERSION:
-        raise AdapterError(
-            f"{folder / FILES.training} has format version {training.get('format_version')!r}; this promptfold "
-            f"reads {FORMAT_VERSION}. Install the promptfold that wrote it, or train again."
-        )
-    try:
-        hashes = dict(training["sha256"])
-        adapter = Adapter(
+    training = read_record(folder, ADAPTER)
+    with reading(folder, ADAPTER):
+        return Adapter(
             folder=folder,
             model=str(training["model"]["name"]),
             model_sha256=str(training["model"]["sha256"]),
@@ -129,13 +118,6 @@ def load_adapter(folder: Path) -> Adapter:
             n_validation=int(training["n_validation"]),
             sha256=_sha256_of_answers(training),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
-        raise AdapterError(f"{folder / FILES.training} lacks {cause} or holds it in a wrong form. {remedy}") from cause
-    unlisted = [name for name in needed if name != FILES.training and name not in hashes]
-    if unlisted:
-        raise AdapterError(f"{folder / FILES.training} has no SHA-256 of {unlisted[0]}. {remedy}")
-    check_hashes(folder, hashes, AdapterError, remedy)
-    return adapter
 
 
 def _read_scores(scores: dict[str, Any]) -> dict[str, float]:

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,6 @@ def sha256_of_files(paths: Iterable[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object that a person can read and a diff can show."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_json_object(path: Path, error: type[PromptfoldError], remedy: str) -> dict[str, Any]:
     """Read a JSON object, or raise ``error`` with a sentence that ends in ``remedy``."""
     try:
@@ -44,30 +40,96 @@ def read_json_object(path: Path, error: type[PromptfoldError], remedy: str) -> d
     return value
 
 
-def check_hashes(folder: Path, hashes: Mapping[str, str], error: type[PromptfoldError], remedy: str) -> None:
-    """Compare every named file of ``folder`` with its recorded SHA-256.
+@dataclass(frozen=True)
+class FolderKind:
+    """What is common to the folders that pass between the stages: files, and one record of them all.
+
+    Attributes:
+        name: for messages, "adapter" or "bundle".
+        record: the JSON file that describes the others and holds the SHA-256 of each.
+        needed: the other files without which it is no such folder.
+        format_version: of the record; another one is refused.
+        error: what is raised.
+        command: what writes such a folder.
+        remedy: what to do when one is broken.
+    """
+
+    name: str
+    record: str
+    needed: tuple[str, ...]
+    format_version: int
+    error: type[PromptfoldError]
+    command: str
+    remedy: str
+
+
+def write_record(folder: Path, kind: FolderKind, content: Mapping[str, Any], *, unhashed: Sequence[str] = ()) -> None:
+    """Write the record of a folder whose other files are complete.
+
+    Args:
+        content: what it shall hold besides the format version and the hashes.
+        unhashed: files that a person may edit.
+    """
+    hashes = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name not in unhashed}
+    value = {"format_version": kind.format_version, **content, "sha256": hashes}
+    (folder / kind.record).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path, kind: FolderKind) -> dict[str, Any]:
+    """Read the record of a folder, and compare every file in it with its recorded SHA-256.
 
     Raises:
-        error: a file is missing or its bytes changed. One flipped bit in an ONNX file usually loads
-            and silently changes the answers, so this comes before anything is loaded.
+        kind.error: the folder is not there or no such folder, its format is another, or a file is
+            missing or its bytes changed. One flipped bit in an ONNX file usually loads and silently
+            changes the answers, so this comes before anything is loaded.
     """
+    if not folder.is_dir():
+        raise kind.error(f"There is no {kind.name} folder {folder}. Give one that `{kind.command}` wrote.")
+    missing = [name for name in (kind.record, *kind.needed) if not (folder / name).is_file()]
+    if missing:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise kind.error(
+            f"{folder} is no {kind.name} of promptfold: it lacks {', '.join(missing)} (it holds {found}). "
+            f"Give a folder that `{kind.command}` wrote."
+        )
+    path = folder / kind.record
+    record = read_json_object(path, kind.error, kind.remedy)
+    version = record.get("format_version")
+    if version != kind.format_version:
+        raise kind.error(
+            f"{path} has format version {version!r}; this promptfold reads {kind.format_version}. {kind.remedy}"
+        )
+    hashes = record.get("sha256")
+    if not isinstance(hashes, dict):
+        raise kind.error(f"{path} holds no hashes. {kind.remedy}")
+    for name in kind.needed:
+        if name not in hashes:
+            raise kind.error(f"{path} has no SHA-256 of {name}. {kind.remedy}")
     for name, expected in hashes.items():
         if Path(name).name != name:
-            raise error(f"{folder} lists a file outside itself ({name!r}). {remedy}")
-        path = folder / name
-        if not path.is_file():
-            raise error(f"{folder} lacks {name}. {remedy}")
-        if sha256_of_file(path) != expected:
-            raise error(f"{path} is damaged: its SHA-256 is not the recorded one. {remedy}")
+            raise kind.error(f"{path} lists a file outside its folder ({name!r}). {kind.remedy}")
+        if not (folder / name).is_file():
+            raise kind.error(f"{folder} lacks {name}. {kind.remedy}")
+        if sha256_of_file(folder / name) != expected:
+            raise kind.error(f"{folder / name} is damaged: its SHA-256 is not the recorded one. {kind.remedy}")
+    return record
 
 
-def check_target(target: Path, *, marker: str, kind: str, overwrite: bool) -> None:
+@contextmanager
+def reading(folder: Path, kind: FolderKind) -> Iterator[None]:
+    """Turn a record's missing or malformed entry into an error of its kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise kind.error(f"{folder / kind.record} lacks {cause} or holds it in a wrong form. {kind.remedy}") from cause
+
+
+def check_target(target: Path, kind: FolderKind, *, overwrite: bool) -> None:
     """Refuse an output folder that would cost the user something, before any work is done.
 
     Args:
         target: where the folder shall appear.
-        marker: a file that every folder of this kind holds; only such a folder is ever replaced.
-        kind: the word for the message, "adapter" or "bundle".
+        kind: what it shall be; only an older folder of this kind is ever replaced.
         overwrite: whether the user allowed an older folder to be replaced.
 
     Raises:
@@ -77,11 +139,13 @@ def check_target(target: Path, *, marker: str, kind: str, overwrite: bool) -> No
         if not target.is_dir():
             raise UsageError(f"--out {target} is not a folder. Choose another name.")
         if any(target.iterdir()):
-            if not (target / marker).is_file():
-                raise UsageError(f"--out {target} holds something that is no {kind}. Choose a new or an empty folder.")
+            if not (target / kind.record).is_file():
+                raise UsageError(
+                    f"--out {target} holds something that is no {kind.name}. Choose a new or an empty folder."
+                )
             if not overwrite:
                 raise UsageError(
-                    f"--out {target} holds an older {kind}. Add --overwrite to replace it, or choose another folder."
+                    f"--out {target} holds an older {kind.name}. Add --overwrite to replace it, or choose another folder."
                 )
     # Try it in the deepest folder that exists: permission bits alone do not tell (read-only disks, /proc).
     parent = target.absolute().parent

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.adapter import FILES, Adapter, finish_adapter, load_adapter, load_peft_model, save_weights
+from train.adapter import ADAPTER, Adapter, finish_adapter, load_adapter, load_peft_model, save_weights
 from train.config import TrainConfig
 from train.console import say
 from train.data import Encoded, encode, load_split
@@ -70,7 +70,7 @@ def train(config: TrainConfig, *, command: str, say: Callable[[str], None] = say
     Raises:
         PromptfoldError: UsageError, DataError, HubError, ModelError; nothing is left at ``config.out`` then.
     """
-    check_target(config.out, marker=FILES.training, kind="adapter", overwrite=config.overwrite)
+    check_target(config.out, ADAPTER, overwrite=config.overwrite)
     task = get_task(config.task)
     # Data first: a wrong file should not cost a download of the model.
     splits = {
