@@ -78,19 +78,17 @@ def find_port(host: str, port: int | None) -> int:
         except PermissionError as cause:
             raise UsageError(f"--port {candidate}: this user may not use it. Take one above 1023.") from cause
         except OSError as cause:
-            if port is not None or not _in_use(cause):
+            if cause.errno != errno.EADDRINUSE:
                 raise UsageError(
-                    f"--port {candidate} is in use on {host}. Stop what listens there, or choose another --port."
-                    if _in_use(cause)
-                    else f"--host {host}: this machine has no such address. Try 127.0.0.1 or 0.0.0.0."
+                    f"--host {host}: this machine has no such address. Try 127.0.0.1 or 0.0.0.0."
+                ) from cause
+            if port is not None:
+                raise UsageError(
+                    f"--port {port} is in use on {host}. Stop what listens there, or choose another --port."
                 ) from cause
     raise UsageError(
         f"The ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are all in use. Choose one with --port."
     )
-
-
-def _in_use(error: OSError) -> bool:
-    return error.errno == errno.EADDRINUSE
 
 
 def run(config: DemoConfig) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from demo.compare import BurstPlan
 from export.runtime import Execution
 from train.errors import EngineError, PromptfoldError
 
@@ -34,6 +33,15 @@ WARM_UP_RUNS = 3
 """Runs before a timed burst; the first ones after a pause are slower."""
 
 Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class BurstPlan:
+    """How many timed runs: at least ``min_runs``, then up to ``max_runs`` while the time lasts."""
+
+    min_runs: int
+    max_runs: int
+    budget_seconds: float
 
 
 class Backend(Protocol):

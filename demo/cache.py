@@ -4,7 +4,6 @@ import multiprocessing
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,11 +21,8 @@ def cached_bundle_folder(adapter: Adapter) -> Path:
     return cache / "bundles" / f"{adapter.sha256[:16]}-v{BUNDLE.format_version}"
 
 
-def cached_bundle(adapter: Adapter, say: Callable[[str], None] = say) -> Bundle:
+def cached_bundle(adapter: Adapter) -> Bundle:
     """The bundle of an adapter: from the cache, or exported into it now.
-
-    Args:
-        say: told what happens, a line at a time.
 
     Raises:
         PromptfoldError: whatever the export raises.

@@ -4,11 +4,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from export.runtime import Execution, PairTokenizer
+from demo.backends import BurstPlan, Engine
+from export.runtime import PairTokenizer
 from train.errors import TextError
 
 MAX_CHARACTERS = 10_000
@@ -20,28 +21,6 @@ PAUSE_SECONDS = 0.4
 MIN_RUNS, MAX_RUNS = 5, 50
 BURST_BUDGET_SECONDS = 2.0
 """How long PyTorch's burst goes on, within these bounds; ONNX Runtime gets the same number of runs."""
-
-
-@dataclass(frozen=True)
-class BurstPlan:
-    """How many timed runs: at least ``min_runs``, then up to ``max_runs`` while the time lasts."""
-
-    min_runs: int
-    max_runs: int
-    budget_seconds: float
-
-
-class EngineLike(Protocol):
-    """What `compare` needs of an engine; `demo.backends.Engine` is one."""
-
-    def wait_until_ready(self) -> Execution:
-        """On what it runs."""
-
-    def logits(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """One forward pass."""
-
-    def burst(self, arrays: dict[str, np.ndarray], plan: BurstPlan) -> Sequence[float]:
-        """Latency of each run in ms, after a warm-up."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +99,7 @@ class Comparison:
 class Comparer:
     """Runs pairs through both engines, one pair at a time: nothing may run beside a timed burst."""
 
-    def __init__(
-        self, tokenize: PairTokenizer, labels: Sequence[str], *, pytorch: EngineLike, onnx: EngineLike
-    ) -> None:
+    def __init__(self, tokenize: PairTokenizer, labels: Sequence[str], *, pytorch: Engine, onnx: Engine) -> None:
         """Put two engines side by side.
 
         Args:

@@ -1,6 +1,5 @@
 """From an adapter folder to a bundle folder: find, fold, compare, write."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +15,13 @@ ONNX_FILE_LIMIT = 2**31
 """Bytes of one protobuf file, and so of one ONNX file without external data."""
 
 
-def export_adapter(
-    adapter_folder: Path, out: Path, *, overwrite: bool = False, say: Callable[[str], None] = say
-) -> Bundle:
+def export_adapter(adapter_folder: Path, out: Path, *, overwrite: bool = False) -> Bundle:
     """Fold an adapter into one ONNX graph and write the bundle to ``out``.
 
     Args:
         adapter_folder: as `python -m train` wrote it.
         out: appears when everything was measured, or not at all.
         overwrite: whether an older bundle there may be replaced.
-        say: told what happens, a line at a time.
 
     Raises:
         UsageError: ``out`` cannot be used.

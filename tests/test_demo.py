@@ -17,8 +17,8 @@ from gradio_client.exceptions import AppError
 from scipy.special import softmax
 
 from demo.__main__ import DEFAULT_PORT, find_port, main
-from demo.backends import WARM_UP_RUNS, Arrays, Backend, Engine, make_onnx_backend, make_pytorch_backend
-from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, BurstPlan, Comparer
+from demo.backends import WARM_UP_RUNS, Arrays, Backend, BurstPlan, Engine, make_onnx_backend, make_pytorch_backend
+from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, Comparer
 from export.bundle import load_bundle
 from export.runtime import Execution, bundle_tokenizer
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, flip_bit, make_pairs, peft_logits

@@ -1,7 +1,6 @@
 """One training run: Hugging Face's Trainer over a PEFT P-Tuning model, the best epoch kept."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,12 +59,11 @@ class _Snapshot:
     state: "dict[str, torch.Tensor]"
 
 
-def train(config: TrainConfig, *, command: str, say: Callable[[str], None] = say) -> TrainResult:
+def train(config: TrainConfig, *, command: str) -> TrainResult:
     """Run one training and write the adapter to ``config.out``.
 
     Args:
         command: the command line for the model card.
-        say: told what happens, a line at a time.
 
     Raises:
         PromptfoldError: UsageError, DataError, HubError, ModelError; nothing is left at ``config.out`` then.
@@ -89,7 +87,7 @@ def train(config: TrainConfig, *, command: str, say: Callable[[str], None] = say
     truth = splits["validation"]["labels"]
     always_positive = score(task, [task.labels.index(task.positive_label)] * len(truth), truth)
     with new_folder(config.out) as folder:
-        fitted = _fit(config, task=task, base=base, tokenizer=tokenizer, encoded=encoded, say=say)
+        fitted = _fit(config, task=task, base=base, tokenizer=tokenizer, encoded=encoded)
         save_weights(folder, fitted.peft_model, load_tokenizer(base.folder, max_length))
         # The scores to report are those of what was written, not of what was in memory.
         written = load_peft_model(folder, base, task.labels).to(fitted.peft_model.device)
@@ -166,7 +164,6 @@ def _fit(
     base: BaseModel,
     tokenizer: "PreTrainedTokenizerFast",
     encoded: dict[str, Encoded],
-    say: Callable[[str], None],
 ) -> _Fitted:
     import torch
     from transformers import (
