@@ -21,7 +21,24 @@ ROOT = Path(__file__).parent.parent
 
 SHIPPED_ADAPTER = ROOT / "demo" / "adapters" / "minilm-mrpc"
 
-FAMILIES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
+DECODERS = ("bloom", "gpt2", "llama", "opt")
+FAMILIES = ENCODERS + DECODERS
+
+P_TUNED_V2 = ("bert", "electra", "gpt2", "llama", "opt", "roberta", "xlm-roberta")
+"""Families that take learned keys and values (P-Tuning v2)."""
+
+KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
+"""Every family with every method that it takes; "-v2" marks P-Tuning v2."""
+
+TOKEN_TYPES = ("bert", "electra")
+"""Families whose tiny tokenizer tells the two sentences apart."""
+
+
+def family_of(kind: str) -> str:
+    """ "bert" of "bert-v2"."""
+    return kind.removesuffix("-v2")
+
 
 WORDS = tuple(f"word{number}" for number in range(90))
 
@@ -67,6 +84,30 @@ def make_base_model(folder: Path, family: str) -> Path:
     common = {"vocab_size": len(WORDS) + 4, "pad_token_id": 1}
     if family == "distilbert":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": POSITIONS}
+    elif family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": POSITIONS}
+        # As the real one: no padding token of its own.
+        common = {"vocab_size": len(WORDS) + 4, "bos_token_id": 0, "eos_token_id": 2}
+    elif family == "bloom":
+        sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+    elif family == "opt":
+        sizes = {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 16,  # as opt-350m, which embeds in another width than it computes in
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "max_position_embeddings": POSITIONS,
+        }
+    elif family == "llama":
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,  # grouped-query attention, as SmolLM2's
+            "intermediate_size": 64,
+            "max_position_embeddings": POSITIONS,
+        }
     else:
         sizes = {
             "hidden_size": 32,
@@ -75,14 +116,15 @@ def make_base_model(folder: Path, family: str) -> Path:
             "intermediate_size": 64,
             "type_vocab_size": 1 if "roberta" in family else 2,
             # RoBERTa numbers positions from pad_token_id + 1.
-            "max_position_embeddings": POSITIONS + (2 if "roberta" in family else 0),
+            "max_position_embeddings": POSITIONS + (2 if "roberta" in family or family == "mpnet" else 0),
         }
     if family == "electra":
         sizes["embedding_size"] = 32
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **common, **sizes, initializer_range=0.2)
+    std = "init_std" if family == "opt" else "initializer_range"
+    config = AutoConfig.for_model(family, **common, **sizes, **{std: 0.2})
     AutoModel.from_config(config).save_pretrained(folder)
-    make_tokenizer(folder, token_types=family in {"bert", "electra"})
+    make_tokenizer(folder, token_types=family in TOKEN_TYPES)
     return folder
 
 
@@ -143,31 +185,32 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def adapter(
     tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path], data: Data
 ) -> Callable[[str], Path]:
-    """A function from a family to an adapter folder that ``python -m train`` wrote for it."""
+    """A function from a kind ("bert", "bert-v2") to an adapter folder that ``python -m train`` wrote for it."""
     from train.__main__ import main
 
     made: dict[str, Path] = {}
 
-    def get(family: str) -> Path:
-        if family not in made:
-            out = tmp_path_factory.mktemp("adapters") / family
+    def get(kind: str) -> Path:
+        if kind not in made:
+            out = tmp_path_factory.mktemp("adapters") / kind
+            method = "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"
             status = main(
                 shlex.split(
-                    f"--model {base_model(family)} --out {out} --virtual-tokens {VIRTUAL_TOKENS} "
-                    "--encoder-hidden-size 16 --epochs 3 --learning-rate 1e-2"
+                    f"--model {base_model(family_of(kind))} --method {method} --out {out} "
+                    f"--virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16 --epochs 3 --learning-rate 1e-2"
                 )
                 + data.flags
             )
             assert status == 0
-            made[family] = out
-        return made[family]
+            made[kind] = out
+        return made[kind]
 
     return get
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path]) -> Callable[[str], Path]:
-    """A function from a family to a bundle folder that ``python -m export`` wrote from its adapter."""
+    """A function from a kind to a bundle folder that ``python -m export`` wrote from its adapter."""
     from export.__main__ import main
 
     made: dict[str, Path] = {}
@@ -206,6 +249,13 @@ def peft_logits(adapter_folder: Path, base_folder: Path, batch: dict[str, np.nda
 
     logging.set_verbosity_error()
     model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=2)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id  # or transformers takes no batch
+    if hasattr(model.base_model, "encoder"):
+        # PEFT's prefix tuning takes the second output for the pooled row; without a pooler that is the cache.
+        model.base_model.register_forward_hook(
+            lambda _, __, outputs: type(outputs)({key: outputs[key] for key in outputs if key != "past_key_values"})
+        )
     model = PeftModel.from_pretrained(model, adapter_folder).eval()
     with torch.inference_mode():
         return model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
@@ -216,6 +266,21 @@ def flip_bit(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position % len(content)] ^= 1
     path.write_bytes(content)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: models this small lose much by waiting for a second one where cores are few or busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""The same for a process of its own."""
 
 
 @pytest.fixture

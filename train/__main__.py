@@ -6,20 +6,30 @@ from collections.abc import Sequence
 
 from train.config import parse_config
 from train.console import run_main, say
+from train.tasks import METRICS
 
 
 def _command(argv: Sequence[str] | None) -> None:
-    from train.loop import train
+    from train.run import train
 
     config = parse_config(argv)
     words = sys.argv[1:] if argv is None else argv
     result = train(config, command=shlex.join(["python", "-m", "train", *words]))
-    scores, trivial = result.scores, result.always_positive
-    say(
-        f"{config.out}: epoch {result.best_epoch} of {len(result.epochs)}, validation accuracy "
-        f"{100 * scores.accuracy:.1f} and F1 {100 * scores.f1:.1f} "
-        f"(always positive: {100 * trivial.accuracy:.1f} and {100 * trivial.f1:.1f})"
-    )
+    if result is None:
+        return
+    adapter = result.adapter
+    say(f"{config.out}: seed {result.seed}, epoch {result.best_epoch} of {result.n_epochs}, on validation:")
+    rows = {"this adapter": str(adapter.scores)}
+    if len(result.seed_scores) > 1:
+        for seed, scores in result.seed_scores.items():
+            say(f"  seed {seed}: {scores}")
+        spread = ", ".join(
+            f"{METRICS[name]} {100 * item.mean:.1f} ± {100 * item.std:.1f}" for name, item in result.spread.items()
+        )
+        rows[f"mean of {len(result.seed_scores)} seeds"] = spread
+    rows |= {name: str(scores) for name, scores in adapter.baselines.items()}
+    for name, scores_text in rows.items():
+        say(f"  {name}: {scores_text}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,10 @@
 """The adapter folder: every file name once, save, load, check.
 
 adapter/   adapter_config.json  adapter_model.safetensors   PEFT's own; `PeftModel.from_pretrained` loads it
-           tokenizer.json …                                 the base model's tokenizer
-           training.json                                    settings, scores per epoch, hashes of the files
+           tokenizer.json …                                 the tokenizer
+           training.json                                    task, settings, scores per epoch, hashes of the files
            README.md                                        the model card
+           curves.png                                       loss and scores per epoch
 """
 
 import hashlib
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.baselines import Baselines
 from train.errors import AdapterError, ModelError
 from train.files import FolderKind, read_record, reading, write_record
 from train.model import BaseModel, find_base_model
+from train.tasks import METRICS, Scores, Task
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
+
+    from train.prompted import PromptedClassifier
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class AdapterFiles:
     tokenizer: str = "tokenizer.json"
     training: str = "training.json"
     card: str = "README.md"
+    curves: str = "curves.png"
 
 
 FILES = AdapterFiles()
@@ -39,7 +45,7 @@ ADAPTER = FolderKind(
     name="adapter",
     record=FILES.training,
     needed=(FILES.config, FILES.weights, FILES.tokenizer),
-    format_version=1,
+    format_version=2,
     error=AdapterError,
     command="python -m train --out",
     remedy="Train it again with `python -m train`, or take an unbroken copy.",
@@ -54,27 +60,34 @@ class Adapter:
         folder: where it lies.
         model: the base model's name, as for `train.model.find_base_model`.
         model_sha256: hash of the base model's weights.
-        task: name of the task.
-        labels: class names in the order of the logits.
+        task: what was learned.
+        method: "p-tuning" or "p-tuning-v2".
         virtual_tokens: length of the prompt.
         max_length: longest text in tokens.
-        scores: accuracy and F1 on validation.
-        always_positive: what always answering the positive class scores on the same pairs.
-        n_validation: how many pairs those are.
+        scores: on validation.
+        baselines: what scores on the same rows without any prompt, by a name for people.
+        baseline_rules: how those answer, for other rows.
+        n_validation: how many rows those are.
         sha256: hash over everything in the folder that changes an answer.
     """
 
     folder: Path
     model: str
     model_sha256: str
-    task: str
-    labels: tuple[str, ...]
+    task: Task
+    method: str
     virtual_tokens: int
     max_length: int
-    scores: dict[str, float]
-    always_positive: dict[str, float]
+    scores: Scores
+    baselines: dict[str, Scores]
+    baseline_rules: Baselines
     n_validation: int
     sha256: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return self.task.labels
 
 
 def save_weights(folder: Path, peft_model: "PeftModel", tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -94,7 +107,7 @@ def finish_adapter(folder: Path, training: dict[str, Any]) -> None:
         training: what training.json shall hold besides its format and hashes.
     """
     (folder / FILES.card).write_text(_model_card(training), encoding="utf-8")
-    write_record(folder, ADAPTER, training, unhashed=[FILES.card])
+    write_record(folder, ADAPTER, training, unhashed=[FILES.card, FILES.curves])
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -109,24 +122,25 @@ def load_adapter(folder: Path) -> Adapter:
             folder=folder,
             model=str(training["model"]["name"]),
             model_sha256=str(training["model"]["sha256"]),
-            task=str(training["task"]),
-            labels=tuple(str(label) for label in training["labels"]),
+            task=Task.from_json(training["task"]),
+            method=str(training["method"]),
             virtual_tokens=int(training["virtual_tokens"]),
             max_length=int(training["max_length"]),
             scores=_read_scores(training["validation"]),
-            always_positive=_read_scores(training["always_positive"]),
+            baselines={str(name): _read_scores(scores) for name, scores in training["baselines"].items()},
+            baseline_rules=Baselines.from_json(training["baseline_rules"]),
             n_validation=int(training["n_validation"]),
             sha256=_sha256_of_answers(training),
         )
 
 
-def _read_scores(scores: dict[str, Any]) -> dict[str, float]:
-    return {name: float(scores[name]) for name in ("accuracy", "f1")}
+def _read_scores(scores: dict[str, Any]) -> Scores:
+    return Scores({name: float(scores[name]) for name in METRICS if name in scores})
 
 
 def _sha256_of_answers(training: dict[str, Any]) -> str:
     """Hash what decides an answer: the files, the base model, the labels, the limit; not the scores or the card."""
-    parts = [training[name] for name in ("sha256", "model", "task", "labels", "virtual_tokens", "max_length")]
+    parts = [training[name] for name in ("sha256", "model", "task", "method", "virtual_tokens", "max_length")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -156,24 +170,50 @@ def load_adapter_weights(adapter: Adapter) -> "dict[str, Any]":
     Raises:
         AdapterError: they have no prompt of the stated length.
     """
+    return read_weights(adapter.folder, adapter.virtual_tokens)
+
+
+def read_weights(folder: Path, virtual_tokens: int) -> "dict[str, Any]":
+    """The tensors in a folder that `save_weights` wrote, by name.
+
+    Raises:
+        AdapterError: they have no prompt of that length.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = adapter.folder / FILES.weights
+    path = folder / FILES.weights
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as cause:
         raise AdapterError(f"{path} cannot be read ({cause}). Train the adapter again.") from cause
     prompt = state.get("prompt_embeddings")
-    if prompt is None or prompt.ndim != 2 or prompt.shape[0] != adapter.virtual_tokens:
-        raise AdapterError(
-            f"{path} holds no prompt of {adapter.virtual_tokens} virtual tokens. Train the adapter again."
-        )
+    if prompt is None or prompt.ndim != 2 or prompt.shape[0] != virtual_tokens:
+        raise AdapterError(f"{path} holds no prompt of {virtual_tokens} virtual tokens. Train the adapter again.")
     return state
+
+
+def load_prompted_classifier(
+    adapter: Adapter, base: BaseModel, *, attention: str | None = None
+) -> "PromptedClassifier":
+    """An adapter on its base model, in evaluation mode: what is scored and exported.
+
+    Args:
+        attention: as for `train.model.load_classifier`.
+
+    Raises:
+        AdapterError, ModelError: the adapter does not fit the base model.
+    """
+    from train.model import load_classifier, prompted_classifier
+
+    model = load_classifier(base, adapter.labels, attention=attention)
+    return prompted_classifier(model, base, adapter.method, load_adapter_weights(adapter))
 
 
 def load_peft_model(folder: Path, base: BaseModel, labels: Sequence[str]) -> "PeftModel":
     """An adapter as PEFT itself runs it, in evaluation mode: the tutorial's model, and the reference for parity.
+
+    A decoder takes one text at a time, without padding.
 
     Raises:
         AdapterError: PEFT cannot put the adapter on this base model.
@@ -183,6 +223,12 @@ def load_peft_model(folder: Path, base: BaseModel, labels: Sequence[str]) -> "Pe
     from train.model import load_classifier
 
     model = load_classifier(base, labels)
+    if base.is_decoder:
+        # PEFT's rows are right without padding only. So no token is padding here: a text may end with the one that
+        # otherwise is (as </s> often is), and transformers refuses a batch of several instead of misreading it.
+        model.config.pad_token_id = None
+    else:
+        model.base_model.register_forward_hook(_drop_cache)
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError, KeyError) as cause:
@@ -191,44 +237,77 @@ def load_peft_model(folder: Path, base: BaseModel, labels: Sequence[str]) -> "Pe
         ) from cause
 
 
+def _drop_cache(_: object, __: object, outputs: Any) -> Any:
+    """Take the cache out of an encoder's outputs.
+
+    PEFT's `_prefix_tuning_forward` reads the pooled row from ``outputs[1]`` where there is a second output. Of models
+    without a pooler (RoBERTa, ELECTRA) that is the cache since transformers returns it, and PEFT fails.
+    """
+    if getattr(outputs, "past_key_values", None) is None:
+        return outputs
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})
+
+
 def _model_card(training: dict[str, Any]) -> str:
     """The README.md of an adapter folder, with the front matter that the Hugging Face hub reads."""
-    rows = "\n".join(
-        f"| {row['epoch']} | {row['train_loss']:.4f} | {row['validation_loss']:.4f} "
-        f"| {100 * row['accuracy']:.1f} | {100 * row['f1']:.1f} |"
-        for row in training["epochs"]
-    )
-    model, scores, trivial = training["model"], training["validation"], training["always_positive"]
+    model, task = training["model"], training["task"]
+    kept, limits = training["epochs"], training["limits"]
+    names = list(task["metrics"])
+    head = " | ".join(METRICS[name] for name in names)
+    rule = "|---" * (len(names) + 1) + "|"
+
+    def cells(scores: dict[str, float]) -> str:
+        return " | ".join(f"{100 * scores[name]:.1f}" for name in names)
+
+    results = [f"| this adapter, loaded again from this folder | {cells(training['validation'])} |"]
+    if len(training["seeds"]) > 1:
+        spread = training["seed_summary"]
+        means = " | ".join(f"{100 * spread[name]['mean']:.1f} ± {100 * spread[name]['std']:.1f}" for name in names)
+        results.append(f"| mean ± standard deviation over seeds {', '.join(map(str, training['seeds']))} | {means} |")
+    results += [f"| {name} | {cells(scores)} |" for name, scores in training["baselines"].items()]
+    rows = [
+        f"| {row['epoch']} | {row['train_loss']:.4f} | {row['validation_loss']:.4f} | {cells(row['scores'])} |"
+        for row in kept
+    ]
+    method = {
+        "p-tuning": "learned embeddings before the text (P-Tuning, arXiv 2103.10385)",
+        "p-tuning-v2": "learned keys and values in every layer (P-Tuning v2, arXiv 2110.07602)",
+    }[training["method"]]
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    newline = "\n"
     return f"""---
 base_model: {model["hub_name"]}
 library_name: peft
 pipeline_tag: text-classification
 ---
 
-# {model["name"]}, P-tuned on {training["task"]}
+# {model["name"]}, P-tuned on {task["name"]}
 
-A learned prompt of {training["virtual_tokens"]} virtual tokens and a classification head for a frozen
-`{model["hub_name"]}` (P-Tuning, arXiv 2103.10385, PEFT). `peft.PeftModel.from_pretrained` loads this folder.
+A prompt of {training["virtual_tokens"]} virtual tokens, {method}, and a classification head for a frozen
+`{model["hub_name"]}`. `peft.PeftModel.from_pretrained` loads this folder. Labels in the order of the logits:
+{", ".join(f"`{label}`" for label in task["labels"])}.
 
 Made by
 
     {training["command"]}
 
-with seed {training["seed"]}, on {training["n_train"]} training pairs. It was scored on
-{training["n_validation"]} validation pairs after every epoch; the epoch with the best accuracy (then F1) was
-kept, which is epoch {training["best_epoch"]} of {len(training["epochs"])}.
+with seed {training["seed"]}, on {training["n_train"]} training rows, in {training["seconds"]:.0f} s on {training["machine"]}.
+It was scored on {training["n_validation"]} validation rows after every epoch; the epoch with the best score was kept,
+which is epoch {training["best_epoch"]} of {len(kept)}.
 
-| on validation | accuracy | F1 |
-|---|---|---|
-| this adapter, loaded again from this folder | {100 * scores["accuracy"]:.1f} | {100 * scores["f1"]:.1f} |
-| always `{training["positive_label"]}` | {100 * trivial["accuracy"]:.1f} | {100 * trivial["f1"]:.1f} |
+| on validation | {head} |
+{rule}
+{newline.join(results)}
 
-The same pairs chose the epoch, so these scores flatter the adapter somewhat. No test set was used.
+![Loss and scores per epoch]({FILES.curves})
 
-| epoch | training loss | validation loss | accuracy | F1 |
-|---|---|---|---|---|
-{rows}
+| epoch | training loss | validation loss | {head} |
+|---|---{rule}
+{newline.join(rows)}
+
+## Limits
+
+{newline.join(f"- {limit}" for limit in limits)}
 
 Made with {versions}.
 """

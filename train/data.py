@@ -1,5 +1,6 @@
 """Labelled data: read from the hub or from a file, checked, and turned into token ids."""
 
+import csv
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.config import TrainConfig
 from train.errors import DataError, HubError
 from train.model import MINILM
-from train.tasks import Task
+from train.tasks import GLUE, Task, custom_task, get_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,22 +22,81 @@ FILE_TYPES = (".csv", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Encoded:
-    """A split as token ids.
+    """Rows as token ids, in their own order.
 
     Attributes:
-        dataset: columns ``input_ids``, ``attention_mask``, ``labels`` and what else the tokenizer gives.
+        rows: for each row ``input_ids``, ``attention_mask`` and what else the tokenizer gives, each a
+            list of n_tokens integers, and ``labels``, a class index. (Plain lists: indexing a
+            `datasets.Dataset` costs more than the step's own Python.)
+        swapped: the same rows with their sentences in the other order; empty for single texts.
         texts_cut: how many texts were longer than the limit and lost their end.
     """
 
-    dataset: "Dataset"
+    rows: "list[dict[str, Any]]"
+    swapped: "list[dict[str, Any]]"
     texts_cut: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The labelled data of a run: the task, and both splits with its columns, the label's as class indices."""
+
+    task: Task
+    train: "Dataset"
+    validation: "Dataset"
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """Load training and validation data and settle the task, as a configuration names them.
+
+    Raises:
+        UsageError: the task does not exist, or the columns do not make one.
+        DataError, HubError: as `load_split` does.
+    """
+    task = _settle_task(config)
+    if config.swap_sentences:
+        if not task.is_pair:
+            raise DataError(f"--swap-sentences needs two sentences; task {task.name} has one. Leave it out.")
+        if not task.symmetric and task.name != "custom":
+            raise DataError(
+                f"--swap-sentences: in task {task.name} the order of the sentences decides the label. Leave it out."
+            )
+    return Splits(
+        task=task,
+        train=load_split(task, "train", config.train_file),
+        validation=load_split(task, "validation", config.validation_file),
+    )
+
+
+def _settle_task(config: TrainConfig) -> Task:
+    """The GLUE task, or one made of the user's columns and the labels that the training file holds."""
+    if not config.text_columns:
+        return get_task(config.task or "mrpc")
+    column = config.label_column or "label"
+    if config.labels:
+        return custom_task(config.text_columns, column, config.labels)
+    assert config.train_file is not None  # TrainConfig has checked
+    dataset = _load_file(config.train_file, "train")
+    _check_columns(dataset, (*config.text_columns, column), str(config.train_file), "--text-columns and --label-column")
+    for row, label in enumerate(dataset[column], start=1):
+        if label is None or not str(label).strip():
+            raise DataError(f"{config.train_file}, row {row}: column {column!r} holds no label. Mend or drop the row.")
+    return custom_task(config.text_columns, column, _in_order({str(label) for label in dataset[column]}))
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Numbers by value, so that 10 comes after 9; everything else by its letters."""
+    try:
+        return sorted(labels, key=lambda label: (float(label), label))
+    except ValueError:
+        return sorted(labels)
 
 
 def load_split(task: Task, split: str, file: Path | None) -> "Dataset":
     """Load one split, from ``file`` if given, else from the hub.
 
     Returns:
-        A data set with the task's two text columns and the column ``labels`` (class indices).
+        A data set with the task's columns; that of the label holds class indices.
 
     Raises:
         DataError: the file cannot be read, lacks a column, or a row of it cannot be used.
@@ -43,20 +104,23 @@ def load_split(task: Task, split: str, file: Path | None) -> "Dataset":
     """
     if file is None:
         dataset = _load_from_hub(task, split)
-        where = f"{task.hub_dataset}/{task.hub_config} ({split})"
+        where = f"{GLUE}/{task.hub_config} ({split})"
     else:
         dataset = _load_file(file, split)
         where = str(file)
-    wanted = (*task.text_columns, task.label_column)
+    _check_columns(dataset, (*task.text_columns, task.label_column), where, f"Task {task.name}")
+    if not len(dataset):
+        raise DataError(f"{where} has no rows. Give a file with at least one labelled text.")
+    return _check_rows(dataset, task, where)
+
+
+def _check_columns(dataset: "Dataset", wanted: tuple[str, ...], where: str, reader: str) -> None:
     missing = [column for column in wanted if column not in dataset.column_names]
     if missing:
         raise DataError(
             f"{where} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}. "
-            f"Task {task.name} reads {', '.join(wanted)}."
+            f"{reader} reads {', '.join(wanted)}."
         )
-    if not len(dataset):
-        raise DataError(f"{where} has no rows. Give a file with at least one labelled pair.")
-    return _check_rows(dataset, task, where)
 
 
 def _load_from_hub(task: Task, split: str) -> "Dataset":
@@ -65,10 +129,10 @@ def _load_from_hub(task: Task, split: str) -> "Dataset":
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return load_dataset(task.hub_dataset, task.hub_config, split=split)
+        return load_dataset(GLUE, task.hub_config, split=task.hub_validation if split == "validation" else split)
     except (DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as cause:
         raise HubError(
-            f"The Hugging Face hub did not give the data set {task.hub_dataset}/{task.hub_config}. Without "
+            f"The Hugging Face hub did not give the data set {GLUE}/{task.hub_config}. Without "
             f"network, give your own --train-file and --validation-file, and --model {MINILM} or a folder, "
             "which need none."
         ) from cause
@@ -79,7 +143,7 @@ def _load_file(file: Path, split: str) -> "Dataset":
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
-    name = f"--{split}-file {file}"
+    name = f"--{split}-file {file}" if split else f"--file {file}"
     if file.suffix not in FILE_TYPES:
         raise DataError(f"{name}: give a file that ends in {', '.join(FILE_TYPES)}.")
     if not file.is_file():
@@ -87,17 +151,34 @@ def _load_file(file: Path, split: str) -> "Dataset":
     if not file.stat().st_size:
         raise DataError(f"{name} is empty. Give a file with at least one labelled pair.")
     readers: dict[str, Any] = {
-        ".csv": Dataset.from_csv,
         ".jsonl": Dataset.from_json,
         ".parquet": Dataset.from_parquet,
     }
     try:
+        if file.suffix == ".csv":
+            return Dataset.from_dict(_read_csv(file))
         # datasets keeps an Arrow copy of what it reads; a small labelled set need not stay in the user's cache.
         with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
             return readers[file.suffix](str(file), keep_in_memory=True, cache_dir=cache)
-    except (DatasetsError, pyarrow.ArrowException, OSError, ValueError) as cause:
+    except (DatasetsError, pyarrow.ArrowException, OSError, ValueError, csv.Error) as cause:
         reason = cause.__cause__ or cause
         raise DataError(f"{name} cannot be read as {file.suffix[1:]} ({reason}).") from cause
+
+
+def _read_csv(file: Path) -> dict[str, list[str]]:
+    """The columns of a CSV file, every cell as the text that stands there.
+
+    datasets reads CSV by pandas, which takes "none", "null" or "NA" for an empty cell, and "01" for 1.
+    """
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        names = list(reader.fieldnames or ())
+        rows = list(reader)
+    for row, cells in enumerate(rows, start=1):
+        # DictReader puts what is too much under None, and None where something is missing.
+        if None in cells or None in cells.values():
+            raise ValueError(f"row {row} has not as many cells as the first line, {len(names)}")
+    return {name: [cells[name] for cells in rows] for name in names}
 
 
 @contextmanager
@@ -125,30 +206,92 @@ def _check_rows(dataset: "Dataset", task: Task, where: str) -> "Dataset":
             if not isinstance(text, str) or not text.strip():
                 raise DataError(f"{where}, row {row}: column {column!r} holds no text. Mend or drop the row.")
     names = {name: index for index, name in enumerate(task.labels)}
-    known = names | {str(index): index for index in names.values()}
+    # A user's own labels may be numbers themselves; then 2 is the label "2" and not the third one.
+    known = names if task.name == "custom" else names | {str(index): index for index in names.values()}
     labels: list[int] = []
     for row, label in enumerate(dataset[task.label_column], start=1):
         index = known.get(str(label))
         if index is None:
-            choices = ", ".join(f"{index} or {name!r}" for name, index in names.items())
+            few = [repr(name) if task.name == "custom" else f"{index} or {name!r}" for name, index in names.items()][:8]
+            choices = ", ".join(few) + (" …" if len(names) > len(few) else "")
             raise DataError(
                 f"{where}, row {row}: label {label!r} is none of task {task.name}'s ({choices}). Mend or drop the row."
             )
         labels.append(index)
     from datasets import Dataset
 
-    return Dataset.from_dict({**columns, "labels": labels})
+    return Dataset.from_dict({**columns, task.label_column: labels})
 
 
-def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
-    """Tokenise a split. Texts over the tokenizer's ``model_max_length`` lose their end, the longer sentence first."""
-    first, second = task.text_columns
-    pairs = (list(dataset[first]), list(dataset[second]))
-    whole_lengths = [len(ids) for ids in tokenizer(*pairs, verbose=False)["input_ids"]]
-    encoded = tokenizer(*pairs, truncation="longest_first")
-    from datasets import Dataset
+def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast", *, swap: bool = False) -> Encoded:
+    """Tokenise a split. Texts over the tokenizer's ``model_max_length`` lose their end, the longer sentence first.
 
+    Args:
+        swap: whether to tokenise the pairs in the other order as well.
+    """
+    texts = [list(dataset[column]) for column in task.text_columns]
+    labels = list(dataset[task.label_column])
+    whole_lengths = [len(ids) for ids in tokenizer(*texts, verbose=False)["input_ids"]]
     return Encoded(
-        dataset=Dataset.from_dict({**encoded, "labels": list(dataset["labels"])}),
+        rows=_rows(tokenizer, texts, labels),
+        swapped=_rows(tokenizer, texts[::-1], labels) if swap else [],
         texts_cut=sum(length > tokenizer.model_max_length for length in whole_lengths),
     )
+
+
+def _rows(tokenizer: "PreTrainedTokenizerFast", texts: list[list[str]], labels: list[int]) -> list[dict[str, Any]]:
+    encoded = tokenizer(*texts, truncation="longest_first")
+    names = list(encoded)
+    return [
+        dict(zip(names, values, strict=True)) | {"labels": label}
+        for label, *values in zip(labels, *(encoded[name] for name in names), strict=True)
+    ]
+
+
+class LengthGroupedSampler:
+    """An order of the training rows in which each batch holds texts of like length.
+
+    Rows are shuffled, cut into blocks of fifty batches, and sorted by length within a block; then the
+    batches change places. Padding all but vanishes and the batches stay random. (transformers had the
+    same in `LengthGroupedSampler`, which version 5 removed from the Trainer.)
+
+    The order, and which of a pair's two orders is shown, follow from the seed and the epoch alone, so
+    an interrupted run meets the same batches again, and each of several processes the same ones.
+    """
+
+    BATCHES_IN_A_BLOCK = 50
+
+    def __init__(self, lengths: list[int], *, batch_size: int, seed: int, swap: bool) -> None:
+        """Set an order up.
+
+        Args:
+            lengths: of each row in tokens, shape = (n_rows,)
+            batch_size: over all processes together.
+            swap: whether half of the rows, at random, come from the second half of `EpochRows`.
+        """
+        self.epoch = 0
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._swap = swap
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import numpy as np
+
+        generator = np.random.default_rng((self._seed, self.epoch))
+        order = generator.permutation(len(self._lengths))
+        block = self._batch_size * self.BATCHES_IN_A_BLOCK
+        batches = []
+        for start in range(0, len(order), block):
+            rows = sorted(order[start : start + block].tolist(), key=lambda row: self._lengths[row])
+            batches += [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
+        # An incomplete batch stays last: in the middle it would shift the rows of all that follow.
+        last = [batches.pop()] if len(batches[-1]) < self._batch_size else []
+        generator.shuffle(batches)
+        swapped = generator.random(len(order)) < 0.5 if self._swap else np.zeros(len(order), bool)
+        for batch in batches + last:
+            for row in batch:
+                yield row + len(self._lengths) * int(swapped[row])
