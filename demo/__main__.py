@@ -13,7 +13,6 @@ from pathlib import Path
 from train.console import Parser, run_main, say
 from train.errors import BundleError, UsageError
 
-DEFAULT_ADAPTER = Path(__file__).parent / "adapters" / "minilm-mrpc"
 DEFAULT_PORT = 7860
 PORTS_TRIED = 100
 
@@ -22,7 +21,7 @@ PORTS_TRIED = 100
 class DemoConfig:
     """The flags of ``python -m demo``."""
 
-    adapter: Path
+    adapter: Path | None
     bundle: Path | None
     host: str
     port: int | None
@@ -39,8 +38,7 @@ def parse_config(argv: Sequence[str] | None) -> DemoConfig:
     parser.add_argument(
         "--adapter",
         type=Path,
-        default=DEFAULT_ADAPTER,
-        help="folder that `python -m train` wrote (default: the minilm-mrpc that ships)",
+        help="folder that `python -m train` wrote (default: the best of those that ship)",
     )
     parser.add_argument(
         "--bundle",
@@ -99,12 +97,14 @@ def run(config: DemoConfig) -> None:
     """
     from demo.backends import Engine, make_onnx_backend, make_pytorch_backend
     from demo.cache import cached_bundle
+    from demo.shipped import choose_adapter
     from export.bundle import load_bundle
     from export.runtime import bundle_tokenizer, usable_cores
-    from train.adapter import load_adapter
 
     port = find_port(config.host, config.port)
-    adapter = load_adapter(config.adapter)
+    choice = choose_adapter(config.adapter)
+    adapter = choice.adapter
+    say(f"showing {adapter.folder} ({adapter.task.name}, on validation {adapter.scores})")
     bundle = load_bundle(config.bundle) if config.bundle else cached_bundle(adapter)
     if bundle.adapter_sha256 != adapter.sha256:
         raise BundleError(
@@ -122,8 +122,8 @@ def run(config: DemoConfig) -> None:
         from demo.app import PageInfo, build_page, page_style
         from demo.compare import Comparer
 
-        comparer = Comparer(bundle_tokenizer(bundle), bundle.labels, pytorch=pytorch, onnx=onnx)
-        info = PageInfo(adapter, bundle, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
+        comparer = Comparer(bundle_tokenizer(bundle), bundle.task, pytorch=pytorch, onnx=onnx)
+        info = PageInfo(choice, bundle, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
         # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
         warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
         page = build_page(comparer.compare, info)

@@ -1,20 +1,30 @@
 """The page: view only. What it shows comes from `demo.compare`."""
 
 import html
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 
 from demo.compare import PAUSE_SECONDS, Answer, Comparison
+from demo.shipped import Choice
 from export.bundle import Bundle
 from export.runtime import Execution
 from train.adapter import Adapter
+from train.config import P_TUNING, P_TUNING_V2
 from train.errors import PromptfoldError
+from train.tasks import METRICS, MRPC, Scores, Task
 
 QUEUE_SIZE = 32
 """Visitors that may wait; the next one is told that the page is busy."""
+
+LABELS_SHOWN = 10
+"""A task may have a hundred."""
+
+METHODS = {P_TUNING: "P-Tuning", P_TUNING_V2: "P-Tuning v2"}
+"""Names in artefacts → names for people."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ EXAMPLES = (
         "The company said on Tuesday that it will close forty of its stores before the end of the year.",
     ),
 )
-"""The first is the PEFT tutorial's; the others were written for this page, the last one to be hard."""
+"""For MRPC. The first is the PEFT tutorial's; the others were written for this page, the last one to be hard."""
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -58,6 +68,8 @@ CSS = """
 #speedup .caption, .facts .quiet { color: var(--body-text-color-subdued); }
 .facts table { width: 100%; border-collapse: collapse; }
 .facts table, .facts tr, .facts td { border: 0 !important; }
+#model table { width: auto; }
+#model .html-container, #quality .html-container { padding: 0; }
 .facts td { padding: .2rem .6rem .2rem 0 !important; vertical-align: baseline; }
 .facts td:first-child { color: var(--body-text-color-subdued); white-space: nowrap; }
 .facts .latency { font-size: 1.35rem; font-weight: 600; }
@@ -66,9 +78,9 @@ CSS = """
 
 @dataclass(frozen=True)
 class PageInfo:
-    """What the page says whatever the pair: the model, and on what each engine runs."""
+    """What the page says whatever the text: the model, and on what each engine runs."""
 
-    adapter: Adapter
+    choice: Choice
     bundle: Bundle
     pytorch: Execution
     onnx: Execution
@@ -93,8 +105,9 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
     """Build the page around a comparison.
 
     Args:
-        compare: classifies and measures one pair; a `PromptfoldError` of it is shown to the visitor.
-        info: what the page says whatever the pair.
+        compare: classifies and measures one text, whose second sentence is empty where the task has single
+            ones; a `PromptfoldError` of it is shown to the visitor.
+        info: what the page says whatever the text.
     """
 
     def ask(sentence1: str, sentence2: str) -> Comparison:
@@ -103,12 +116,12 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
         except PromptfoldError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def compare_endpoint(sentence1: str, sentence2: str) -> dict:
-        """Classify a pair of sentences with both engines and measure both, one after the other.
+    def compare_endpoint(sentence1: str, sentence2: str = "") -> dict:
+        """Classify a text with both engines and measure both, one after the other.
 
         Args:
-            sentence1: the first sentence
-            sentence2: the second sentence
+            sentence1: the first sentence, or the only one
+            sentence2: the second sentence, where the task is about pairs
         """
         return ask(sentence1, sentence2).as_json()
 
@@ -124,33 +137,32 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             _speedup(comparison, info),
         )
 
-    bundle = info.bundle
-    n_labels = len(bundle.labels)
-    # Of a folder its last part: where it lies on this machine is nobody's business.
-    model_name = Path(bundle.base_model).name
+    bundle, task = info.bundle, info.bundle.task
+    n_labels = min(len(bundle.labels), LABELS_SHOWN)
+    first, second = _box_labels(task)
     with gr.Blocks(title="promptfold", analytics_enabled=False) as page:
         gr.Markdown(
             "# promptfold\n"
-            f"One P-tuned model, two engines. On the left is **{html.escape(model_name)}** with its "
-            f"{bundle.virtual_tokens} learned virtual tokens in PyTorch, as PEFT runs it; on the right the same "
-            "model, its prompt folded into one ONNX graph. "
-            f"The task is *{html.escape(bundle.task)}*: do two sentences say the same?"
+            f"One P-tuned model, two engines: a frozen transformer with its {bundle.virtual_tokens} learned virtual "
+            "tokens on the left in PyTorch, as PEFT runs it, on the right with the prompt folded into one ONNX graph."
         )
+        gr.HTML(model_facts(bundle), elem_id="model", elem_classes="facts")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                sentence1 = gr.Textbox(label="Sentence 1", lines=3, placeholder="Write a sentence …")
-                sentence2 = gr.Textbox(label="Sentence 2", lines=3, placeholder="… and another one.")
+                sentence1 = gr.Textbox(label=first, lines=3, placeholder="Write a sentence …")
+                sentence2 = gr.Textbox(label=second, lines=3, placeholder="… and another one.", visible=task.is_pair)
                 button = gr.Button("Compare", variant="primary")
-                gr.Examples(
-                    [[example.sentence1, example.sentence2] for example in EXAMPLES],
-                    [sentence1, sentence2],
-                    label="Examples: click one, then Compare",
-                    example_labels=[example.name for example in EXAMPLES],
-                    cache_examples=False,
-                    api_visibility="private",
-                )
+                if task == MRPC:
+                    gr.Examples(
+                        [[example.sentence1, example.sentence2] for example in EXAMPLES],
+                        [sentence1, sentence2],
+                        label="Examples: click one, then Compare",
+                        example_labels=[example.name for example in EXAMPLES],
+                        cache_examples=False,
+                        api_visibility="private",
+                    )
             with gr.Column(scale=3, min_width=300):
-                speedup = gr.HTML(_empty_speedup(), elem_id="speedup")
+                speedup = gr.HTML(_empty_speedup(task), elem_id="speedup")
                 with gr.Row():
                     with gr.Column(min_width=240):
                         pytorch_label = gr.Label(
@@ -176,27 +188,87 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             **one_at_a_time,
         )
         gr.Markdown(
-            "**What is measured.** One forward pass of this pair, token ids in, logits out, at batch size 1; "
+            "**What is measured.** One forward pass of this text, token ids in, logits out, at batch size 1; "
             "tokenising is the same for both and left out. Each engine has a process of its own with the same number "
             f"of threads; they are asked one at a time, with a pause of {PAUSE_SECONDS} s and a warm-up before each "
             "burst, so that neither disturbs the other.\n\n"
             f"**How equal they are.** When this graph was exported, its logits differed from PEFT's by at most "
-            f"{bundle.max_logit_difference:.1e} over shapes and paddings that it was not traced with.\n\n"
-            f"**How good the model is.** {_quality(info.adapter)} What the page compares is the engines: a pair that "
-            "one of them gets wrong, the other gets wrong too."
+            f"{bundle.max_logit_difference:.1e} over shapes and paddings that it was not traced with."
+        )
+        gr.HTML(
+            f"<p><b>How good the model is.</b> {quality(info.choice)} What the page compares is the engines: a text "
+            "that one of them gets wrong, the other gets wrong too.</p>",
+            elem_id="quality",
         )
         gr.api(compare_endpoint, api_name="compare", **one_at_a_time)
     page.queue(max_size=QUEUE_SIZE)
     return page
 
 
-def _quality(adapter: Adapter) -> str:
-    """Scores, beside those of an answer that needs no model."""
-    scores, trivial = adapter.scores, adapter.always_positive
+def _box_labels(task: Task) -> tuple[str, str]:
+    """Of the two text boxes; with the names of a task's columns where those say more."""
+    if not task.is_pair:
+        return "Sentence", ""
+    labels = ("Sentence 1", "Sentence 2")
+    if task.text_columns == ("sentence1", "sentence2"):
+        return labels
+    first, second = (f"{label}: {column}" for label, column in zip(labels, task.text_columns, strict=True))
+    return first, second
+
+
+def model_facts(bundle: Bundle) -> str:
+    """What the model is and what it tells apart."""
+    shown = ", ".join(f"<code>{html.escape(label)}</code>" for label in bundle.labels[:LABELS_SHOWN])
+    if len(bundle.labels) > LABELS_SHOWN:
+        shown += f" and {len(bundle.labels) - LABELS_SHOWN} more"
+    texts = "pairs of sentences" if bundle.task.is_pair else "single sentences"
+    return _table(
+        [
+            # Of a folder its last part: where it lies on this machine is nobody's business.
+            ("Base model", html.escape(Path(bundle.base_model).name)),
+            ("Method", html.escape(_method(bundle.method))),
+            ("Task", f"{html.escape(bundle.task.name)}, {texts}"),
+            ("Labels", shown),
+        ]
+    )
+
+
+def _method(method: str) -> str:
+    return METHODS.get(method, method)
+
+
+def quality(choice: Choice) -> str:
+    """Scores, beside those of answers that need no prompt and of the other adapters that ship, as HTML."""
+    adapter = choice.adapter
+    name, baseline = max(adapter.baselines.items(), key=lambda item: item[1].key)
+    sentences = [
+        f"On {adapter.n_validation} validation rows: {adapter.scores}.",
+        f"The best answer that needs no learned prompt ({name}) has {baseline}: the model's "
+        f"{_gap(adapter.scores, baseline)}.",
+        *(_against(adapter, rival) for rival in choice.rivals),
+    ]
+    # The names of baselines hold labels in backticks, as their model card wants them.
+    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(" ".join(sentences)))
+
+
+def _gap(scores: Scores, other: Scores) -> str:
+    """How far the first metric is above another's: "accuracy is 2.7 points above it"."""
+    name, value = next(iter(scores.values.items()))
+    points = 100 * (value - other.values[name])
+    if abs(points) < 0.05:
+        return f"{METRICS[name]} is no better"
+    return f"{METRICS[name]} is {abs(points):.1f} points {'above' if points > 0 else 'BELOW'} it"
+
+
+def _against(adapter: Adapter, rival: Adapter) -> str:
+    """The first metric of two adapters that ship, in one sentence."""
+    name, value = next(iter(adapter.scores.values.items()))
+    other = rival.scores.values[name]
+    points = 100 * (value - other)
     return (
-        f"Accuracy {100 * scores['accuracy']:.1f} and F1 {100 * scores['f1']:.1f} on {adapter.n_validation} "
-        f"validation pairs, where always giving the same answer scores {100 * trivial['accuracy']:.1f} and "
-        f"{100 * trivial['f1']:.1f}."
+        f"{_method(adapter.method)}: {METRICS[name]} {100 * value:.1f}, against {100 * other:.1f} of "
+        f"{_method(rival.method)} ({rival.folder.name}), which ships too: {abs(points):.1f} points "
+        f"{'more' if points >= 0 else 'less'}."
     )
 
 
@@ -222,12 +294,18 @@ def _facts(execution: Execution, answer: Answer | None = None, runs: int = 0) ->
         ("Precision", html.escape(execution.precision)),
         ("Engine", html.escape(execution.engine)),
     ]
+    return _table(rows)
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values, both HTML."""
     cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
     return f"<table>{cells}</table>"
 
 
-def _empty_speedup() -> str:
-    return '<div class="figure">–</div><div class="caption">Give two sentences and press Compare.</div>'
+def _empty_speedup(task: Task) -> str:
+    wanted = "Give two sentences" if task.is_pair else "Write a sentence"
+    return f'<div class="figure">–</div><div class="caption">{wanted} and press Compare.</div>'
 
 
 def _speedup(comparison: Comparison, info: PageInfo) -> str:

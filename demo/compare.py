@@ -1,4 +1,4 @@
-"""One pair, two engines: what they answer, how long it takes, and how far apart they are."""
+"""One text, two engines: what they answer, how long it takes, and how far apart they are."""
 
 import threading
 import time
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from demo.backends import BurstPlan, Engine
-from export.runtime import PairTokenizer
+from export.runtime import TextTokenizer
 from train.errors import TextError
+from train.tasks import Task
 
 MAX_CHARACTERS = 10_000
 """Longest sentence in characters; no text near it fits the model's positions."""
@@ -33,7 +34,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one engine says of a pair.
+    """What one engine says of a text.
 
     Attributes:
         label: the most probable class.
@@ -93,33 +94,36 @@ class Comparison:
         """What a visitor should know about the text; empty when it was read whole."""
         if not self.cut:
             return ""
-        return f"The pair was cut to the {self.tokens} tokens that the model can read beside its prompt."
+        return f"The text was cut to the {self.tokens} tokens that the model can read beside its prompt."
 
 
 class Comparer:
-    """Runs pairs through both engines, one pair at a time: nothing may run beside a timed burst."""
+    """Runs texts through both engines, one at a time: nothing may run beside a timed burst."""
 
-    def __init__(self, tokenize: PairTokenizer, labels: Sequence[str], *, pytorch: Engine, onnx: Engine) -> None:
+    def __init__(self, tokenize: TextTokenizer, task: Task, *, pytorch: Engine, onnx: Engine) -> None:
         """Put two engines side by side.
 
         Args:
             tokenize: both engines get the very same token ids.
-            labels: class names in the order of the logits.
+            task: says how many sentences a text has, and its labels.
         """
         self._tokenize = tokenize
-        self._labels = tuple(labels)
+        self._task = task
         self._pytorch = pytorch
         self._onnx = onnx
         self._lock = threading.Lock()
 
-    def compare(self, sentence1: str, sentence2: str) -> Comparison:
-        """Classify a pair with both engines and measure both.
+    def compare(self, sentence1: str, sentence2: str = "") -> Comparison:
+        """Classify a text with both engines and measure both.
+
+        Args:
+            sentence2: of a pair; empty where the task has single texts.
 
         Raises:
-            TextError: a sentence is empty, too long or not valid Unicode.
+            TextError: a sentence is empty, too long or not valid Unicode, or there is one too many.
             EngineError: an engine died or did not answer.
         """
-        encoded = self._tokenize([(_check_text(sentence1, 1), _check_text(sentence2, 2))])
+        encoded = self._tokenize([self._sentences(sentence1, sentence2)])
         arrays = encoded.arrays
         with self._lock:
             pytorch_logits = self._pytorch.logits(arrays)[0]
@@ -132,8 +136,8 @@ class Comparer:
             onnx_ms = self._onnx.burst(arrays, BurstPlan(runs, runs, BURST_BUDGET_SECONDS))
         pytorch_latency, onnx_latency = _latency(pytorch_ms), _latency(onnx_ms)
         return Comparison(
-            pytorch=_answer(self._labels, pytorch_logits, pytorch_latency),
-            onnx=_answer(self._labels, onnx_logits, onnx_latency),
+            pytorch=_answer(self._task.labels, pytorch_logits, pytorch_latency),
+            onnx=_answer(self._task.labels, onnx_logits, onnx_latency),
             max_logit_difference=float(np.max(np.abs(pytorch_logits - onnx_logits))),
             speedup=pytorch_latency.median_ms / onnx_latency.median_ms,
             runs=runs,
@@ -141,10 +145,17 @@ class Comparer:
             cut=encoded.cut[0],
         )
 
+    def _sentences(self, sentence1: str, sentence2: str) -> tuple[str, ...]:
+        """A text as it may be tokenised."""
+        if self._task.is_pair:
+            return _check_sentence(sentence1, "Sentence 1"), _check_sentence(sentence2, "Sentence 2")
+        if sentence2:
+            raise TextError("This model reads one sentence. Leave sentence 2 empty.")
+        return (_check_sentence(sentence1, "The sentence"),)
 
-def _check_text(text: object, number: int) -> str:
-    """A sentence as it may be tokenised."""
-    name = f"Sentence {number}"
+
+def _check_sentence(text: object, name: str) -> str:
+    """A sentence as it may be tokenised; ``name`` is for complaints."""
     if not isinstance(text, str):
         raise TextError(f"{name} is no text. Give a sentence.")
     if not text.strip():

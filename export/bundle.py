@@ -11,6 +11,7 @@ from typing import Any
 
 from train.errors import BundleError
 from train.files import FolderKind, read_record, reading, write_record
+from train.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ BUNDLE = FolderKind(
     name="bundle",
     record=FILES.manifest,
     needed=(FILES.model, FILES.tokenizer, FILES.config),
-    format_version=1,
+    format_version=2,
     error=BundleError,
     command="python -m export ADAPTER --out",
     remedy="Export it again: python -m export ADAPTER --out BUNDLE",
@@ -44,8 +45,8 @@ class Bundle:
         folder: where it lies.
         adapter_sha256: `train.adapter.Adapter.sha256` of the adapter it was made from.
         base_model: name of the base model.
-        task: name of the task.
-        labels: class names in the order of the logits.
+        task: what was learned.
+        method: "p-tuning" or "p-tuning-v2".
         virtual_tokens: length of the prompt inside the graph.
         max_length: longest text in tokens, beside the prompt.
         pad_token_id: what fills the end of shorter texts in a batch.
@@ -57,14 +58,19 @@ class Bundle:
     folder: Path
     adapter_sha256: str
     base_model: str
-    task: str
-    labels: tuple[str, ...]
+    task: Task
+    method: str
     virtual_tokens: int
     max_length: int
     pad_token_id: int
     inputs: tuple[str, ...]
     precision: str
     max_logit_difference: float
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return self.task.labels
 
     @property
     def model_path(self) -> Path:
@@ -94,8 +100,8 @@ def load_bundle(folder: Path) -> Bundle:
             folder=folder,
             adapter_sha256=str(manifest["adapter_sha256"]),
             base_model=str(manifest["base_model"]["name"]),
-            task=str(manifest["task"]),
-            labels=tuple(str(label) for label in manifest["labels"]),
+            task=Task.from_json(manifest["task"]),
+            method=str(manifest["method"]),
             virtual_tokens=int(manifest["virtual_tokens"]),
             max_length=int(manifest["max_length"]),
             pad_token_id=int(manifest["pad_token_id"]),

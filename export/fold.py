@@ -5,11 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from export.bundle import BUNDLE, FILES, Bundle, finish_bundle, load_bundle
-from train.adapter import find_adapter_base, load_adapter, load_adapter_weights, load_peft_model
+from train.adapter import find_adapter_base, load_adapter, load_peft_model, load_prompted_classifier
 from train.console import say
 from train.errors import AdapterError, ModelError
 from train.files import check_target, new_folder
-from train.model import load_classifier, load_tokenizer, prompted_classifier, text_limit
+from train.model import load_tokenizer, text_limit
 
 ONNX_FILE_LIMIT = 2**31
 """Bytes of one protobuf file, and so of one ONNX file without external data."""
@@ -37,18 +37,17 @@ def export_adapter(adapter_folder: Path, out: Path, *, overwrite: bool = False) 
             f"{adapter_folder} allows texts of {adapter.max_length} tokens, more than {base.name} has positions "
             "for. Train the adapter again."
         )
-    state = load_adapter_weights(adapter)
     tokenizer = load_tokenizer(adapter.folder, adapter.max_length)
 
     # torch and optimum from here on
-    from export.graph import OPSET, PROMPT_INITIALIZER, TRACED, write_graph
+    from export.graph import OPSET, TRACED, write_graph
     from export.parity import measure_parity
     from export.runtime import open_session, run_session, usable_cores
 
     with new_folder(out) as folder:
         model_path = folder / FILES.model
         say(f"[2/4] folding {adapter.virtual_tokens} virtual tokens and tracing the graph")
-        classifier = prompted_classifier(load_classifier(base, adapter.labels, attention="eager"), state)
+        classifier = load_prompted_classifier(adapter, base, attention="eager")
         n_bytes = sum(tensor.nbytes for tensor in classifier.state_dict().values())
         if n_bytes >= ONNX_FILE_LIMIT:
             raise ModelError(
@@ -65,6 +64,7 @@ def export_adapter(adapter_folder: Path, out: Path, *, overwrite: bool = False) 
             inputs=graph.inputs,
             vocabulary_size=classifier.config.vocab_size,
             max_length=adapter.max_length,
+            one_by_one=base.is_decoder,
         )
 
         say(f"[4/4] writing {out} (largest logit difference {parity.max_logit_difference:.1e})")
@@ -75,20 +75,24 @@ def export_adapter(adapter_folder: Path, out: Path, *, overwrite: bool = False) 
             {
                 "adapter_sha256": adapter.sha256,
                 "base_model": {"name": base.name, "hub_name": base.hub_name, "sha256": base.sha256},
-                "task": adapter.task,
-                "labels": list(adapter.labels),
+                "task": adapter.task.as_json(),
+                "method": adapter.method,
                 "virtual_tokens": adapter.virtual_tokens,
                 "max_length": adapter.max_length,
                 "pad_token_id": tokenizer.pad_token_id,
                 "inputs": list(graph.inputs),
                 "outputs": list(graph.outputs),
-                "prompt_initializer": PROMPT_INITIALIZER,
+                "prompt_initializers": list(graph.prompt_initializers),
                 "opset": OPSET,
                 "traced_shape": asdict(TRACED),
                 "precision": "fp32",
                 "providers_tried": session.get_providers(),
                 "parity": asdict(parity),
-                "quality": {"validation": adapter.scores},
+                "quality": {
+                    "n_validation": adapter.n_validation,
+                    "validation": adapter.scores.values,
+                    "baselines": {name: scores.values for name, scores in adapter.baselines.items()},
+                },
                 "versions": _versions(),
             },
         )

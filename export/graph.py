@@ -1,4 +1,4 @@
-"""A prompted classifier → one ONNX graph with dynamic batch and sequence, the prompt an initializer.
+"""A prompted classifier → one ONNX graph with dynamic batch and sequence, the prompt in its initializers.
 
 Heavy: import it where it is used.
 """
@@ -16,7 +16,6 @@ from optimum.exporters.tasks import TasksManager
 from train.prompted import PromptedClassifier
 
 OPSET = 18
-PROMPT_INITIALIZER = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,20 @@ TRACED = TracedShape(batch_size=2, sequence_length=16)
 
 @dataclass(frozen=True)
 class Graph:
-    """What was written: input and output names in order."""
+    """What was written.
+
+    Attributes:
+        inputs, outputs: their names in order.
+        prompt_initializers: names of the initializers that hold the prompt.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    prompt_initializers: tuple[str, ...]
 
 
 def write_graph(classifier: PromptedClassifier, path: Path) -> Graph:
-    """Trace a classifier and write it as ONNX.
+    """Trace a classifier and write it as ONNX; its prompt becomes constant first.
 
     optimum says which inputs the architecture takes and patches what cannot be traced. It uses
     PyTorch's TorchScript exporter, as we want it: on eager attention that gives the graph whose
@@ -49,6 +54,7 @@ def write_graph(classifier: PromptedClassifier, path: Path) -> Graph:
         classifier: built on a model with eager attention.
         path: the file; weights and prompt go into it (ONNX files hold up to 2 GB).
     """
+    prompt_initializers = classifier.freeze_prompt()
     constructor = TasksManager.get_exporter_config_constructor(
         "onnx",
         model_type=classifier.config.model_type,
@@ -60,6 +66,8 @@ def write_graph(classifier: PromptedClassifier, path: Path) -> Graph:
         # parity on shapes that were not traced.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        # It fears negative indices. Here they count rows and positions: transformers' in masks, ours of last tokens.
+        warnings.filterwarnings("ignore", message="Exporting aten::index operator of advanced indexing")
         inputs, outputs = export_pytorch(
             classifier,
             constructor(classifier.config),
@@ -67,4 +75,4 @@ def write_graph(classifier: PromptedClassifier, path: Path) -> Graph:
             output=path,
             input_shapes={"batch_size": TRACED.batch_size, "sequence_length": TRACED.sequence_length},
         )
-    return Graph(inputs=tuple(inputs), outputs=tuple(outputs))
+    return Graph(inputs=tuple(inputs), outputs=tuple(outputs), prompt_initializers=prompt_initializers)

@@ -21,20 +21,20 @@ CPU = "CPUExecutionProvider"
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """A batch of sentence pairs as the graph takes it.
+    """A batch of texts as the graph takes it.
 
     Attributes:
         arrays: ``input_ids`` and ``attention_mask``, with ``token_type_ids`` where the model takes
             them; each int64, shape = (n_batch, n_text)
-        cut: for each pair, whether it was longer than the limit and lost its end.
+        cut: for each text, whether it was longer than the limit and lost its end.
     """
 
     arrays: dict[str, np.ndarray]
     cut: tuple[bool, ...]
 
 
-class PairTokenizer:
-    """tokenizer.json, set up for pairs: cut to a limit (longest sentence first), padded on the right."""
+class TextTokenizer:
+    """tokenizer.json, set up for single texts and pairs: cut to a limit (longest sentence first), padded on the right."""
 
     def __init__(self, path: Path, *, max_length: int, pad_token_id: int, inputs: Sequence[str]) -> None:
         """Load a tokenizer.
@@ -61,13 +61,13 @@ class PairTokenizer:
         self._tokenizer.enable_padding(pad_id=pad_token_id, pad_token=pad_token)
         self._inputs = tuple(inputs)
 
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> EncodedTexts:
-        """Tokenise pairs into one batch, padded to its longest text.
+    def __call__(self, texts: Sequence[tuple[str, ...]]) -> EncodedTexts:
+        """Tokenise texts into one batch, padded to its longest.
 
         Args:
-            pairs: first and second sentences; at least one pair.
+            texts: of each its one or two sentences; at least one text.
         """
-        encodings = self._tokenizer.encode_batch(list(pairs))
+        encodings = self._tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
         arrays = {
             "input_ids": np.array([encoding.ids for encoding in encodings], dtype=np.int64),
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
@@ -79,9 +79,9 @@ class PairTokenizer:
         )
 
 
-def bundle_tokenizer(bundle: Bundle) -> PairTokenizer:
+def bundle_tokenizer(bundle: Bundle) -> TextTokenizer:
     """The tokenizer of a bundle, set up for its graph."""
-    return PairTokenizer(
+    return TextTokenizer(
         bundle.tokenizer_path,
         max_length=bundle.max_length,
         pad_token_id=bundle.pad_token_id,

@@ -1,17 +1,19 @@
 """The page as a visitor sees it: a real browser types, clicks and reads."""
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.conftest import SHIPPED_ADAPTER
+from demo.shipped import SHIPPED
 from tests.server import serve
-from train.adapter import load_adapter
+from tests.test_demo import MOODS, make_mood_adapter
 
 REDWOODS = (
     "Coast redwood trees are the tallest trees on the planet and can grow over 300 feet tall.",
@@ -42,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page as ``python -m demo`` without flags serves it: minilm and the adapter that ships."""
+    """The page as ``python -m demo`` without flags serves it: minilm and the best adapter that ships."""
     with serve([], tmp_path_factory.mktemp("cache")) as server:
         yield server.wait_for_url()
         assert "Traceback" not in server.output
@@ -58,8 +60,8 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-@pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
+@contextmanager
+def visit_page(browser: Browser, url: str) -> Iterator[Page]:
     """A fresh visit that has to come along with what the page's own server gives."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     visit = context.new_page()
@@ -70,6 +72,12 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     yield visit
     context.close()
     assert foreign == []
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    with visit_page(browser, url) as visit:
+        yield visit
 
 
 def test_a_visitor_types_the_redwood_pair_and_sees_both_answers(page: Page, request: pytest.FixtureRequest) -> None:
@@ -114,5 +122,31 @@ def test_a_visitor_who_forgets_a_sentence_is_told_which(page: Page) -> None:
 def test_before_the_first_pair_the_page_says_on_what_each_engine_runs_and_how_good_the_model_is(page: Page) -> None:
     for engine in ("pytorch", "onnx"):
         expect(page.locator(f"#{engine}-facts")).to_contain_text(re.compile(r"Runs on\s*\S+"))
-    accuracy = 100 * load_adapter(SHIPPED_ADAPTER).scores["accuracy"]
-    expect(page.get_by_text(f"Accuracy {accuracy:.1f} and F1")).to_be_visible()
+    expect(page.locator("#model")).to_contain_text(re.compile(r"P-Tuning v2\s*Task\s*mrpc"))
+    accuracy = {
+        name: 100 * json.loads((SHIPPED / name / "training.json").read_text())["validation"]["accuracy"]
+        for name in ("minilm-mrpc", "minilm-mrpc-v2")
+    }
+    quality = page.locator("#quality")
+    expect(quality).to_contain_text(f"On 408 validation rows: accuracy {accuracy['minilm-mrpc-v2']:.1f}, F1")
+    expect(quality).to_contain_text(
+        f"P-Tuning v2: accuracy {accuracy['minilm-mrpc-v2']:.1f}, against {accuracy['minilm-mrpc']:.1f} of P-Tuning "
+        "(minilm-mrpc)"
+    )
+
+
+def test_a_page_for_single_sentences_shows_one_box_and_answers(
+    browser: Browser, base_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = make_mood_adapter(tmp_path, base_model("bert"))
+    with (
+        serve(["--adapter", str(adapter)], tmp_path / "cache") as server,
+        visit_page(browser, server.wait_for_url()) as page,
+    ):
+        expect(page.get_by_role("textbox")).to_have_count(1)
+        page.get_by_label("Sentence").fill("word4 word7 word1")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("#speedup")).to_contain_text("both give the same label", timeout=TIMEOUT_MS)
+        for mood in MOODS:
+            expect(page.locator("#onnx-answer")).to_contain_text(mood)
+        assert "Traceback" not in server.output

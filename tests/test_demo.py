@@ -1,14 +1,20 @@
 """The page without a browser: engines, comparison, cache, command line, endpoint."""
 
+import html
 import json
 import os
+import random
+import re
+import shlex
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,36 +23,104 @@ from gradio_client.exceptions import AppError
 from scipy.special import softmax
 
 from demo.__main__ import DEFAULT_PORT, find_port, main
+from demo.app import model_facts, quality
 from demo.backends import WARM_UP_RUNS, Arrays, Backend, BurstPlan, Engine, make_onnx_backend, make_pytorch_backend
 from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, Comparer
+from demo.shipped import SHIPPED, Choice, choose_adapter
+from export.__main__ import main as export_main
 from export.bundle import load_bundle
 from export.runtime import Execution, bundle_tokenizer
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS, flip_bit, make_pairs, peft_logits
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Data, flip_bit, make_pairs, peft_logits, write_jsonl
 from tests.server import exists, serve, wait_until_gone
+from train.__main__ import main as train_main
+from train.adapter import load_adapter
 from train.errors import AdapterError, EngineError, TextError, UsageError
+from train.tasks import Scores
 
 Folders = Callable[[str], Path]
 
 PAIR = ("word1 word2 word3 word4", "word4 word3 word2 word1 word9")
 
+MOODS = ("bad", "good", "so-so")
+
+
+@contextmanager
+def both_engines(adapter_folder: Path, bundle_folder: Path) -> Iterator[Comparer]:
+    """Both real engines, each in its process."""
+    pytorch = Engine("PyTorch", make_pytorch_backend, adapter_folder, threads=1)
+    onnx = Engine("ONNX Runtime", make_onnx_backend, bundle_folder, threads=1)
+    loaded = load_bundle(bundle_folder)
+    try:
+        yield Comparer(bundle_tokenizer(loaded), loaded.task, pytorch=pytorch, onnx=onnx)
+    finally:
+        pytorch.close()
+        onnx.close()
+
 
 @pytest.fixture(scope="module")
 def comparer(adapter: Folders, bundle: Folders) -> Iterator[Comparer]:
-    """Both real engines on the tiny BERT, each in its process."""
-    pytorch = Engine("PyTorch", make_pytorch_backend, adapter("bert"), threads=1)
-    onnx = Engine("ONNX Runtime", make_onnx_backend, bundle("bert"), threads=1)
-    loaded = load_bundle(bundle("bert"))
-    yield Comparer(bundle_tokenizer(loaded), loaded.labels, pytorch=pytorch, onnx=onnx)
-    pytorch.close()
-    onnx.close()
+    """On the tiny BERT."""
+    with both_engines(adapter("bert"), bundle("bert")) as comparer:
+        yield comparer
 
 
-def golden_probabilities(pair: tuple[str, str], adapter_folder: Path, base_folder: Path) -> np.ndarray:
+def make_mood_adapter(folder: Path, base_folder: Path) -> Path:
+    """An adapter for single sentences with three labels, by P-Tuning v2."""
+    generator = random.Random(3)  # noqa: S311 -- test data
+    rows: list[dict[str, object]] = [
+        {"remark": " ".join(generator.sample(WORDS[index % 3 :: 3], 5)), "mood": MOODS[index % 3]}
+        for index in range(48)
+    ]
+    data = Data(write_jsonl(folder / "train.jsonl", rows[:30]), write_jsonl(folder / "validation.jsonl", rows[30:]))
+    flags = shlex.split(
+        f"--model {base_folder} --method p-tuning-v2 --text-columns remark --label-column mood --epochs 2 "
+        f"--virtual-tokens {VIRTUAL_TOKENS} --learning-rate 1e-2 --out {folder / 'moods'}"
+    )
+    assert train_main(flags + data.flags) == 0
+    return folder / "moods"
+
+
+@pytest.fixture(scope="module")
+def mood_adapter(tmp_path_factory: pytest.TempPathFactory, base_model: Folders) -> Folders:
+    """A function from a family to an adapter for single sentences with three labels."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_mood_adapter(tmp_path_factory.mktemp("moods"), base_model(family))
+        return made[family]
+
+    return get
+
+
+def golden_probabilities(
+    pair: tuple[str, str], adapter_folder: Path, base_folder: Path, *, tokenizer: Path | None = None
+) -> np.ndarray:
     """Of both classes, by transformers, PEFT and SciPy alone."""
     from transformers import AutoTokenizer
 
-    batch = AutoTokenizer.from_pretrained(base_folder)(*pair, return_tensors="np")
+    batch = AutoTokenizer.from_pretrained(tokenizer or base_folder)(*pair, return_tensors="np")
     return softmax(peft_logits(adapter_folder, base_folder, dict(batch))[0])
+
+
+def golden_moods(sentence: str, adapter_folder: Path, base_folder: Path) -> np.ndarray:
+    """Of the three classes of a single sentence, by transformers, PEFT and SciPy alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3)
+    # One sentence alone has no padding, so a decoder's last token is the last one, even if it is </s>.
+    model.config.pad_token_id = None
+    model = PeftModel.from_pretrained(model, adapter_folder).eval()
+    batch = AutoTokenizer.from_pretrained(adapter_folder)(sentence, return_tensors="pt")
+    with torch.inference_mode():
+        return softmax(model(**batch).logits.numpy()[0])
+
+
+def components(client: Client) -> list[dict[str, Any]]:
+    """The properties of every component of a page."""
+    return [component["props"] for component in client.config["components"]]
 
 
 @contextmanager
@@ -88,6 +162,7 @@ def test_a_text_over_the_limit_is_cut_and_the_caller_told(comparer: Comparer) ->
     ("sentence1", "sentence2", "words"),
     [
         ("", "word1", "Sentence 1 is empty"),
+        ("word1", "", "Sentence 2 is empty"),
         ("word1", " \n\t ", "Sentence 2 is empty"),
         ("word1", "x" * 100_000, "Sentence 2 has 100,000 characters; at most 10,000 are read"),
         ("word1 \ud800", "word1", "Sentence 1 holds half a surrogate pair at character 7"),
@@ -103,6 +178,39 @@ def test_a_sentence_that_cannot_be_read_is_named(
 
 def test_the_longest_sentence_allowed_is_read(comparer: Comparer) -> None:
     assert comparer.compare("x " * (MAX_CHARACTERS // 2), "word1").cut
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_single_sentence_with_three_labels_is_classified_by_both_engines_as_by_peft(
+    family: str, mood_adapter: Folders, base_model: Folders, tmp_path: Path
+) -> None:
+    """The tiny GPT-2 pads with </s>, with which its texts end, too."""
+    folder = mood_adapter(family)
+    assert export_main([str(folder), "--out", str(tmp_path / "bundle")]) == 0
+    sentence = "word4 word7 word1"
+    expected = golden_moods(sentence, folder, base_model(family))
+    with both_engines(folder, tmp_path / "bundle") as comparer:
+        comparison = comparer.compare(sentence)
+        for answer in (comparison.pytorch, comparison.onnx):
+            assert tuple(answer.probabilities) == MOODS
+            assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
+            assert answer.label == MOODS[int(expected.argmax())]
+        with pytest.raises(TextError, match="reads one sentence"):
+            comparer.compare(sentence, "word2")
+        with pytest.raises(TextError, match="The sentence is empty"):
+            comparer.compare(" ")
+
+
+@pytest.mark.parametrize("kind", ["bert-v2", "llama", "opt-v2"])
+def test_both_engines_agree_with_peft_whatever_the_kind_of_model(
+    kind: str, adapter: Folders, bundle: Folders, base_model: Folders
+) -> None:
+    folder = adapter(kind)
+    expected = golden_probabilities(PAIR, folder, base_model(kind.removesuffix("-v2")), tokenizer=folder)
+    with both_engines(folder, bundle(kind)) as comparer:
+        comparison = comparer.compare(*PAIR)
+    for answer in (comparison.pytorch, comparison.onnx):
+        assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_engines_run_in_two_processes_of_their_own(adapter: Folders, bundle: Folders) -> None:
@@ -283,6 +391,107 @@ def test_a_wrong_argument_ends_with_one_sentence_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def copy_with_scores(source: Path, target: Path, accuracy: float) -> Path:
+    """An adapter with other validation scores, which its hashes do not cover."""
+    shutil.copytree(source, target)
+    path = target / "training.json"
+    training = json.loads(path.read_text())
+    training["validation"] = {"accuracy": accuracy, "f1": 0.5}
+    training["baselines"] = {
+        "always `equivalent`": {"accuracy": 0.7, "f1": 0.8},
+        "a coin": {"accuracy": 0.5, "f1": 0.5},
+    }
+    path.write_text(json.dumps(training))
+    return target
+
+
+@pytest.fixture
+def shipped(adapter: Folders, mood_adapter: Folders, tmp_path: Path) -> Path:
+    """A folder like ``demo/adapters``: three adapters of one task, one of another, a broken one, and other things."""
+    folder = tmp_path / "adapters"
+    copy_with_scores(adapter("bert-v2"), folder / "better", 0.775)
+    copy_with_scores(adapter("bert"), folder / "plain", 0.711)
+    copy_with_scores(adapter("electra"), folder / "worst", 0.6)
+    broken = copy_with_scores(adapter("bert"), folder / "broken", 0.99)
+    flip_bit(broken / "adapter_model.safetensors", 999)
+    shutil.copytree(mood_adapter("bert"), folder / "moods")
+    (folder / "no adapter").mkdir()
+    (folder / "README.md").write_text("adapters")
+    return folder
+
+
+def names(adapters: tuple[Any, ...]) -> list[str]:
+    return [adapter.folder.name for adapter in adapters]
+
+
+def test_without_a_flag_the_best_adapter_that_ships_is_shown(
+    shipped: Path, adapter: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    choice = choose_adapter(None, shipped=shipped)
+    assert choice.adapter.folder.name == "better"
+    assert names(choice.rivals) == ["plain", "worst"]  # of the same task, best first
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"left out: .*broken/adapter_model\.safetensors is damaged.*\n", printed)
+
+    copy_with_scores(adapter("bert"), shipped / "as good as better", 0.775)
+    assert choose_adapter(None, shipped=shipped).adapter.folder.name == "as good as better"
+
+
+def test_an_adapter_that_was_named_is_shown_or_refused_but_never_replaced(shipped: Path, adapter: Folders) -> None:
+    choice = choose_adapter(shipped / "plain", shipped=shipped)
+    assert choice.adapter.folder.name == "plain"
+    assert names(choice.rivals) == ["better", "worst"]
+    with pytest.raises(AdapterError, match="is damaged"):
+        choose_adapter(shipped / "broken", shipped=shipped)
+    with pytest.raises(AdapterError, match="is no adapter"):
+        choose_adapter(shipped / "no adapter", shipped=shipped)
+    # On which rows a visitor's own was scored is not known.
+    assert choose_adapter(adapter("bert"), shipped=shipped).rivals == ()
+
+
+def test_where_no_adapter_ships_the_user_is_told_to_name_one(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"holds no adapter that can be loaded\. Name one with --adapter"):
+        choose_adapter(None, shipped=tmp_path)
+
+
+def test_the_adapters_that_ship_can_all_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    choice = choose_adapter(None)
+    assert sorted([choice.adapter.folder.name, *names(choice.rivals)]) == ["minilm-mrpc", "minilm-mrpc-v2"]
+    assert capsys.readouterr().out == ""
+    scores = {
+        path.name: json.loads((path / "training.json").read_text())["validation"]["accuracy"]
+        for path in SHIPPED.iterdir()
+    }
+    assert scores[choice.adapter.folder.name] == max(scores.values())
+
+
+def readable(markup: str) -> str:
+    """HTML as a visitor reads it."""
+    return html.unescape(re.sub(r"<[^>]*>", "", markup))
+
+
+def test_the_page_says_how_good_the_adapter_is_beside_the_baselines_and_the_others(shipped: Path) -> None:
+    best = readable(quality(choose_adapter(None, shipped=shipped)))
+    assert "On 40 validation rows: accuracy 77.5, F1 50.0." in best
+    assert "(always equivalent) has accuracy 70.0, F1 80.0: the model's accuracy is 7.5 points above it." in best
+    assert "P-Tuning v2: accuracy 77.5, against 71.1 of P-Tuning (plain), which ships too: 6.4 points more." in best
+    worst = readable(quality(choose_adapter(shipped / "worst", shipped=shipped)))
+    assert "the model's accuracy is 10.0 points BELOW it." in worst
+    assert "P-Tuning: accuracy 60.0, against 77.5 of P-Tuning v2 (better), which ships too: 17.5 points less." in worst
+    equal = replace(load_adapter(shipped / "plain"), scores=Scores({"accuracy": 0.7, "f1": 0.1}))
+    assert "the model's accuracy is no better." in readable(quality(Choice(equal, ())))
+
+
+def test_the_page_names_the_method_the_task_and_at_most_ten_labels(bundle: Folders) -> None:
+    loaded = load_bundle(bundle("bert-v2"))
+    facts = readable(model_facts(loaded))
+    for words in ("P-Tuning v2", "mrpc, pairs of sentences", "not_equivalent, equivalent"):
+        assert words in facts
+    task = replace(loaded.task, labels=tuple(f"<{number}>" for number in range(30)))
+    assert "<8>, <9> and 20 more" in readable(model_facts(replace(loaded, task=task)))
+
+
 def test_without_a_port_the_first_free_one_is_taken() -> None:
     first = find_port("127.0.0.1", None)
     assert first >= DEFAULT_PORT
@@ -351,6 +560,33 @@ def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
         assert "is damaged" in server.output
         assert "[4/4]" in server.output
     assert load_bundle(folder).max_logit_difference < 1e-4
+
+
+def test_a_page_for_single_sentences_has_one_box_and_an_endpoint_that_needs_no_second(
+    mood_adapter: Folders, base_model: Folders, tmp_path: Path
+) -> None:
+    folder = mood_adapter("gpt2")
+    with serve(["--adapter", str(folder)], tmp_path) as server:
+        with connect(server.wait_for_url()) as client:
+            shown = components(client)
+            result = client.predict("word4 word7 word1", api_name="/compare")
+            with pytest.raises(AppError, match="reads one sentence"):
+                client.predict("word1", "word2", api_name="/compare")
+        boxes = {props["label"]: props["visible"] for props in shown if "lines" in props}
+        assert boxes == {"Sentence": True, "": False}
+        texts = {
+            props["elem_id"]: readable(props["value"])
+            for props in shown
+            if props.get("elem_id") in {"model", "quality"}
+        }
+        for words in ("gpt2", "P-Tuning v2", "custom, single sentences", "bad, good, so-so"):
+            assert words in texts["model"]
+        assert f"On 18 validation rows: {load_adapter(folder).scores}." in texts["quality"]
+        assert "Traceback" not in server.output
+    expected = golden_moods("word4 word7 word1", folder, base_model("gpt2"))
+    for engine in ("pytorch", "onnx"):
+        assert tuple(result[engine]["probabilities"]) == MOODS
+        assert list(result[engine]["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

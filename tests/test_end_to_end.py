@@ -8,25 +8,31 @@ import pytest
 from gradio_client import Client
 
 from demo.app import EXAMPLES
+from demo.shipped import SHIPPED
 from export.__main__ import main as export_main
 from export.bundle import load_bundle
 from export.runtime import OnnxClassifier
-from tests.conftest import SHIPPED_ADAPTER, Data, make_pairs, peft_logits, write_jsonl
+from tests.conftest import Data, make_pairs, peft_logits, write_jsonl
 from tests.server import serve
 from train.__main__ import main as train_main
 from train.adapter import load_adapter
 from train.model import find_base_model
+from train.tasks import MRPC
 
 REDWOODS = EXAMPLES[0]
 
+SHIPPED_METHODS = {"minilm-mrpc": "p-tuning", "minilm-mrpc-v2": "p-tuning-v2"}
 
-def test_minilm_is_trained_exported_and_served(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("method", SHIPPED_METHODS.values())
+def test_minilm_is_trained_exported_and_served(method: str, tmp_path: Path) -> None:
     data = Data(
         write_jsonl(tmp_path / "train.jsonl", make_pairs(32, seed=1)),
         write_jsonl(tmp_path / "validation.jsonl", make_pairs(16, seed=2)),
     )
     adapter, bundle = tmp_path / "adapter", tmp_path / "bundle"
-    assert train_main(["--model", "minilm", *data.flags, "--epochs", "1", "--out", str(adapter)]) == 0
+    flags = ["--model", "minilm", "--method", method, *data.flags, "--epochs", "1"]
+    assert train_main([*flags, "--out", str(adapter)]) == 0
     assert export_main([str(adapter), "--out", str(bundle)]) == 0
 
     classifier = OnnxClassifier(load_bundle(bundle))
@@ -44,24 +50,28 @@ def test_minilm_is_trained_exported_and_served(tmp_path: Path) -> None:
         assert probabilities == pytest.approx(exponentials / exponentials.sum(), abs=1e-4)
 
 
-def test_the_adapter_that_ships_is_intact_and_says_how_it_was_made() -> None:
-    adapter = load_adapter(SHIPPED_ADAPTER)
-    assert (adapter.model, adapter.task, adapter.labels) == ("minilm", "mrpc", ("not_equivalent", "equivalent"))
-    training = json.loads((SHIPPED_ADAPTER / "training.json").read_text())
-    assert (training["n_train"], training["n_validation"], training["seed"]) == (3668, 408, 0)
-    assert training["command"].startswith("python -m train --model minilm --task mrpc --train-file ")
-    card = (SHIPPED_ADAPTER / "README.md").read_text()
+@pytest.mark.parametrize("name", SHIPPED_METHODS)
+def test_an_adapter_that_ships_is_intact_and_says_how_it_was_made(name: str) -> None:
+    adapter = load_adapter(SHIPPED / name)
+    assert (adapter.model, adapter.task, adapter.method) == ("minilm", MRPC, SHIPPED_METHODS[name])
+    training = json.loads((SHIPPED / name / "training.json").read_text())
+    assert (training["n_train"], training["n_validation"]) == (3668, 408)
+    assert training["seed"] in training["seeds"]
+    assert training["command"].startswith("python -m train --model minilm ")
+    assert "--train-file" in training["command"]
+    card = (SHIPPED / name / "README.md").read_text()
     assert training["command"] in card
-    for scores in (adapter.scores, adapter.always_positive):
-        assert f"| {100 * scores['accuracy']:.1f} | {100 * scores['f1']:.1f} |" in card
+    for scores in (adapter.scores, *adapter.baselines.values()):
+        assert f"| {100 * scores.values['accuracy']:.1f} | {100 * scores.values['f1']:.1f} |" in card
     # Better than an answer that needs no model, or it would not be worth showing.
-    assert adapter.scores["accuracy"] > adapter.always_positive["accuracy"]
+    assert adapter.scores.key > adapter.baselines["always `equivalent`"].key
 
 
-def test_the_adapter_that_ships_calls_the_redwood_pair_equivalent() -> None:
+@pytest.mark.parametrize("name", SHIPPED_METHODS)
+def test_an_adapter_that_ships_calls_the_redwood_pair_equivalent(name: str) -> None:
     """By PEFT alone; that both engines on the page say so too is the browser test's."""
     from transformers import AutoTokenizer
 
-    batch = AutoTokenizer.from_pretrained(SHIPPED_ADAPTER)(REDWOODS.sentence1, REDWOODS.sentence2, return_tensors="np")
-    logits = peft_logits(SHIPPED_ADAPTER, find_base_model("minilm").folder, dict(batch))
-    assert load_adapter(SHIPPED_ADAPTER).labels[int(logits.argmax())] == "equivalent"
+    batch = AutoTokenizer.from_pretrained(SHIPPED / name)(REDWOODS.sentence1, REDWOODS.sentence2, return_tensors="np")
+    logits = peft_logits(SHIPPED / name, find_base_model("minilm").folder, dict(batch))
+    assert load_adapter(SHIPPED / name).labels[int(logits.argmax())] == "equivalent"

@@ -14,11 +14,14 @@ from safetensors.numpy import load_file
 import export.graph
 from export.__main__ import main
 from export.bundle import load_bundle
-from export.runtime import OnnxClassifier, PairTokenizer
+from export.runtime import OnnxClassifier, TextTokenizer
 from tests.conftest import (
-    FAMILIES,
+    DECODERS,
+    KINDS,
     POSITIONS,
+    TOKEN_TYPES,
     VIRTUAL_TOKENS,
+    family_of,
     flip_bit,
     make_base_model,
     make_pairs,
@@ -30,9 +33,42 @@ from train.errors import BundleError
 Folders = Callable[[str], Path]
 
 
-def inputs_of(family: str) -> list[str]:
+def has_types(kind: str) -> bool:
+    return family_of(kind) in TOKEN_TYPES
+
+
+def inputs_of(kind: str) -> list[str]:
     names = ["input_ids", "attention_mask"]
-    return [*names, "token_type_ids"] if family in {"bert", "electra"} else names
+    return [*names, "token_type_ids"] if has_types(kind) else names
+
+
+def open_graph(bundle_folder: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(bundle_folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def learned_prompt(kind: str, adapter_folder: Path, base_folder: Path) -> dict[str, np.ndarray]:
+    """What the graph shall hold, by name, made of the adapter file with NumPy and transformers alone."""
+    table = load_file(adapter_folder / "adapter_model.safetensors")["prompt_embeddings"]
+    n_layers, n_head = 2, 8
+    if kind.endswith("-v2"):
+        # PEFT's order: each virtual token's row holds, layer by layer, its keys and then its values, head by head.
+        layers = table.reshape(VIRTUAL_TOKENS, n_layers, 2, -1, n_head).transpose(1, 2, 3, 0, 4)[:, :, None]
+    elif kind in DECODERS:
+        import torch
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(base_folder).eval()
+        mask = torch.ones(1, VIRTUAL_TOKENS, dtype=torch.long)
+        with torch.inference_mode():
+            cache = model(inputs_embeds=torch.from_numpy(table)[None], attention_mask=mask, use_cache=True)
+        layers = np.stack([np.stack([keys, values]) for keys, values in cache.past_key_values.to_legacy_cache()])
+    else:
+        return {"prompt_embeddings": table}
+    return {
+        f"prompt_{name}_{layer}": layers[layer, i]
+        for layer in range(n_layers)
+        for i, name in enumerate(["key", "value"])
+    }
 
 
 def test_a_bundle_folder_holds_exactly_these_files(bundle: Folders) -> None:
@@ -46,47 +82,77 @@ def test_a_bundle_folder_holds_exactly_these_files(bundle: Folders) -> None:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_graph_is_static_but_for_batch_and_sequence_and_holds_the_learned_table(
-    family: str, bundle: Folders, adapter: Folders
-) -> None:
-    model = onnx.load(bundle(family) / "model.onnx")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_takes_any_batch_and_length_and_one_file_holds_it(kind: str, bundle: Folders) -> None:
+    model = onnx.load(bundle(kind) / "model.onnx", load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
-    initializers = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
-    learned = load_file(adapter(family) / "adapter_model.safetensors")["prompt_embeddings"]
-    assert np.array_equal(initializers["prompt_embeddings"], learned)
-    # The prompt encoder, whose hidden size is 16, is gone.
-    assert not [name for name, array in initializers.items() if 16 in array.shape]
-
-    assert [item.name for item in model.graph.input] == inputs_of(family)
+    assert [item.name for item in model.graph.input] == inputs_of(kind)
     for item in model.graph.input:
+        assert item.type.tensor_type.elem_type == onnx.TensorProto.INT64
         dimensions = [dimension.dim_param for dimension in item.type.tensor_type.shape.dim]
         assert dimensions == ["batch_size", "sequence_length"]
     assert [item.name for item in model.graph.output] == ["logits"]
     assert not [item for item in model.graph.initializer if item.external_data]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_graph_gives_pefts_logits_on_shapes_that_were_not_traced(
-    family: str, bundle: Folders, adapter: Folders, base_model: Folders
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_learned_prompt_is_in_the_graph_under_the_names_of_the_manifest(
+    kind: str, bundle: Folders, adapter: Folders, base_model: Folders
 ) -> None:
-    session = onnxruntime.InferenceSession(bundle(family) / "model.onnx", providers=["CPUExecutionProvider"])
+    """Its keys and values wherever they do not depend on the text, so that no request pays for them."""
+    model = onnx.load(bundle(kind) / "model.onnx")
+    initializers = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    expected = learned_prompt(kind, adapter(kind), base_model(family_of(kind)))
+    assert json.loads((bundle(kind) / "manifest.json").read_text())["prompt_initializers"] == list(expected)
+    for name, array in expected.items():
+        assert initializers[name].shape == array.shape
+        assert np.abs(initializers[name] - array).max() < 1e-5
+    if family_of(kind) not in {"llama", "opt"}:  # whose keys or embeddings are 16 wide
+        # The prompt encoder, whose hidden size is 16, is gone, and so is the length that was traced.
+        assert not [name for name, array in initializers.items() if 16 in array.shape]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_gives_pefts_logits_on_shapes_that_were_not_traced(
+    kind: str, bundle: Folders, adapter: Folders, base_model: Folders
+) -> None:
+    session = open_graph(bundle(kind))
     generator = np.random.default_rng(3)
     for batch_size, length in ((1, 1), (1, 11), (5, 23), (11, POSITIONS - VIRTUAL_TOKENS)):
-        batch = random_batch(generator, batch_size, length, token_types=family in {"bert", "electra"})
-        expected = peft_logits(adapter(family), base_model(family), batch)
+        batch = random_batch(generator, batch_size, length, token_types=has_types(kind))
+        if family_of(kind) in DECODERS:
+            # PEFT reads the last row, be it padding, and takes a last padding token for padding.
+            batch["attention_mask"][:] = 1
+            batch["input_ids"][:, -1] = 7
+        expected = peft_logits(adapter(kind), base_model(family_of(kind)), batch)
         assert np.abs(session.run(["logits"], batch)[0] - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_bundle_loads_in_optimum_and_gives_the_same_logits(family: str, bundle: Folders) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prediction_of_the_graph_does_not_depend_on_its_batch(kind: str, bundle: Folders) -> None:
+    session = open_graph(bundle(kind))
+    batch = random_batch(np.random.default_rng(6), 7, 19, token_types=has_types(kind))
+    together = session.run(["logits"], batch)[0]
+    # Other padding, and more of it.
+    padded = {name: np.pad(array, ((0, 0), (0, 9))) for name, array in batch.items()}
+    padded["input_ids"] = np.where(padded["attention_mask"] == 1, padded["input_ids"], 3)
+    assert np.abs(session.run(["logits"], padded)[0] - together).max() < 1e-5
+    for row, length in enumerate(batch["attention_mask"].sum(axis=1)):
+        alone = {name: array[row : row + 1, :length] for name, array in batch.items()}
+        assert np.abs(session.run(["logits"], alone)[0] - together[row]).max() < 1e-5
+    # And texts do differ, or all of this shows nothing.
+    assert np.abs(together - together[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bundle_loads_in_optimum_and_gives_the_same_logits(kind: str, bundle: Folders) -> None:
     import torch
     from optimum.onnxruntime import ORTModelForSequenceClassification
 
-    model = ORTModelForSequenceClassification.from_pretrained(bundle(family))
+    model = ORTModelForSequenceClassification.from_pretrained(bundle(kind))
     assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
-    classifier = OnnxClassifier(load_bundle(bundle(family)), threads=1)
-    batch = random_batch(np.random.default_rng(4), 3, 12, token_types=family == "bert")
+    classifier = OnnxClassifier(load_bundle(bundle(kind)), threads=1)
+    batch = random_batch(np.random.default_rng(4), 3, 12, token_types=has_types(kind))
     result = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
     assert np.abs(result - classifier.logits(batch)).max() < 1e-6
 
@@ -95,10 +161,17 @@ def test_the_manifest_records_what_was_measured(bundle: Folders, adapter: Folder
     manifest = json.loads((bundle("bert") / "manifest.json").read_text())
     training = json.loads((adapter("bert") / "training.json").read_text())
     assert manifest["base_model"]["sha256"] == training["model"]["sha256"]
-    assert manifest["labels"] == ["not_equivalent", "equivalent"]
+    assert manifest["task"] == training["task"]
+    assert manifest["method"] == "p-tuning"
+    assert load_bundle(bundle("bert-v2")).method == "p-tuning-v2"
+    assert load_bundle(bundle("bert")).labels == ("not_equivalent", "equivalent")
     assert manifest["virtual_tokens"] == VIRTUAL_TOKENS
     assert manifest["max_length"] == POSITIONS - VIRTUAL_TOKENS
-    assert manifest["quality"]["validation"] == training["validation"]
+    assert manifest["quality"] == {
+        "n_validation": 40,
+        "validation": training["validation"],
+        "baselines": training["baselines"],
+    }
     assert (
         manifest["providers_tried"] == ["CPUExecutionProvider"]
         or "CUDAExecutionProvider" in manifest["providers_tried"]
@@ -111,10 +184,18 @@ def test_the_manifest_records_what_was_measured(bundle: Folders, adapter: Folder
     assert max(length for _, length in shapes) == POSITIONS - VIRTUAL_TOKENS
     assert sum(row["padding_tokens"] for row in parity["rows"]) > 0
     assert 0 < parity["max_logit_difference"] <= parity["tolerance"] == 1e-4
+    # BLOOM takes texts of any length; attention over 2,043 tokens would only cost memory.
+    rows = json.loads((bundle("bloom") / "manifest.json").read_text())["parity"]["rows"]
+    assert max(row["sequence_length"] for row in rows) == 1024
 
 
+@pytest.mark.parametrize("kind", ["bert", "bert-v2", "opt"])
 def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
-    adapter: Folders, no_leftovers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    adapter: Folders,
+    no_leftovers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The fault is put into the graph: one learned number is off by a little."""
     write_graph = export.graph.write_graph
@@ -123,15 +204,17 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
         graph = write_graph(classifier, path)
         model = onnx.load(path)
         for item in model.graph.initializer:
-            if item.name == "prompt_embeddings":
+            if item.name == graph.prompt_initializers[-1]:
                 table = onnx.numpy_helper.to_array(item).copy()
-                table[0, 0] += 0.5
+                table.flat[0] += 0.5
                 item.CopyFrom(onnx.numpy_helper.from_array(table, item.name))
         onnx.save(model, path)
         return graph
 
     monkeypatch.setattr(export.graph, "write_graph", write_wrong_graph)
-    assert main([str(adapter("bert")), "--out", str(no_leftovers / "b")]) == 2
+    folder = adapter(kind)
+    capsys.readouterr()
+    assert main([str(folder), "--out", str(no_leftovers / "b")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: The exported graph differs from PyTorch by")
     assert "0.0001 is allowed" in error
@@ -200,8 +283,9 @@ def test_one_flipped_bit_in_a_bundle_is_refused(name: str, bundle: Folders, tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "format version 2"),
-        ({"labels": None}, "wrong form"),
+        ({"format_version": 1}, "format version 1"),
+        ({"task": None}, "wrong form"),
+        ({"task": {"name": "mrpc"}}, "wrong form"),
         ({"sha256": {}}, "has no SHA-256 of model.onnx"),
         ({"sha256": {"model.onnx": "", "tokenizer.json": "", "config.json": "", "../x": ""}}, "model.onnx is damaged"),
         ({"sha256": {"../x": "", "model.onnx": "", "tokenizer.json": "", "config.json": ""}}, "outside its folder"),
@@ -228,7 +312,7 @@ def test_a_missing_file_is_named(bundle: Folders, tmp_path: Path) -> None:
         load_bundle(tmp_path / "none")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
 def test_the_runtime_tokenises_as_transformers_does(family: str, bundle: Folders) -> None:
     from transformers import AutoTokenizer
 
@@ -243,19 +327,26 @@ def test_the_runtime_tokenises_as_transformers_does(family: str, bundle: Folders
         truncation="longest_first",
         return_tensors="np",
     )
-    encoded = OnnxClassifier(load_bundle(bundle(family)), threads=1).tokenize(pairs)
+    tokenize = OnnxClassifier(load_bundle(bundle(family)), threads=1).tokenize
+    encoded = tokenize(pairs)
     assert set(encoded.arrays) == set(expected) == set(inputs_of(family))
     for name, array in encoded.arrays.items():
         assert np.array_equal(array, expected[name])
     assert encoded.cut == (True, False, False, False, False, False)
     assert encoded.arrays["input_ids"].shape[1] == POSITIONS - VIRTUAL_TOKENS
 
+    singles = [first for first, _ in pairs]
+    expected = reference(singles, padding=True, truncation=True, return_tensors="np")
+    encoded = tokenize([(single,) for single in singles])
+    for name, array in encoded.arrays.items():
+        assert np.array_equal(array, expected[name])
+
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(BundleError, match="is no tokenizer"):
-        PairTokenizer(path, max_length=8, pad_token_id=1, inputs=["input_ids"])
+        TextTokenizer(path, max_length=8, pad_token_id=1, inputs=["input_ids"])
 
 
 def test_the_runtime_says_on_what_it_runs(bundle: Folders) -> None:
