@@ -19,7 +19,8 @@ import train  # noqa: F401  -- switches telemetry off before anything below it i
 ROOT = Path(__file__).parent.parent
 """The repository: command lines are started here."""
 
-SHIPPED_ADAPTER = ROOT / "demo" / "adapters" / "minilm-mrpc"
+SHIPPED = ("minilm-mrpc", "minilm-mrpc-v2")
+"""Names of the adapters under demo/adapters."""
 
 ENCODERS = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 DECODERS = ("bloom", "gpt2", "llama", "opt")
@@ -240,7 +241,9 @@ def random_batch(
     return batch
 
 
-def peft_logits(adapter_folder: Path, base_folder: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
+def peft_logits(
+    adapter_folder: Path, base_folder: Path, batch: dict[str, np.ndarray], *, n_labels: int = 2
+) -> np.ndarray:
     """The golden logits: transformers and PEFT alone, nothing of promptfold."""
     import torch
     from peft import PeftModel
@@ -248,9 +251,10 @@ def peft_logits(adapter_folder: Path, base_folder: Path, batch: dict[str, np.nda
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=2)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id  # or transformers takes no batch
+    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=n_labels)
+    if model.config.pad_token_id is None and len(batch["input_ids"]) > 1:
+        # Or transformers takes no batch. One text has no padding, and may well end with this token.
+        model.config.pad_token_id = model.config.eos_token_id
     if hasattr(model.base_model, "encoder"):
         # PEFT's prefix tuning takes the second output for the pooled row; without a pooler that is the cache.
         model.base_model.register_forward_hook(
@@ -279,8 +283,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""The same for a process of its own."""
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, wherever the tests run: only a CPU gives the same bits again."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""One thread and no GPU for a process of its own: environment variables."""
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ def _command(argv: Sequence[str] | None) -> None:
     from train.run import train
 
     config = parse_config(argv)
-    words = sys.argv[1:] if argv is None else argv
+    # The card shall show what makes the adapter anew, not what an interruption or an older one asked for.
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
     result = train(config, command=shlex.join(["python", "-m", "train", *words]))
     if result is None:
         return

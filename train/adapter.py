@@ -260,8 +260,9 @@ def _model_card(training: dict[str, Any]) -> str:
         return " | ".join(f"{100 * scores[name]:.1f}" for name in names)
 
     results = [f"| this adapter, loaded again from this folder | {cells(training['validation'])} |"]
-    if len(training["seeds"]) > 1:
-        spread = training["seed_summary"]
+    spread = training["seed_summary"]
+    # Empty in the adapter of one seed while the others still run.
+    if len(training["seeds"]) > 1 and spread:
         means = " | ".join(f"{100 * spread[name]['mean']:.1f} ± {100 * spread[name]['std']:.1f}" for name in names)
         results.append(f"| mean ± standard deviation over seeds {', '.join(map(str, training['seeds']))} | {means} |")
     results += [f"| {name} | {cells(scores)} |" for name, scores in training["baselines"].items()]

@@ -1,4 +1,4 @@
-"""What the three command lines share: how they parse, speak and end."""
+"""What the command lines share: how they parse, speak and end."""
 
 import argparse
 import sys

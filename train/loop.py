@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,6 +59,10 @@ def from_main_process(value: T) -> T:
     return received
 
 
+_REPORTER_MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio"}
+"""What the Trainer imports; where it cannot, it reports to nowhere without a word."""
+
+
 def check_machine(config: TrainConfig) -> None:
     """Refuse what cannot be used on this machine, before any work is done.
 
@@ -74,11 +78,14 @@ def check_machine(config: TrainConfig) -> None:
         raise UsageError(
             f"--batch-size {config.batch_size} cannot be shared out among {n_processes} processes. Give a multiple."
         )
-    if config.report_to != "none" and find_spec(config.report_to) is None:
-        raise UsageError(
-            f"--report-to {config.report_to}: it is not installed. "
-            f"Run: pip install -r requirements.txt {config.report_to}"
-        )
+    if config.report_to != "none":
+        try:
+            import_module(_REPORTER_MODULES[config.report_to])
+        except ImportError as cause:
+            raise UsageError(
+                f"--report-to {config.report_to}: it is not installed ({cause}). "
+                f"Run: pip install -r requirements.txt {config.report_to}"
+            ) from cause
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,8 @@ def _arguments(config: TrainConfig, seed: int, checkpoints: Path, log_folder: Pa
     if config.report_to != "none":
         # transformers 5 takes the folder from the environment, 4.57 too.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_folder)
+    # --precision decides, and not accelerate's configuration, nor an earlier run in this process, which left it here.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,
@@ -423,7 +432,8 @@ def _trainer_class() -> "Callable[..., Any]":
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             # The Trainer's own maps to "cpu:0" where several processes train on CPUs, a device that torch cannot map to.
             if checkpoint is not None:
-                for name, part in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+                parts: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.lr_scheduler}
+                for name, part in parts.items():
                     part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     return PromptTrainer

@@ -150,7 +150,7 @@ def custom_task(text_columns: tuple[str, ...], label_column: str, labels: Sequen
         raise UsageError(f"--labels {','.join(labels)}: a label stands there twice. Name each once.")
     if not 2 <= len(labels) <= MAX_LABELS:
         raise UsageError(
-            f"Column {label_column!r} has {len(labels)} classes; between 2 and {MAX_LABELS} can be told apart. "
+            f"Column {label_column!r}: between 2 and {MAX_LABELS} labels can be told apart, not {len(labels)}. "
             "Is it the right --label-column?"
         )
     binary = len(labels) == 2

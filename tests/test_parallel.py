@@ -1,0 +1,116 @@
+"""Several processes train together and learn what one process learns at the same batch size."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.conftest import ON_CPU, ROOT, TOKEN_TYPES, Data, peft_logits, random_batch
+from train.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
+
+Folders = Callable[[str], Path]
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no", "-m", "train"),
+]
+EPOCHS = 3
+
+
+def flags(base: Path, data: Data, out: Path) -> list[str]:
+    """64 rows in batches of 16: eight of them for each of two processes."""
+    sizes = ["--virtual-tokens", "4", "--encoder-hidden-size", "16", "--batch-size", "16", "--learning-rate", "1e-2"]
+    return ["--model", str(base), *data.flags, *sizes, "--epochs", str(EPOCHS), "--out", str(out)]
+
+
+def largest_difference(adapters: tuple[Path, Path], base: Path, family: str) -> float:
+    """Of their logits, by PEFT alone, on random texts."""
+    batch = random_batch(np.random.default_rng(0), 16, 20, token_types=family in TOKEN_TYPES)
+    first, second = (peft_logits(adapter, base, batch) for adapter in adapters)
+    return float(np.abs(first - second).max())
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, stdout=stream, stderr=subprocess.STDOUT)
+
+
+def check_reported_once(log: str, out: Path) -> None:
+    """Each line stands there once, and not once for each process."""
+    last = f"epoch {EPOCHS}/{EPOCHS}  training loss"
+    for words in ("64 training and 40 validation rows", "learning ", last, f"{out}: seed 0, epoch "):
+        assert log.count(words) == 1, log
+
+
+def test_two_processes_killed_and_taken_up_again_give_the_logits_of_one(
+    base_model: Folders, data: Data, tmp_path: Path
+) -> None:
+    single, double = tmp_path / "single", tmp_path / "double"
+    assert main(flags(base_model("bert"), data, single)) == 0
+
+    command = [*TORCHRUN, *flags(base_model("bert"), data, double), "--checkpoint-steps", "3"]
+    checkpoint = tmp_path / "double.checkpoints" / "seed-0" / "checkpoint-3" / "complete.json"
+    process = start(command, tmp_path / "1.log")
+    while not checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.002)
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
+    process.wait()
+    assert checkpoint.is_file(), (tmp_path / "1.log").read_text()
+    assert not double.exists()
+
+    assert start([*command, "--resume"], tmp_path / "2.log").wait() == 0, (tmp_path / "2.log").read_text()
+    log = (tmp_path / "2.log").read_text()
+    assert log.count("going on from ") == 1
+    check_reported_once(log, double)
+    assert largest_difference((single, double), base_model("bert"), "bert") < 1e-5
+    records = [json.loads((out / "training.json").read_text()) for out in (single, double)]
+    for one, two in zip(*(record["epochs"] for record in records), strict=True):
+        assert two["scores"] == one["scores"]
+        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
+        assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-5)
+    assert records[0]["best_epoch"] == records[1]["best_epoch"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.log", "2.log", "double", "single"]
+
+
+def test_accelerate_launch_gives_the_logits_of_one_process(base_model: Folders, data: Data, tmp_path: Path) -> None:
+    """P-Tuning v2 this time, with an average, on a model whose head is another.
+
+    The precision is that of --precision, whatever accelerate is configured for.
+    """
+    single, double = tmp_path / "single", tmp_path / "double"
+    more = ["--method", "p-tuning-v2", "--average", "0.9"]
+    assert main([*flags(base_model("roberta"), data, single), *more]) == 0
+    command = [*ACCELERATE, *flags(base_model("roberta"), data, double), *more]
+    assert start(command, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    check_reported_once(log, double)
+    assert largest_difference((single, double), base_model("roberta"), "roberta") < 1e-5
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_written(
+    base_model: Folders, data: Data, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    result = subprocess.run(
+        [*TORCHRUN, *flags(base_model("bert"), data, out), "--batch-size", "15"],
+        cwd=ROOT,
+        env=os.environ | ON_CPU,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "error: --batch-size 15 cannot be shared out among 2 processes. Give a multiple." in result.stderr
+    assert "exitcode  : 2 " in result.stderr
+    assert list(tmp_path.iterdir()) == []
