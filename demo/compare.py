@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from demo.backends import BurstPlan, Engine
+from export.predict import softmax
 from export.runtime import TextTokenizer
 from train.errors import TextError
 from train.tasks import Task
@@ -176,12 +177,9 @@ def _latency(latencies_ms: Sequence[float]) -> Latency:
 
 
 def _answer(labels: tuple[str, ...], logits: np.ndarray, latency: Latency) -> Answer:
-    # softmax; the largest logit is taken off first, so that exp cannot overflow
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponentials / exponentials.sum()
     return Answer(
         label=labels[int(np.argmax(logits))],
-        probabilities={label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+        probabilities={label: float(p) for label, p in zip(labels, softmax(logits), strict=True)},
         logits=tuple(float(logit) for logit in logits),
         latency=latency,
     )

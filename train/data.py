@@ -205,17 +205,14 @@ def _check_rows(dataset: "Dataset", task: Task, where: str) -> "Dataset":
         for row, text in enumerate(texts, start=1):
             if not isinstance(text, str) or not text.strip():
                 raise DataError(f"{where}, row {row}: column {column!r} holds no text. Mend or drop the row.")
-    names = {name: index for index, name in enumerate(task.labels)}
-    # A user's own labels may be numbers themselves; then 2 is the label "2" and not the third one.
-    known = names if task.name == "custom" else names | {str(index): index for index in names.values()}
+    known = task.known_labels
     labels: list[int] = []
     for row, label in enumerate(dataset[task.label_column], start=1):
         index = known.get(str(label))
         if index is None:
-            few = [repr(name) if task.name == "custom" else f"{index} or {name!r}" for name, index in names.items()][:8]
-            choices = ", ".join(few) + (" …" if len(names) > len(few) else "")
             raise DataError(
-                f"{where}, row {row}: label {label!r} is none of task {task.name}'s ({choices}). Mend or drop the row."
+                f"{where}, row {row}: label {label!r} is none of task {task.name}'s ({task.label_choices}). "
+                "Mend or drop the row."
             )
         labels.append(index)
     from datasets import Dataset

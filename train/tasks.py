@@ -45,6 +45,19 @@ class Task:
         """Whether a row has two texts."""
         return len(self.text_columns) == 2
 
+    @property
+    def known_labels(self) -> dict[str, int]:
+        """How a label may stand in a file → its class index: by name and, in a GLUE task, by index."""
+        names = {name: index for index, name in enumerate(self.labels)}
+        # A user's own labels may be numbers themselves; then 2 is the label "2" and not the third one.
+        return names if self.name == "custom" else names | {str(index): index for index in names.values()}
+
+    @property
+    def label_choices(self) -> str:
+        """The first few of them, for a complaint about another one."""
+        few = [repr(name) if self.name == "custom" else f"{i} or {name!r}" for i, name in enumerate(self.labels)]
+        return ", ".join(few[:8]) + (" …" if len(few) > 8 else "")
+
     def as_json(self) -> dict[str, Any]:
         """For training.json."""
         return asdict(self)

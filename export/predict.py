@@ -1,0 +1,106 @@
+"""Many texts through one classifier: batches of like length, answers in the caller's order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from export.runtime import OnnxClassifier
+from train.tasks import Scores, Task
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a classifier says of texts, in their order.
+
+    Attributes:
+        labels: names of the classes, in the order of the logits.
+        indices: of each text its most probable class; int64, shape = (n_texts,)
+        probabilities: of every class; float64, shape = (n_texts, n_labels)
+        cut: whether a text was longer than the model reads and lost its end; bool, shape = (n_texts,)
+    """
+
+    labels: tuple[str, ...]
+    indices: np.ndarray
+    probabilities: np.ndarray
+    cut: np.ndarray
+
+    @property
+    def predictions(self) -> list[str]:
+        """Of each text the name of its most probable class."""
+        return [self.labels[index] for index in self.indices]
+
+    @property
+    def best_probabilities(self) -> np.ndarray:
+        """Of each text the probability of its most probable class; float64, shape = (n_texts,)"""
+        return self.probabilities[np.arange(len(self.indices)), self.indices]
+
+
+def classify(
+    classifier: OnnxClassifier,
+    texts: Sequence[tuple[str, ...]],
+    *,
+    batch_size: int = 32,
+    report: Callable[[int], object] | None = None,
+) -> Classified:
+    """Classify texts in batches of like length, each padded to its own longest.
+
+    Args:
+        texts: of each its one or two sentences, as the bundle's task has them.
+        batch_size: texts in one run of the graph.
+        report: called after every batch with the number of texts in it.
+    """
+    n_labels = len(classifier.bundle.labels)
+    logits = np.empty((len(texts), n_labels), np.float64)
+    cut = np.zeros(len(texts), bool)
+    # Characters stand in for tokens: they are there before anything is tokenised. sorted() is stable, so
+    # the same texts always make the same batches.
+    order = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        encoded = classifier.tokenize([texts[row] for row in rows])
+        logits[rows] = classifier.logits(encoded.arrays)
+        cut[rows] = encoded.cut
+        if report is not None:
+            report(len(rows))
+    return Classified(
+        labels=classifier.bundle.labels,
+        indices=logits.argmax(axis=1),
+        probabilities=softmax(logits),
+        cut=cut,
+    )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """The probabilities of the classes, which lie along the last axis; float64, shape = shape of the logits"""
+    # The largest logit is taken off first, so that exp cannot overflow.
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def score_counts(task: Task, counts: np.ndarray) -> Scores:
+    """The task's metrics, equal to `train.tasks.score`'s, from counts alone: they do not grow with the rows.
+
+    Args:
+        counts: how many rows of each class were predicted as each; int64, shape = (n_labels expected, n_labels predicted)
+    """
+    right = np.diag(counts).astype(np.float64)
+    expected, predicted = counts.sum(axis=1).astype(np.float64), counts.sum(axis=0).astype(np.float64)
+    n_rows = expected.sum()
+    # F1 = 2·TP / (2·TP + FP + FN), and 0 of a class that is neither there nor predicted
+    f1 = 2 * right / np.maximum(expected + predicted, 1)
+    values: dict[str, float] = {}
+    for name in task.metrics:
+        if name == "accuracy":
+            value = right.sum() / n_rows
+        elif name == "f1_macro":
+            value = f1.mean()
+        elif name == "matthews":
+            # the correlation of the one-hot classes, over all of them; 0 where one side never varies
+            spread = (n_rows**2 - expected @ expected) * (n_rows**2 - predicted @ predicted)
+            value = (right.sum() * n_rows - expected @ predicted) / np.sqrt(spread) if spread else 0.0
+        else:
+            assert task.positive_label is not None
+            value = f1[task.labels.index(task.positive_label)]
+        values[name] = float(value)
+    return Scores(values)

@@ -1,0 +1,458 @@
+"""``python -m export.score BUNDLE --in F --out G``: label a file of any size with ONNX Runtime.
+
+Reads and writes .csv, .jsonl and .parquet, and turns any of them into any other. The same rows in the same
+order with all their columns, then
+
+    prediction             name of the most probable label
+    probability            of that label
+    probability_LABEL      of each one, with --all-probabilities
+
+Where the file holds true labels, the task's metrics are printed too; the last line on standard output is
+one JSON document. Memory does not grow with the file: a first pass reads every row and refuses the first one
+that cannot be used, before anything is computed; the second labels chunk after chunk. Each finished chunk is
+kept in G.partial until the last is done (``--resume``). Needs neither torch nor transformers.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.bundle import FILES, Bundle, load_bundle
+from export.parts import PartRecord, Parts
+from export.predict import Classified, classify, score_counts
+from export.runtime import OnnxClassifier
+from export.tables import Chunk, merge_types, parquet_schema, read_chunks, write_part
+from train.console import Parser, run_main, say
+from train.data import FILE_TYPES
+from train.errors import DataError, UsageError
+from train.files import sha256_of_file
+from train.tasks import Scores, Task
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CHUNK_ROWS = 8192
+"""Rows in memory at a time, and lost at most when a run is killed."""
+
+PREDICTION = "prediction"
+PROBABILITY = "probability"
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What shall be labelled, and how.
+
+    Attributes:
+        bundle: folder that `python -m export` wrote.
+        source: the file to label.
+        out: the file to write.
+        text_columns: the file's, where they are not named as in training.
+        label_column: the same of its labels.
+        no_labels: whether to leave labels unread.
+        all_probabilities: whether to write the probability of every label.
+        batch_size: texts in one run of the graph.
+        chunk_rows: rows in memory at a time.
+        threads: on the CPU; None for all usable cores.
+        resume: whether to go on with what an interrupted run left.
+        overwrite: whether to replace an older output.
+    """
+
+    bundle: Path
+    source: Path
+    out: Path
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    no_labels: bool = False
+    all_probabilities: bool = False
+    batch_size: int = 32
+    chunk_rows: int = CHUNK_ROWS
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+# The first pass: every row is looked at before anything is computed.
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What the first pass found.
+
+    Attributes:
+        sha256: of the file.
+        rows: how many there are.
+        columns: the file's, in the order in which they first appear.
+        is_labelled: whether every row has a known label.
+        schema: of the output without the new columns; None unless that is Parquet.
+    """
+
+    sha256: str
+    rows: int
+    columns: tuple[str, ...]
+    is_labelled: bool
+    schema: "pyarrow.Schema | None"
+
+
+def _label_indices(chunk: Chunk, task: Task, file: Path) -> list[int]:
+    """The class indices of a chunk's labels.
+
+    Raises:
+        DataError: a row has another one.
+    """
+    known = task.known_labels
+    indices: list[int] = []
+    for row, label in enumerate(chunk.column(task.label_column)):
+        index = None if label is None else known.get(str(label))
+        if index is None:
+            raise DataError(
+                f"{file}, {chunk.place(row)}: label {label!r} in column {task.label_column!r} is none of task "
+                f"{task.name}'s ({task.label_choices}). Mend or drop the row, or add --no-labels to leave labels unread."
+            )
+        indices.append(index)
+    return indices
+
+
+def _check_texts(chunk: Chunk, task: Task, file: Path) -> None:
+    for name in task.text_columns:
+        for row, text in enumerate(chunk.column(name)):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{file}, {chunk.place(row)}: column {name!r} holds no text. Mend or drop the row.")
+
+
+def inspect_file(config: ScoreConfig, task: Task) -> Inspected:
+    """Read the file once and refuse the first row that cannot be used.
+
+    Args:
+        task: with the file's text and label columns.
+
+    Raises:
+        DataError: the file cannot be read, has no rows or lacks a column, a row has no text or an
+            unknown label, or the columns cannot be written in the format of the output.
+    """
+    file, out_suffix, wants_labels = config.source, config.out.suffix, not config.no_labels
+    sha256 = sha256_of_file(file)
+    rows = 0
+    types: dict[str, Any] = {}
+    for chunk in read_chunks(file, config.chunk_rows):
+        is_first = not rows
+        rows += len(chunk)
+        columns = chunk.columns
+        if is_first:
+            _check_columns(file, columns, task, needs_labels=config.label_column is not None)
+        _check_texts(chunk, task, file)
+        was_labelled = task.label_column in types
+        if wants_labels and (was_labelled or task.label_column in columns):
+            if not is_first and not was_labelled:
+                raise DataError(
+                    f"{file}, row 1: column {task.label_column!r} holds no label, while later rows have one. "
+                    "Mend the row, or add --no-labels to leave labels unread."
+                )
+            _label_indices(chunk, task, file)
+        for name in columns:
+            types[name] = merge_types(file, chunk, name, types.get(name), out_suffix)
+    if not rows:
+        raise DataError(f"{file} has no rows. Give a file with at least one text.")
+    return Inspected(
+        sha256=sha256,
+        rows=rows,
+        columns=tuple(types),
+        is_labelled=wants_labels and task.label_column in types,
+        schema=parquet_schema(file, chunk, types) if out_suffix == ".parquet" else None,
+    )
+
+
+def _check_columns(file: Path, columns: Sequence[str], task: Task, *, needs_labels: bool) -> None:
+    wanted = dict.fromkeys(task.text_columns, "--text-columns")
+    if needs_labels:
+        wanted[task.label_column] = "--label-column"
+    for name, flag in wanted.items():
+        if name not in columns:
+            raise DataError(f"{file} has no column {name!r}; it has {', '.join(columns)}. Name the right one: {flag}.")
+
+
+# The second pass, and what surrounds both.
+
+
+def new_columns(classified: Classified, *, all_probabilities: bool) -> dict[str, list[Any]]:
+    """The columns that are added, by name."""
+    columns: dict[str, list[Any]] = {
+        PREDICTION: classified.predictions,
+        PROBABILITY: classified.best_probabilities.tolist(),
+    }
+    if all_probabilities:
+        columns |= {
+            name: classified.probabilities[:, index].tolist()
+            for index, name in enumerate(_probability_columns(classified.labels))
+        }
+    return columns
+
+
+def _probability_columns(labels: Iterable[str]) -> list[str]:
+    return [f"{PROBABILITY}_{label}" for label in labels]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a run did.
+
+    Attributes:
+        rows: in the file.
+        rows_resumed: how many of them an earlier run had labelled.
+        parts: in how many chunks.
+        seconds: spent on the others; loading the bundle and the first pass are left out.
+        texts_cut: how many texts were longer than the model reads and lost their end.
+        scores: where the file has labels.
+        max_length: how many tokens the model reads.
+    """
+
+    rows: int
+    rows_resumed: int
+    parts: int
+    seconds: float
+    texts_cut: int
+    scores: Scores | None
+    max_length: int
+
+    @property
+    def rows_per_second(self) -> float:
+        """Of the rows that this run labelled."""
+        return (self.rows - self.rows_resumed) / self.seconds
+
+
+def score_file(config: ScoreConfig) -> Labelled:
+    """Label a file.
+
+    Raises:
+        UsageError: a flag cannot be used, or the output may not or cannot be written.
+        DataError: as `inspect_file` raises; or the file changed while it was read.
+        BundleError: the bundle cannot be used.
+    """
+    _check_files(config)
+    parts = Parts(config.out)
+    parts.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
+    bundle = load_bundle(config.bundle)
+    task = _settle_task(config, bundle)
+    before = _state(config.source)
+    found = inspect_file(config, task)
+    _refuse_clash(config, found, task)
+    classifier = OnnxClassifier(bundle, threads=config.threads)
+    parts.prepare(_fingerprint(config, task, found, classifier), resume=config.resume)
+    labelled = _Run(config, classifier, task, found, parts).label()
+    if _state(config.source) != before:
+        raise DataError(
+            f"{config.source} changed while it was read, so nothing was written. Start anew with --overwrite."
+        )
+    parts.finish(labelled.parts)
+    return labelled
+
+
+def _check_files(config: ScoreConfig) -> None:
+    for flag, path in (("--in", config.source), ("--out", config.out)):
+        if str(path) == "-":
+            raise UsageError(f"{flag} -: a pipe cannot be gone through twice or gone on with. Give a file.")
+        if path.suffix not in FILE_TYPES:
+            raise UsageError(f"{flag} {path}: give a file that ends in {', '.join(FILE_TYPES)}.")
+    if not config.source.is_file():
+        raise DataError(f"--in {config.source}: there is no such file.")
+    if not config.source.stat().st_size:
+        raise DataError(f"--in {config.source} is empty. Give a file with at least one text.")
+    if config.out.is_dir():
+        raise UsageError(f"--out {config.out} is a folder. Give the name of a file.")
+    if config.out.exists() and config.out.samefile(config.source):
+        raise UsageError(f"--out {config.out} is the file that is read. Choose another name.")
+    if os.path.lexists(config.out) and not config.overwrite:
+        raise UsageError(f"--out {config.out} is there already. Add --overwrite to replace it, or choose another name.")
+    for flag, number in (("--batch-size", config.batch_size), ("--chunk-rows", config.chunk_rows)):
+        if number < 1:
+            raise UsageError(f"{flag} {number}: give a whole number of at least 1.")
+    if config.threads is not None and config.threads < 1:
+        raise UsageError(f"--threads {config.threads}: give a whole number of at least 1.")
+    if config.no_labels and config.label_column is not None:
+        raise UsageError("--no-labels and --label-column exclude each other. Give one of them.")
+
+
+def _settle_task(config: ScoreConfig, bundle: Bundle) -> Task:
+    """The bundle's task with the file's columns."""
+    task = bundle.task
+    if config.text_columns:
+        if len(config.text_columns) != len(task.text_columns):
+            raise UsageError(
+                f"--text-columns {','.join(config.text_columns)}: {config.bundle} was trained on "
+                f"{len(task.text_columns)} ({', '.join(task.text_columns)}). Name as many."
+            )
+        task = replace(task, text_columns=config.text_columns)
+    return task if config.label_column is None else replace(task, label_column=config.label_column)
+
+
+def _refuse_clash(config: ScoreConfig, found: Inspected, task: Task) -> None:
+    names = [PREDICTION, PROBABILITY, *(_probability_columns(task.labels) if config.all_probabilities else ())]
+    taken = [name for name in names if name in found.columns]
+    if taken:
+        raise DataError(
+            f"{config.source} has a column {taken[0]!r} already, and one of that name would be added. Rename or drop it first."
+        )
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is written: its inode, size and time."""
+    state = file.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _fingerprint(config: ScoreConfig, task: Task, found: Inspected, classifier: OnnxClassifier) -> dict[str, Any]:
+    """What decides the output's bytes, under names that a message can show."""
+    return {
+        "input_sha256": found.sha256,
+        "input_format": config.source.suffix,
+        # The manifest holds the hash of every other file.
+        "bundle_sha256": sha256_of_file(classifier.bundle.folder / FILES.manifest),
+        "text_columns": ",".join(task.text_columns),
+        "label_column": task.label_column if found.is_labelled else None,
+        "all_probabilities": config.all_probabilities,
+        "batch_size": config.batch_size,
+        "chunk_rows": config.chunk_rows,
+        "threads": config.threads,
+        "engine": f"{classifier.execution.engine}, {classifier.execution.provider}",
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The second pass: everything is checked and loaded."""
+
+    config: ScoreConfig
+    classifier: OnnxClassifier
+    task: Task
+    found: Inspected
+    parts: Parts
+
+    def label(self) -> Labelled:
+        """Label what is not labelled yet, chunk by chunk."""
+        from tqdm import tqdm
+
+        n_parts = rows_resumed = texts_cut = 0
+        counts = self._no_counts()
+        start = time.perf_counter()
+        # smoothing=0: the mean so far. Texts are sorted within a chunk, so the pace swings with their length.
+        with tqdm(total=self.found.rows, unit="row", smoothing=0, file=sys.stderr) as bar:
+            for chunk in read_chunks(self.config.source, self.config.chunk_rows):
+                record = self.parts.find(n_parts, len(chunk)) if self.config.resume else None
+                if record is not None:
+                    rows_resumed += len(chunk)
+                    bar.initial += len(chunk)  # which tqdm leaves out of rows/s
+                    bar.update(len(chunk))
+                else:
+                    record = self._label_chunk(n_parts, chunk, bar.update)
+                n_parts += 1
+                texts_cut += record.texts_cut
+                for expected, predicted, n in record.counts:
+                    counts[expected, predicted] += n
+        seconds = time.perf_counter() - start
+        return Labelled(
+            rows=self.found.rows,
+            rows_resumed=rows_resumed,
+            parts=n_parts,
+            seconds=seconds,
+            texts_cut=texts_cut,
+            scores=score_counts(self.task, counts) if self.found.is_labelled else None,
+            max_length=self.classifier.bundle.max_length,
+        )
+
+    def _no_counts(self) -> np.ndarray:
+        return np.zeros((len(self.task.labels), len(self.task.labels)), np.int64)
+
+    def _label_chunk(self, number: int, chunk: Chunk, report: Callable[[int], object]) -> PartRecord:
+        texts = list(zip(*(chunk.column(name) for name in self.task.text_columns), strict=True))
+        classified = classify(self.classifier, texts, batch_size=self.config.batch_size, report=report)
+        counts = self._no_counts()
+        if self.found.is_labelled:
+            expected = np.array(_label_indices(chunk, self.task, self.config.source))
+            np.add.at(counts, (expected, classified.indices), 1)
+        added = new_columns(classified, all_probabilities=self.config.all_probabilities)
+        return self.parts.add(
+            number,
+            lambda path: write_part(path, chunk, added, columns=self.found.columns, schema=self.found.schema),
+            rows=len(chunk),
+            cut=int(classified.cut.sum()),
+            counts=counts,
+        )
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    parser = Parser(
+        prog="python -m export.score",
+        description="Label a CSV, JSON lines or Parquet file of any size with ONNX Runtime; the last line is JSON.",
+        epilog="example: python -m export.score bundles/minilm-mrpc --in pairs.csv --out labelled.parquet",
+    )
+    suffixes = ", ".join(FILE_TYPES)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `python -m export` wrote")
+    parser.add_argument(
+        "--in", dest="source", type=Path, required=True, metavar="F", help=f"file to label ({suffixes})"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="G", help=f"file to write ({suffixes})")
+    parser.add_argument(
+        "--text-columns", default="", metavar="COLUMNS", help="the file's text columns (default: the bundle's)"
+    )
+    parser.add_argument(
+        "--label-column", metavar="COLUMN", help="its label column (default: the bundle's, where the file has it)"
+    )
+    parser.add_argument("--no-labels", action="store_true", help="leave labels unread and score nothing")
+    parser.add_argument("--all-probabilities", action="store_true", help="write the probability of every label")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts in one run of the graph (default: 32)")
+    parser.add_argument(
+        "--chunk-rows",
+        type=int,
+        default=CHUNK_ROWS,
+        help=f"rows in memory at a time, and lost at most when the run is killed (default: {CHUNK_ROWS})",
+    )
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: all usable cores)")
+    parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run left beside --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an older --out, or start an interrupted run anew"
+    )
+    options = vars(parser.parse_args(argv))
+    text_columns = tuple(part.strip() for part in options.pop("text_columns").split(",") if part.strip())
+    config = ScoreConfig(**options, text_columns=text_columns)
+
+    try:
+        labelled = score_file(config)
+    except KeyboardInterrupt:
+        if Parts(config.out).folder.is_dir():
+            print("What is done is kept: add --resume to go on.", file=sys.stderr)
+        raise
+    say(
+        f"{config.out}: {labelled.rows} rows, {labelled.rows - labelled.rows_resumed} of them labelled in "
+        f"{labelled.seconds:.1f} s ({labelled.rows_per_second:.0f} rows/s)"
+    )
+    if labelled.texts_cut:
+        say(f"{labelled.texts_cut} texts are longer than {labelled.max_length} tokens and lost their end")
+    if labelled.scores is not None:
+        say(f"against the file's labels: {labelled.scores}")
+    say(
+        json.dumps(
+            {
+                "rows": labelled.rows,
+                "seconds": labelled.seconds,
+                "rows_per_second": labelled.rows_per_second,
+                "texts_cut": labelled.texts_cut,
+                "scores": labelled.scores.values if labelled.scores is not None else None,
+                "out": str(config.out),
+            }
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run_main(_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
