@@ -3,20 +3,24 @@
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from demo.__main__ import parse_config as parse_demo
 from export.__main__ import main as export_main
-from tests.conftest import ROOT, SHIPPED_ADAPTER
+from tests.conftest import ROOT, SHIPPED, Data
 from tests.server import serve
 from train.adapter import load_adapter
+from train.bench import main as bench_main
 from train.config import parse_config as parse_train
+from train.evaluate import main as evaluate_main
 
 ROOMS = ("train", "export", "demo")
 """From below to above: each may import itself and what stands before it."""
@@ -47,7 +51,8 @@ def test_imports_run_one_way(room: str) -> None:
 
 def test_the_command_lines_import_nothing_heavy_until_they_work() -> None:
     code = (
-        "import sys, train.__main__, export.__main__, export.runtime, export.bundle, demo.__main__, demo.backends\n"
+        "import sys, train.__main__, train.bench, train.evaluate, export.__main__, export.runtime, export.bundle\n"
+        "import export.score, demo.__main__, demo.backends\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -69,17 +74,20 @@ def test_telemetry_is_off_before_anything_could_send_it() -> None:
 
 def readme_commands(module: str) -> list[list[str]]:
     """The words after ``python -m MODULE`` of every command line in the README."""
-    found = re.findall(rf"^    (?:.* && )?python -m {module}( .*)?$", README, flags=re.MULTILINE)
+    found = re.findall(rf"^ +(?:.* && )?python -m {re.escape(module)}( .*)?$", README, flags=re.MULTILINE)
     return [shlex.split(words) for words in found]
 
 
 def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> None:
+    """Those of the other modules, and pytest's, are run by tests below or by whoever reads this."""
     train_commands = [parse_train(words) for words in readme_commands("train")]
-    assert len(train_commands) == 3
+    assert [config.model for config in train_commands] == ["roberta-large", "minilm", "minilm", "minilm"]
     demo_commands = [parse_demo(words) for words in readme_commands("demo")]
     assert len(demo_commands) == 2
-    assert len(readme_commands("export")) == 1
-    assert len(readme_commands("pytest")) == 1
+    for module, count in {"export": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}.items():
+        assert len(readme_commands(module)) == count, module
+    known = ("demo", "export", "export.score", "pytest", "train", "train.bench", "train.evaluate")
+    assert set(re.findall(r"python -m ([\w.]+)", README)) <= set(known)
 
 
 def test_the_readmes_export_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +95,29 @@ def test_the_readmes_export_command_runs(tmp_path: Path, monkeypatch: pytest.Mon
     (words,) = readme_commands("export")
     words[words.index("--out") + 1] = str(tmp_path / "bundle")
     assert export_main(words) == 0
+
+
+def test_the_readmes_evaluate_command_runs(
+    data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other rows: those that the README scores do not belong into the repository."""
+    monkeypatch.chdir(ROOT)
+    (words,) = readme_commands("train.evaluate")
+    words[words.index("--file") + 1] = str(data.validation_file)
+    assert evaluate_main(words) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 40
+
+
+def test_the_readmes_bench_command_runs(
+    data: Data, base_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (words,) = readme_commands("train.bench")
+    places = {"--model": str(base_model("bert")), "--rounds": "1", "--epochs": "1"}
+    places |= dict(zip(data.flags[::2], data.flags[1::2], strict=True))
+    for flag, value in places.items():
+        words[words.index(flag) + 1] = value
+    assert bench_main(words) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples_per_second_ratio"] > 0
 
 
 def test_the_readmes_python_runs_against_the_page(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -99,14 +130,19 @@ def test_the_readmes_python_runs_against_the_page(tmp_path_factory: pytest.TempP
     assert re.search(r"^equivalent \d+\.\d+ \d\S+$", printed.getvalue().strip().splitlines()[-1])
 
 
-def test_the_readmes_figures_are_those_of_the_adapter_that_ships() -> None:
-    adapter = load_adapter(SHIPPED_ADAPTER)
-    for scores in (adapter.scores, adapter.always_positive):
-        assert f"| {100 * scores['accuracy']:.1f} | {100 * scores['f1']:.1f} |" in README
-    assert f"| {adapter.n_validation} validation pairs |" in README
-    (command,) = [
-        line
-        for line in README.splitlines()
-        if "demo/adapters/minilm-mrpc" in line and "train" in line and line.startswith("    ")
-    ]
-    assert command.strip() in (SHIPPED_ADAPTER / "training.json").read_text()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_readmes_figures_are_those_of_the_adapters_that_ship(name: str) -> None:
+    folder = ROOT / "demo" / "adapters" / name
+    adapter = load_adapter(folder)
+    training = json.loads((folder / "training.json").read_text())
+    spread = training["seed_summary"]
+    seeds = ", ".join(map(str, training["seeds"]))
+    cells = [f"{100 * spread[metric]['mean']:.1f} ± {100 * spread[metric]['std']:.1f}" for metric in ("accuracy", "f1")]
+    assert len(training["seeds"]) >= 3
+    assert f"| {' | '.join(cells)} | {seeds} |" in README
+    kept = adapter.scores.values
+    assert f"`{name}`, the seed that ships | {100 * kept['accuracy']:.1f} | {100 * kept['f1']:.1f} |" in README
+    for scores in adapter.baselines.values():
+        assert f"| {100 * scores.values['accuracy']:.1f} | {100 * scores.values['f1']:.1f} |" in README
+    assert f"| on {adapter.n_validation} validation pairs |" in README
+    assert f"    {training['command']}\n" in README

@@ -64,7 +64,7 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
     """PEFT's tutorial: its model, its loop, its settings, with the learning rate and sizes of ``config``."""
     import torch
     from peft import PromptEncoderConfig, TaskType, get_peft_model
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from train.data import encode, load_splits
     from train.model import base_tokenizer, find_base_model, load_classifier, text_limit
@@ -116,6 +116,7 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
             eval_dataset=validation.rows,
             compute_metrics=metrics,
         )
+        trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

@@ -319,7 +319,8 @@ def describe_machine() -> str:
                 break
     except OSError:
         pass  # not Linux; the general name has to do
-    return f"{torch.get_num_threads()} cores of {name}"
+    threads = torch.get_num_threads()
+    return f"{threads} {'core' if threads == 1 else 'cores'} of {name}"
 
 
 def draw_curves(path: Path, epochs: tuple[EpochScores, ...], best_epoch: int, baselines: dict[str, Scores]) -> None:
