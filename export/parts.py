@@ -21,7 +21,7 @@ import numpy as np
 
 from export.tables import join_parts
 from train.errors import UsageError
-from train.files import read_json_object, sha256_of_file
+from train.files import read_json_object, refuse_another_run, sha256_of_file, sync_path
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,7 @@ class Parts:
         record = self.folder / self._RUN
         if resume and record.is_file():
             before = read_json_object(record, UsageError, "Start anew: leave --resume out and add --overwrite.")
-            differing = [name for name in fingerprint if before.get(name) != fingerprint[name]]
-            if differing:
-                name = differing[0]
-                raise UsageError(
-                    f"--resume: the interrupted run in {self.folder} had {name} {_short(before.get(name))}, now it is "
-                    f"{_short(fingerprint[name])}. Give the same as then, or start anew with --overwrite and without "
-                    "--resume."
-                )
+            refuse_another_run(self.folder, before, fingerprint)
             return
         with self._writing():
             self._remove()
@@ -117,7 +110,7 @@ class Parts:
         new = path.with_name(f"new-{path.name}")
         with self._writing():
             write(new)
-            _sync(new)
+            sync_path(new)
             new.rename(path)
             met = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
             record = PartRecord(rows=rows, texts_cut=cut, counts=met, sha256=sha256_of_file(path))
@@ -129,7 +122,7 @@ class Parts:
         whole = self.folder / f"whole{self._out.suffix}"
         with self._writing():
             join_parts([self._path(number) for number in range(n_parts)], whole)
-            _sync(whole)
+            sync_path(whole)
             whole.replace(self._out)
             self._remove()
 
@@ -156,16 +149,5 @@ class Parts:
     def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         new = path.with_name(f"{path.name}.new")
         new.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        _sync(new)
+        sync_path(new)
         new.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file to the disk, so that a rename cannot outrun its bytes."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"

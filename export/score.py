@@ -18,13 +18,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.bundle import FILES, Bundle, load_bundle
+from export.bundle import FILES, load_bundle
 from export.parts import PartRecord, Parts
 from export.predict import Classified, classify, score_counts
 from export.runtime import OnnxClassifier
@@ -238,7 +238,7 @@ def score_file(config: ScoreConfig) -> Labelled:
     parts = Parts(config.out)
     parts.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
     bundle = load_bundle(config.bundle)
-    task = _settle_task(config, bundle)
+    task = bundle.task.with_columns(config.text_columns, config.label_column, owner=config.bundle)
     before = _state(config.source)
     found = inspect_file(config, task)
     _refuse_clash(config, found, task)
@@ -276,19 +276,6 @@ def _check_files(config: ScoreConfig) -> None:
         raise UsageError(f"--threads {config.threads}: give a whole number of at least 1.")
     if config.no_labels and config.label_column is not None:
         raise UsageError("--no-labels and --label-column exclude each other. Give one of them.")
-
-
-def _settle_task(config: ScoreConfig, bundle: Bundle) -> Task:
-    """The bundle's task with the file's columns."""
-    task = bundle.task
-    if config.text_columns:
-        if len(config.text_columns) != len(task.text_columns):
-            raise UsageError(
-                f"--text-columns {','.join(config.text_columns)}: {config.bundle} was trained on "
-                f"{len(task.text_columns)} ({', '.join(task.text_columns)}). Name as many."
-            )
-        task = replace(task, text_columns=config.text_columns)
-    return task if config.label_column is None else replace(task, label_column=config.label_column)
 
 
 def _refuse_clash(config: ScoreConfig, found: Inspected, task: Task) -> None:

@@ -23,7 +23,7 @@ from uuid import UUID
 
 import numpy as np
 
-from train.errors import DataError
+from train.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -232,12 +232,7 @@ def _read_parquet(file: Path, chunk_rows: int) -> Iterator[Chunk]:
                 start += len(batch)
     except (pyarrow.ArrowException, OSError) as cause:
         after = f" after row {start}" if start else ""
-        raise DataError(f"{file} cannot be read as parquet{after} ({_first_line(cause)}). Write it anew.") from cause
-
-
-def _first_line(cause: BaseException) -> str:
-    lines = str(cause).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(cause).__name__
+        raise DataError(f"{file} cannot be read as parquet{after} ({first_line(cause)}). Write it anew.") from cause
 
 
 # Rows out.
@@ -276,7 +271,7 @@ def merge_types(file: Path, chunk: Chunk, name: str, before: Any, out_suffix: st
 def _no_parquet(file: Path, name: str, cause: BaseException) -> DataError:
     return DataError(
         f"{file}: column {name!r} cannot be written as parquet, which wants one type for all rows "
-        f"({_first_line(cause)}). Give an --out that ends in .jsonl."
+        f"({first_line(cause)}). Give an --out that ends in .jsonl."
     )
 
 
@@ -401,7 +396,7 @@ def _write_parquet(path: Path, chunk: Chunk, added: Mapping[str, Sequence[Any]],
         table = chunk.table(schema)
     except (pyarrow.ArrowException, OverflowError) as cause:
         raise DataError(
-            f"{chunk.place(0)} to {chunk.place(len(chunk) - 1)} cannot be written as parquet ({_first_line(cause)}). "
+            f"{chunk.place(0)} to {chunk.place(len(chunk) - 1)} cannot be written as parquet ({first_line(cause)}). "
             "Give an --out that ends in .jsonl."
         ) from cause
     for name, values in added.items():

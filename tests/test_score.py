@@ -511,7 +511,7 @@ def test_wherever_a_run_ends_it_goes_on_to_the_very_same_bytes(
     out, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
     flags = ["--chunk-rows", "10"]
     unbroken = label(bundle("bert"), source, whole, *flags)
-    sync = export.parts._sync
+    sync = export.parts.sync_path
     moments = 0
     # run.json, three parts and their records, the whole
     for last in range(8):
@@ -525,7 +525,7 @@ def test_wherever_a_run_ends_it_goes_on_to_the_very_same_bytes(
             sync(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(export.parts, "_sync", sync_or_die)
+            patch.setattr(export.parts, "sync_path", sync_or_die)
             with pytest.raises(Killed):
                 label(bundle("bert"), source, out, *flags)
         assert not out.exists()

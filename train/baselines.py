@@ -98,7 +98,9 @@ class Baselines:
 
 def _cosines(base: BaseModel, task: Task, dataset: "Dataset") -> np.ndarray:
     """Cosine of the two sentences of each row, shape = (n_rows,)"""
-    first, second = (_embed(base, list(dataset[column])) for column in task.text_columns)
+    # In one call: it loads the model.
+    embedded = _embed(base, [text for column in task.text_columns for text in dataset[column]])
+    first, second = np.split(embedded, 2)
     return (first * second).sum(axis=1)
 
 

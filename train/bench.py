@@ -20,7 +20,6 @@ Prints a table, then one JSON document as the last line.
 import argparse
 import json
 import multiprocessing
-import shutil
 import statistics
 import sys
 import tempfile
@@ -146,7 +145,6 @@ def train_as_promptfold(config: TrainConfig) -> Measured:
             checkpoints=Path(work),
             log_folder=Path(work) / "runs",
         )
-        shutil.rmtree(work, ignore_errors=True)
     best = fitted.epochs[fitted.best_epoch - 1].scores.values
     return _measured("promptfold", fitted.seconds, len(train.rows) * config.epochs, best)
 

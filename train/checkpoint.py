@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.config import TrainConfig
 from train.errors import UsageError
-from train.files import sha256_of_file
+from train.files import refuse_another_run, sha256_of_file
 from train.tasks import Scores
 
 if TYPE_CHECKING:
@@ -104,13 +104,7 @@ def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> Non
             before = json.loads(record.read_text(encoding="utf-8"))
         except ValueError as cause:
             raise UsageError(f"{record} is damaged. Start anew: leave --resume out and add --overwrite.") from cause
-        differing = [name for name in fingerprint if before.get(name) != fingerprint[name]]
-        if differing:
-            name = differing[0]
-            raise UsageError(
-                f"--resume: the interrupted run in {folder} had {name} {_short(before.get(name))}, now it is "
-                f"{_short(fingerprint[name])}. Give the same as then, or start anew with --overwrite and without --resume."
-            )
+        refuse_another_run(folder, before, fingerprint)
         return
     if folder.exists():
         if not config.overwrite and not config.resume:
@@ -135,11 +129,6 @@ def remove_checkpoints(out: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
     shutil.rmtree(folder)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"
 
 
 def write_progress(folder: Path, trainable: "State", progress: Progress) -> None:

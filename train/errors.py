@@ -54,3 +54,9 @@ class ParityError(PromptfoldError):
 
 class EngineError(PromptfoldError):
     """An engine process that died or did not answer in time."""
+
+
+def first_line(cause: BaseException) -> str:
+    """The first line of another library's message, or the exception's name where it has none."""
+    lines = str(cause).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(cause).__name__

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from train.adapter import Adapter, find_adapter_base, load_adapter, load_prompted_classifier
@@ -56,16 +56,7 @@ def evaluate_file(
     """
     from train.loop import evaluate
 
-    task = adapter.task
-    if text_columns:
-        if len(text_columns) != len(task.text_columns):
-            raise UsageError(
-                f"--text-columns {','.join(text_columns)}: {adapter.folder} was trained on {len(task.text_columns)} "
-                f"({', '.join(task.text_columns)}). Name as many."
-            )
-        task = replace(task, text_columns=text_columns)
-    if label_column is not None:
-        task = replace(task, label_column=label_column)
+    task = adapter.task.with_columns(text_columns, label_column, owner=adapter.folder)
     rows = load_split(task, "", file)
     base = find_adapter_base(adapter)
     tokenizer = load_tokenizer(adapter.folder, adapter.max_length)

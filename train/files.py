@@ -124,6 +124,30 @@ def reading(folder: Path, kind: FolderKind) -> Iterator[None]:
         raise kind.error(f"{folder / kind.record} lacks {cause} or holds it in a wrong form. {kind.remedy}") from cause
 
 
+def refuse_another_run(folder: Path, before: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Refuse to go on with an interrupted run that was not this very one.
+
+    Args:
+        folder: where it lies.
+        before: its fingerprint.
+        fingerprint: what decides the result now, under names that a message can show. Plain JSON.
+
+    Raises:
+        UsageError: the two differ; it names the first difference.
+    """
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 40 else text[:12] + "…"
+
+    for name, now in fingerprint.items():
+        if before.get(name) != now:
+            raise UsageError(
+                f"--resume: the interrupted run in {folder} had {name} {short(before.get(name))}, now it is "
+                f"{short(now)}. Give the same as then, or start anew with --overwrite and without --resume."
+            )
+
+
 def check_target(target: Path, kind: FolderKind, *, overwrite: bool) -> None:
     """Refuse an output folder that would cost the user something, before any work is done.
 
@@ -204,11 +228,16 @@ def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if os.name != "posix" and path.is_dir():
             continue  # only POSIX can open a folder
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file, or a folder's own entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open_to_readers(folder: Path) -> None:

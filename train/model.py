@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import P_TUNING, P_TUNING_V2, TrainConfig
-from train.errors import HubError, ModelError, UsageError
+from train.errors import HubError, ModelError, UsageError, first_line
 from train.files import read_json_object, sha256_of_file, sha256_of_files
 
 if TYPE_CHECKING:
@@ -153,16 +153,10 @@ def _download(name: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         raise HubError(
-            f"Base model {name}: the Hugging Face hub did not give it ({_first_line(cause)}). Without network, "
+            f"Base model {name}: the Hugging Face hub did not give it ({first_line(cause)}). Without network, "
             f"take --model {MINILM}, which ships with the requirements, or a folder that holds the model, "
             "and give --train-file and --validation-file."
         ) from cause
-
-
-def _first_line(cause: BaseException) -> str:
-    """A short form of another library's message."""
-    lines = str(cause).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(cause).__name__
 
 
 def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: str | None = None) -> BaseModel:
@@ -207,7 +201,7 @@ def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None
         with quiet_transformers():
             settings = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except (OSError, ValueError, KeyError, IndexError) as cause:
-        raise ModelError(f"Base model {name}: {file} cannot be read as GGUF ({_first_line(cause)}).") from cause
+        raise ModelError(f"Base model {name}: {file} cannot be read as GGUF ({first_line(cause)}).") from cause
     _check_type(name, settings.model_type)
     described = _describe(settings, name=name, hub_name=hub_name, folder=file.parent, sha256=sha256)
     return replace(described, gguf_file=file.name)
@@ -268,7 +262,7 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
     except (OSError, ValueError) as cause:
-        raise ModelError(f"{folder} holds no tokenizer that can be loaded ({_first_line(cause)}).") from cause
+        raise ModelError(f"{folder} holds no tokenizer that can be loaded ({first_line(cause)}).") from cause
     if not tokenizer.is_fast:
         raise ModelError(f"The tokenizer in {folder} has no fast (tokenizer.json) form, which promptfold needs.")
     tokenizer.model_max_length = max_length
@@ -343,7 +337,7 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide "some weights were newly initialized", which here is the point, and the bar of turning GGUF into fp32."""
+    """Hide "some weights were newly initialized", which here is the point, and transformers' own bars."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -512,7 +506,7 @@ def prompted_classifier(
     try:
         result = model.load_state_dict(head, strict=False)
     except RuntimeError as cause:
-        raise ModelError(f"The adapter's head does not fit the base model ({_first_line(cause)}).") from cause
+        raise ModelError(f"The adapter's head does not fit the base model ({first_line(cause)}).") from cause
     if result.unexpected_keys:
         raise ModelError(
             f"The adapter holds tensors that the base model has no place for: {', '.join(result.unexpected_keys)}."

@@ -1,7 +1,7 @@
 """The tasks that can be learned: columns, labels, metrics."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,26 @@ class Task:
         """The first few of them, for a complaint about another one."""
         few = [repr(name) if self.name == "custom" else f"{i} or {name!r}" for i, name in enumerate(self.labels)]
         return ", ".join(few[:8]) + (" …" if len(few) > 8 else "")
+
+    def with_columns(self, text_columns: tuple[str, ...], label_column: str | None, *, owner: object) -> "Task":
+        """The task as a file has it whose columns have other names; nothing given, nothing changed.
+
+        Args:
+            owner: the folder that was trained, for a complaint.
+
+        Raises:
+            UsageError: it has another number of texts.
+        """
+        if text_columns and len(text_columns) != len(self.text_columns):
+            raise UsageError(
+                f"--text-columns {','.join(text_columns)}: {owner} was trained on {len(self.text_columns)} "
+                f"({', '.join(self.text_columns)}). Name as many."
+            )
+        return replace(
+            self,
+            text_columns=text_columns or self.text_columns,
+            label_column=self.label_column if label_column is None else label_column,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """For training.json."""
