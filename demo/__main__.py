@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from train.console import Parser, run_main, say
@@ -106,7 +107,8 @@ def run(config: DemoConfig) -> None:
     adapter = choice.adapter
     say(f"showing {adapter.folder} ({adapter.task.name}, on validation {adapter.scores})")
     bundle = load_bundle(config.bundle) if config.bundle else cached_bundle(adapter)
-    if bundle.adapter_sha256 != adapter.sha256:
+    task = bundle.task_of(adapter.sha256)
+    if task is None:
         raise BundleError(
             f"{bundle.folder} was exported from another adapter than {adapter.folder}, so the two engines would "
             "run different models. Give the --adapter it was made from, or export this one: "
@@ -116,14 +118,14 @@ def run(config: DemoConfig) -> None:
     say("starting both engines, each in a process of its own")
     threads = usable_cores()
     pytorch = Engine("PyTorch", make_pytorch_backend, adapter.folder, threads=threads)
-    onnx = Engine("ONNX Runtime", make_onnx_backend, bundle.folder, threads=threads)
+    onnx = Engine("ONNX Runtime", partial(make_onnx_backend, task=task.name), bundle.folder, threads=threads)
     try:
         # Gradio takes seconds to import; meanwhile the engines load.
         from demo.app import PageInfo, build_page, page_style
         from demo.compare import Comparer
 
-        comparer = Comparer(bundle_tokenizer(bundle), bundle.task, pytorch=pytorch, onnx=onnx)
-        info = PageInfo(choice, bundle, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
+        comparer = Comparer(bundle_tokenizer(bundle), task.task, pytorch=pytorch, onnx=onnx)
+        info = PageInfo(choice, bundle, task, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
         # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
         warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
         page = build_page(comparer.compare, info)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from demo.compare import PAUSE_SECONDS, Answer, Comparison
 from demo.shipped import Choice
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleTask
 from export.runtime import Execution
 from train.adapter import Adapter
 from train.config import P_TUNING, P_TUNING_V2
@@ -82,6 +82,7 @@ class PageInfo:
 
     choice: Choice
     bundle: Bundle
+    task: BundleTask
     pytorch: Execution
     onnx: Execution
 
@@ -137,8 +138,8 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             _speedup(comparison, info),
         )
 
-    bundle, task = info.bundle, info.bundle.task
-    n_labels = min(len(bundle.labels), LABELS_SHOWN)
+    bundle, task = info.bundle, info.task.task
+    n_labels = min(len(task.labels), LABELS_SHOWN)
     first, second = _box_labels(task)
     with gr.Blocks(title="promptfold", analytics_enabled=False) as page:
         gr.Markdown(
@@ -146,7 +147,7 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             f"One P-tuned model, two engines: a frozen transformer with its {bundle.virtual_tokens} learned virtual "
             "tokens on the left in PyTorch, as PEFT runs it, on the right with the prompt folded into one ONNX graph."
         )
-        gr.HTML(model_facts(bundle), elem_id="model", elem_classes="facts")
+        gr.HTML(model_facts(bundle, task), elem_id="model", elem_classes="facts")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 sentence1 = gr.Textbox(label=first, lines=3, placeholder="Write a sentence …")
@@ -193,7 +194,7 @@ def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.
             f"of threads; they are asked one at a time, with a pause of {PAUSE_SECONDS} s and a warm-up before each "
             "burst, so that neither disturbs the other.\n\n"
             f"**How equal they are.** When this graph was exported, its logits differed from PEFT's by at most "
-            f"{bundle.max_logit_difference:.1e} over shapes and paddings that it was not traced with."
+            f"{info.task.max_logit_difference:.1e} over shapes and paddings that it was not traced with."
         )
         gr.HTML(
             f"<p><b>How good the model is.</b> {quality(info.choice)} What the page compares is the engines: a text "
@@ -216,18 +217,18 @@ def _box_labels(task: Task) -> tuple[str, str]:
     return first, second
 
 
-def model_facts(bundle: Bundle) -> str:
+def model_facts(bundle: Bundle, task: Task) -> str:
     """What the model is and what it tells apart."""
-    shown = ", ".join(f"<code>{html.escape(label)}</code>" for label in bundle.labels[:LABELS_SHOWN])
-    if len(bundle.labels) > LABELS_SHOWN:
-        shown += f" and {len(bundle.labels) - LABELS_SHOWN} more"
-    texts = "pairs of sentences" if bundle.task.is_pair else "single sentences"
+    shown = ", ".join(f"<code>{html.escape(label)}</code>" for label in task.labels[:LABELS_SHOWN])
+    if len(task.labels) > LABELS_SHOWN:
+        shown += f" and {len(task.labels) - LABELS_SHOWN} more"
+    texts = "pairs of sentences" if task.is_pair else "single sentences"
     return _table(
         [
             # Of a folder its last part: where it lies on this machine is nobody's business.
             ("Base model", html.escape(Path(bundle.base_model).name)),
             ("Method", html.escape(_method(bundle.method))),
-            ("Task", f"{html.escape(bundle.task.name)}, {texts}"),
+            ("Task", f"{html.escape(task.name)}, {texts}"),
             ("Labels", shown),
         ]
     )

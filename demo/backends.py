@@ -89,12 +89,12 @@ def make_pytorch_backend(folder: Path, threads: int) -> Backend:
     return PyTorchBackend(folder, threads)
 
 
-def make_onnx_backend(folder: Path, threads: int) -> Backend:
-    """Load a bundle folder into ONNX Runtime."""
+def make_onnx_backend(folder: Path, threads: int, *, task: str | None = None) -> Backend:
+    """Load a bundle folder into ONNX Runtime, for one task where it holds several."""
     from export.bundle import load_bundle
     from export.runtime import OnnxClassifier
 
-    return OnnxClassifier(load_bundle(folder), threads=threads)
+    return OnnxClassifier(load_bundle(folder), task=task, threads=threads)
 
 
 @dataclass(frozen=True)

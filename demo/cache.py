@@ -34,7 +34,7 @@ def cached_bundle(adapter: Adapter) -> Bundle:
         except BundleError as error:
             say(f"the cached bundle cannot be used and is made again: {error}")
         else:
-            if bundle.adapter_sha256 == adapter.sha256:
+            if bundle.task_of(adapter.sha256) is not None:
                 return bundle
         # Ours alone: nobody else puts anything there.
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,10 +71,12 @@ def _export(sender: Connection, adapter_folder: Path, folder: Path) -> None:
     """The export's process."""
     # An exception, so that what is half-written is removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    from export.fold import export_adapter
+    from export.bundle import FP32
+    from export.fold import ExportConfig, export_adapters
 
     try:
-        export_adapter(adapter_folder, folder, overwrite=True)
+        # fp32 on both sides: so far the page compares engines, not precisions.
+        export_adapters(ExportConfig((adapter_folder,), folder, precision=FP32, overwrite=True))
     except UsageError as error:
         sender.send(
             BundleError(

@@ -1,6 +1,6 @@
 """Many texts through one classifier: batches of like length, answers in the caller's order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,29 +46,34 @@ def classify(
     """Classify texts in batches of like length, each padded to its own longest.
 
     Args:
-        texts: of each its one or two sentences, as the bundle's task has them.
+        texts: of each its one or two sentences, as the classifier's task has them.
         batch_size: texts in one run of the graph.
         report: called after every batch with the number of texts in it.
     """
-    n_labels = len(classifier.bundle.labels)
-    logits = np.empty((len(texts), n_labels), np.float64)
+    labels = classifier.task.task.labels
+    logits = np.empty((len(texts), len(labels)), np.float64)
     cut = np.zeros(len(texts), bool)
-    # Characters stand in for tokens: they are there before anything is tokenised. sorted() is stable, so
-    # the same texts always make the same batches.
-    order = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in in_batches(texts, batch_size):
         encoded = classifier.tokenize([texts[row] for row in rows])
         logits[rows] = classifier.logits(encoded.arrays)
         cut[rows] = encoded.cut
         if report is not None:
             report(len(rows))
     return Classified(
-        labels=classifier.bundle.labels,
+        labels=labels,
         indices=logits.argmax(axis=1),
         probabilities=softmax(logits),
         cut=cut,
     )
+
+
+def in_batches(texts: Sequence[tuple[str, ...]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the texts of each batch, so that texts of like length meet."""
+    # Characters stand in for tokens: they are there before anything is tokenised. sorted() is stable, so
+    # the same texts always make the same batches.
+    order = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

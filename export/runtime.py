@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.bundle import Bundle
-from train.errors import BundleError
+from export.bundle import FP16, FP32, INT8, TASK_IDS, Bundle
+from train.errors import BundleError, TextError
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def bundle_tokenizer(bundle: Bundle) -> TextTokenizer:
         bundle.tokenizer_path,
         max_length=bundle.max_length,
         pad_token_id=bundle.pad_token_id,
-        inputs=bundle.inputs,
+        inputs=bundle.text_inputs,
     )
 
 
@@ -98,8 +99,8 @@ class Execution:
         provider: the execution provider (ONNX Runtime) or device (PyTorch) really in use.
         on_cuda: whether that is an NVIDIA GPU.
         threads: threads within an operator, on the CPU.
-        precision: "fp32" …
-        note: why it is not on a GPU; empty where it is.
+        precision: "fp32", "fp16" or "int8".
+        note: why it is not on a GPU, and where the precision is not the best one in the bundle, why; else empty.
     """
 
     engine: str
@@ -122,39 +123,63 @@ class OnnxClassifier:
 
     Attributes:
         bundle: what was loaded.
+        task: which of its tasks.
         execution: on what it runs.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, use_cuda: bool | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        task: str | None = None,
+        precision: str | None = None,
+        threads: int | None = None,
+        use_cuda: bool | None = None,
+    ) -> None:
         """Load a bundle that `load_bundle` checked.
 
         Args:
+            task: name of the task, where the bundle has several.
+            precision: which of the bundle's graphs; by default the fastest on what it runs on, which is fp16 on a
+                GPU and int8 on a CPU, and fp32 where there is no such graph or it cannot be loaded.
             threads: threads within an operator, on CPU; by default all usable cores.
             use_cuda: whether to try CUDA; by default wherever the NVIDIA driver and the provider are.
 
         Raises:
-            BundleError: ONNX Runtime cannot load the graph, or its inputs are not the manifest's.
+            BundleError: there is no graph in that precision, ONNX Runtime cannot load it, or its inputs are not the
+                manifest's.
+            UsageError: there is no such task, or several and none is named.
         """
         import onnxruntime
 
         self.bundle = bundle
+        self.task = bundle.find_task(task)
         threads = threads or usable_cores()
-        self._session = open_session(bundle.model_path, threads=threads, use_cuda=use_cuda)
+        absence = cuda_absence()
+        if use_cuda is None:
+            use_cuda = not absence
+        notes = [] if use_cuda else [absence or "CUDA is switched off"]
+        opened = _open_graph(bundle, precision, threads=threads, use_cuda=use_cuda)
+        if use_cuda and opened.session.get_providers()[0] == CPU:
+            notes.append("ONNX Runtime fell back from CUDA to the CPU")
+            # What is fastest on a GPU is slow here.
+            opened = _open_graph(bundle, precision, threads=threads, use_cuda=False)
+        self._session = opened.session
         inputs = tuple(item.name for item in self._session.get_inputs())
         if inputs != bundle.inputs:
             raise BundleError(
-                f"{bundle.model_path} takes {', '.join(inputs)}; its manifest says {', '.join(bundle.inputs)}. "
-                "Export the bundle again."
+                f"{bundle.graph_path(opened.precision)} takes {', '.join(inputs)}; its manifest says "
+                f"{', '.join(bundle.inputs)}. Export the bundle again."
             )
         provider = self._session.get_providers()[0]
-        self._on_cuda = provider == CUDA
+        self._on_cuda = provider != CPU
         self.execution = Execution(
             engine=f"ONNX Runtime {onnxruntime.__version__}",
             provider=provider,
             on_cuda=self._on_cuda,
             threads=threads,
-            precision=bundle.precision,
-            note="" if self._on_cuda else cuda_absence(),
+            precision=opened.precision,
+            note="; ".join(filter(None, [*notes, opened.why])),
         )
         self.tokenize = bundle_tokenizer(bundle)
 
@@ -162,14 +187,65 @@ class OnnxClassifier:
         """Run the graph.
 
         Args:
-            arrays: as from ``tokenize``; each int64, shape = (n_batch, n_text)
+            arrays: as from ``tokenize``; each int64, shape = (n_batch, n_text). Where the bundle is shared,
+                ``task_ids`` beside them, int64, shape = (n_batch,), make each row one of its own task.
 
         Returns:
-            float32, shape = (n_batch, n_labels)
+            float32, shape = (n_batch, n_labels); with ``task_ids``, as many labels as the task with the most has
+
+        Raises:
+            TextError: the arrays are no batch of texts that this model can read.
         """
-        if self._on_cuda:
-            return self._logits_on_cuda(arrays)
-        return run_session(self._session, arrays)
+        self._check(arrays)
+        if TASK_IDS in arrays or not self.bundle.is_shared:
+            return self._run(arrays)
+        task_ids = np.full(len(arrays["input_ids"]), self.task.number, np.int64)
+        return self._run({**arrays, TASK_IDS: task_ids})[:, : len(self.task.task.labels)]
+
+    def _run(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        # A tokenizer may give more than this kind of model takes.
+        wanted = {name: arrays[name] for name in self.bundle.inputs}
+        return self._logits_on_cuda(wanted) if self._on_cuda else run_session(self._session, wanted)
+
+    def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Refuse what the graph would answer with a crash, or with somebody else's row of a table."""
+        missing = [name for name in self.bundle.text_inputs if name not in arrays]
+        if missing:
+            raise TextError(f"The batch lacks {', '.join(missing)}. Make it with the bundle's own tokenizer.")
+        ids = arrays["input_ids"]
+        if ids.ndim != 2 or not ids.size:
+            raise TextError(f"input_ids of shape {ids.shape} hold no text. Give at least one text of one token.")
+        if ids.shape[1] > self.bundle.max_length:
+            raise TextError(
+                f"input_ids hold texts of {ids.shape[1]} tokens; this model reads {self.bundle.max_length}. Cut them."
+            )
+        for name in self.bundle.text_inputs:
+            if arrays[name].shape != ids.shape:
+                raise TextError(f"{name} has shape {arrays[name].shape}, input_ids {ids.shape}. Give both alike.")
+        if TASK_IDS in arrays:
+            self._check_tasks(arrays[TASK_IDS], len(ids))
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0 or largest >= self.bundle.vocabulary_size:
+            wrong = smallest if smallest < 0 else largest
+            raise TextError(
+                f"input_ids hold {wrong}, outside the vocabulary of {self.bundle.vocabulary_size} tokens. Make the "
+                "batch with the bundle's own tokenizer."
+            )
+        for name in self.bundle.text_inputs:
+            # A mask of 2 shifts the scores, and a type of -1 is the last row of its table: neither would be an error.
+            if name != "input_ids" and (arrays[name].min() < 0 or arrays[name].max() > 1):
+                raise TextError(
+                    f"{name} holds other numbers than 0 and 1. Make the batch with the bundle's own tokenizer."
+                )
+
+    def _check_tasks(self, task_ids: np.ndarray, n_batch: int) -> None:
+        n_tasks = len(self.bundle.tasks)
+        if not self.bundle.is_shared:
+            raise TextError(f"{self.bundle.folder} holds one task and takes no {TASK_IDS}. Leave them out.")
+        if task_ids.shape != (n_batch,):
+            raise TextError(f"{TASK_IDS} has shape {task_ids.shape}. Give one number for each of {n_batch} texts.")
+        if task_ids.min() < 0 or task_ids.max() >= n_tasks:
+            raise TextError(f"{TASK_IDS} must be from 0 to {n_tasks - 1}: the bundle holds {n_tasks} tasks.")
 
     def _logits_on_cuda(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """The same through IO binding: one copy up, one down, the rest stays on the device."""
@@ -179,6 +255,33 @@ class OnnxClassifier:
         binding.bind_output("logits", "cuda")
         self._session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A graph in ONNX Runtime, and why it is not the bundle's fastest; ``why`` is empty where it is."""
+
+    session: "InferenceSession"
+    precision: str
+    why: str
+
+
+def _open_graph(bundle: Bundle, precision: str | None, *, threads: int, use_cuda: bool) -> _Opened:
+    """Open a bundle's graph in a precision, or the fastest one that can be loaded."""
+    wanted = precision or best_precision(bundle, on_cuda=use_cuda)
+    try:
+        return _Opened(open_session(bundle.graph_path(wanted), threads=threads, use_cuda=use_cuda), wanted, "")
+    except BundleError as cause:
+        if precision is not None or wanted == FP32:
+            raise
+        session = open_session(bundle.graph_path(FP32), threads=threads, use_cuda=use_cuda)
+        return _Opened(session, FP32, f"fp32 instead of {wanted}, which cannot be loaded here: {cause}")
+
+
+def best_precision(bundle: Bundle, *, on_cuda: bool) -> str:
+    """The fastest of a bundle's graphs: fp16 on a GPU, int8 on a CPU, fp32 where there is none of these."""
+    best = FP16 if on_cuda else INT8
+    return best if best in bundle.precisions else FP32
 
 
 def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "InferenceSession":
@@ -197,15 +300,40 @@ def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "
     if use_cuda:
         # The provider's libraries come from NVIDIA's wheels, which no loader path names.
         onnxruntime.preload_dlls()
-    # TF32 is on by default; it rounds fp32's 23 bits of mantissa to 10, and parity with PyTorch would be lost.
-    cuda = [(CUDA, {"use_tf32": "0"})] if use_cuda else []
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[*cuda, CPU])
+        return onnxruntime.InferenceSession(path, options, providers=providers(use_cuda=use_cuda))
     except Exception as cause:
         # ORT's exceptions share no base but Exception.
         if not type(cause).__module__.startswith("onnxruntime"):
             raise
         raise BundleError(f"ONNX Runtime cannot load {path} ({cause}). Export the bundle again.") from cause
+
+
+def providers(*, use_cuda: bool) -> list[tuple[str, dict[str, str]]]:
+    """Execution providers and their options, the preferred one first: TensorRT where it is installed, CUDA, CPU."""
+    wanted: list[tuple[str, dict[str, str]]] = [(CPU, {})]
+    if use_cuda:
+        # TF32 is on by default; it rounds fp32's 23 bits of mantissa to 10, and parity with PyTorch would be lost.
+        wanted.insert(0, (CUDA, {"use_tf32": "0"}))
+        if has_tensorrt():
+            wanted.insert(0, (TENSORRT, {"trt_fp16_enable": "0"}))
+    return wanted
+
+
+def has_tensorrt() -> bool:
+    """Whether ONNX Runtime has the provider and TensorRT's library is installed (``pip install tensorrt``)."""
+    import onnxruntime
+
+    if TENSORRT not in onnxruntime.get_available_providers():
+        return False
+    try:
+        # The package names its library's folder to the loader.
+        import tensorrt  # type: ignore[import-not-found]  # noqa: F401
+
+        ctypes.CDLL("libnvinfer.so.10")
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def run_session(session: "InferenceSession", arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -29,7 +29,7 @@ from export.parts import PartRecord, Parts
 from export.predict import Classified, classify, score_counts
 from export.runtime import OnnxClassifier
 from export.tables import Chunk, merge_types, parquet_schema, read_chunks, write_part
-from train.console import Parser, run_main, say
+from train.console import Parser, names, run_main, say
 from train.data import FILE_TYPES
 from train.errors import DataError, UsageError
 from train.files import sha256_of_file
@@ -53,6 +53,7 @@ class ScoreConfig:
         bundle: folder that `python -m export` wrote.
         source: the file to label.
         out: the file to write.
+        task: name of the task, where the bundle holds several.
         text_columns: the file's, where they are not named as in training.
         label_column: the same of its labels.
         no_labels: whether to leave labels unread.
@@ -67,6 +68,7 @@ class ScoreConfig:
     bundle: Path
     source: Path
     out: Path
+    task: str | None = None
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
     no_labels: bool = False
@@ -238,11 +240,13 @@ def score_file(config: ScoreConfig) -> Labelled:
     parts = Parts(config.out)
     parts.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
     bundle = load_bundle(config.bundle)
-    task = bundle.task.with_columns(config.text_columns, config.label_column, owner=config.bundle)
+    task = bundle.find_task(config.task).task.with_columns(
+        config.text_columns, config.label_column, owner=config.bundle
+    )
     before = _state(config.source)
     found = inspect_file(config, task)
     _refuse_clash(config, found, task)
-    classifier = OnnxClassifier(bundle, threads=config.threads)
+    classifier = OnnxClassifier(bundle, task=config.task, threads=config.threads)
     parts.prepare(_fingerprint(config, task, found, classifier), resume=config.resume)
     labelled = _Run(config, classifier, task, found, parts).label()
     if _state(config.source) != before:
@@ -300,6 +304,8 @@ def _fingerprint(config: ScoreConfig, task: Task, found: Inspected, classifier: 
         "input_format": config.source.suffix,
         # The manifest holds the hash of every other file.
         "bundle_sha256": sha256_of_file(classifier.bundle.folder / FILES.manifest),
+        "task": classifier.task.name,
+        "precision": classifier.execution.precision,
         "text_columns": ",".join(task.text_columns),
         "label_column": task.label_column if found.is_labelled else None,
         "all_probabilities": config.all_probabilities,
@@ -384,8 +390,13 @@ def _command(argv: Sequence[str] | None) -> None:
         "--in", dest="source", type=Path, required=True, metavar="F", help=f"file to label ({suffixes})"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="G", help=f"file to write ({suffixes})")
+    parser.add_argument("--task", metavar="NAME", help="which task, where the bundle holds several")
     parser.add_argument(
-        "--text-columns", default="", metavar="COLUMNS", help="the file's text columns (default: the bundle's)"
+        "--text-columns",
+        type=names,
+        default=(),
+        metavar="COLUMNS",
+        help="the file's text columns (default: the bundle's)",
     )
     parser.add_argument(
         "--label-column", metavar="COLUMN", help="its label column (default: the bundle's, where the file has it)"
@@ -404,9 +415,7 @@ def _command(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older --out, or start an interrupted run anew"
     )
-    options = vars(parser.parse_args(argv))
-    text_columns = tuple(part.strip() for part in options.pop("text_columns").split(",") if part.strip())
-    config = ScoreConfig(**options, text_columns=text_columns)
+    config = ScoreConfig(**vars(parser.parse_args(argv)))
 
     try:
         labelled = score_file(config)

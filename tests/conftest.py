@@ -124,7 +124,13 @@ def make_base_model(folder: Path, family: str) -> Path:
     torch.manual_seed(1)
     std = "init_std" if family == "opt" else "initializer_range"
     config = AutoConfig.for_model(family, **common, **sizes, **{std: 0.2})
-    AutoModel.from_config(config).save_pretrained(folder)
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                # A fresh model's biases are 0 and its norms' weights 1: one that is forgotten, or added twice, would not show.
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
     make_tokenizer(folder, token_types=family in TOKEN_TYPES)
     return folder
 
@@ -222,6 +228,30 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Pa
             assert main([str(adapter(family)), "--out", str(out)]) == 0
             made[family] = out
         return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle_in(
+    tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path], data: Data
+) -> Callable[[str, str], Path]:
+    """A function from a kind and a precision to a bundle that holds it beside fp32, whatever it costs in quality."""
+    import export.precision
+    from export.__main__ import main
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(kind: str, precision: str) -> Path:
+        if (kind, precision) not in made:
+            out = tmp_path_factory.mktemp("precisions") / kind
+            rows = ["--validation-file", str(data.validation_file)]
+            with pytest.MonkeyPatch.context() as patch:
+                # No metric can fall by more.
+                patch.setattr(export.precision, "GATE_TOLERANCE", 2.0)
+                assert main([str(adapter(kind)), "--out", str(out), "--precision", precision, *rows]) == 0
+            made[kind, precision] = out
+        return made[kind, precision]
 
     return get
 

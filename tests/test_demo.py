@@ -51,7 +51,7 @@ def both_engines(adapter_folder: Path, bundle_folder: Path) -> Iterator[Comparer
     onnx = Engine("ONNX Runtime", make_onnx_backend, bundle_folder, threads=1)
     loaded = load_bundle(bundle_folder)
     try:
-        yield Comparer(bundle_tokenizer(loaded), loaded.task, pytorch=pytorch, onnx=onnx)
+        yield Comparer(bundle_tokenizer(loaded), loaded.find_task().task, pytorch=pytorch, onnx=onnx)
     finally:
         pytorch.close()
         onnx.close()
@@ -485,11 +485,12 @@ def test_the_page_says_how_good_the_adapter_is_beside_the_baselines_and_the_othe
 
 def test_the_page_names_the_method_the_task_and_at_most_ten_labels(bundle: Folders) -> None:
     loaded = load_bundle(bundle("bert-v2"))
-    facts = readable(model_facts(loaded))
+    task = loaded.find_task().task
+    facts = readable(model_facts(loaded, task))
     for words in ("P-Tuning v2", "mrpc, pairs of sentences", "not_equivalent, equivalent"):
         assert words in facts
-    task = replace(loaded.task, labels=tuple(f"<{number}>" for number in range(30)))
-    assert "<8>, <9> and 20 more" in readable(model_facts(replace(loaded, task=task)))
+    many = replace(task, labels=tuple(f"<{number}>" for number in range(30)))
+    assert "<8>, <9> and 20 more" in readable(model_facts(loaded, many))
 
 
 def test_without_a_port_the_first_free_one_is_taken() -> None:
@@ -511,7 +512,7 @@ def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
     cache = tmp_path / "a cache"  # a space in the path
     with serve(["--adapter", str(adapter("bert"))], cache) as server:
         url = server.wait_for_url()
-        for step in ("[1/4]", "[2/4]", "[3/4]", "[4/4]"):
+        for step in ("[1/5]", "[2/5]", "[3/5]", "[4/5]", "[5/5]"):
             assert step in server.output
         (folder,) = (cache / "promptfold" / "bundles").iterdir()
         exported = (folder / "model.onnx").stat().st_mtime_ns
@@ -558,8 +559,8 @@ def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
     with serve(["--adapter", str(adapter("bert"))], cache) as server:
         server.wait_for_url()
         assert "is damaged" in server.output
-        assert "[4/4]" in server.output
-    assert load_bundle(folder).max_logit_difference < 1e-4
+        assert "[5/5]" in server.output
+    assert load_bundle(folder).find_task().max_logit_difference < 1e-4
 
 
 def test_a_page_for_single_sentences_has_one_box_and_an_endpoint_that_needs_no_second(

@@ -1,26 +1,33 @@
 """``python -m export`` through its entry point: what it writes, that it is equal, what it refuses."""
 
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import export.graph
 from export.__main__ import main
 from export.bundle import load_bundle
+from export.folded import FoldedEncoder
 from export.runtime import OnnxClassifier, TextTokenizer
 from tests.conftest import (
     DECODERS,
+    ENCODERS,
     KINDS,
     POSITIONS,
     TOKEN_TYPES,
     VIRTUAL_TOKENS,
+    Data,
     family_of,
     flip_bit,
     make_base_model,
@@ -28,9 +35,16 @@ from tests.conftest import (
     peft_logits,
     random_batch,
 )
+from train.__main__ import main as train_main
+from train.adapter import find_adapter_base, load_adapter, load_prompted_classifier
 from train.errors import BundleError
 
 Folders = Callable[[str], Path]
+
+ENCODER_KINDS = [kind for kind in KINDS if family_of(kind) in ENCODERS]
+
+N_LAYERS = 2
+"""Of every tiny model."""
 
 
 def has_types(kind: str) -> bool:
@@ -46,27 +60,39 @@ def open_graph(bundle_folder: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(bundle_folder / "model.onnx", providers=["CPUExecutionProvider"])
 
 
+def embedded_rows(model: Any, table: np.ndarray) -> np.ndarray:
+    """What transformers' own embeddings module makes of a prompt table, shape = (1, n_virtual, n_hidden)"""
+    name = "input_embeds" if model.config.model_type == "distilbert" else "inputs_embeds"
+    with torch.inference_mode():
+        rows = model.embeddings(input_ids=None, **{name: torch.from_numpy(table)[None]})
+        return (model.embeddings_project(rows) if hasattr(model, "embeddings_project") else rows).numpy()
+
+
 def learned_prompt(kind: str, adapter_folder: Path, base_folder: Path) -> dict[str, np.ndarray]:
     """What the graph shall hold, by name, made of the adapter file with NumPy and transformers alone."""
+    from transformers import AutoModel
+
     table = load_file(adapter_folder / "adapter_model.safetensors")["prompt_embeddings"]
-    n_layers, n_head = 2, 8
+    n_head = 8
+    model = AutoModel.from_pretrained(base_folder).eval()
+    if kind in ENCODERS:
+        return {"prompt_rows": embedded_rows(model, table)}
     if kind.endswith("-v2"):
         # PEFT's order: each virtual token's row holds, layer by layer, its keys and then its values, head by head.
-        layers = table.reshape(VIRTUAL_TOKENS, n_layers, 2, -1, n_head).transpose(1, 2, 3, 0, 4)[:, :, None]
-    elif kind in DECODERS:
-        import torch
-        from transformers import AutoModel
-
-        model = AutoModel.from_pretrained(base_folder).eval()
+        layers = table.reshape(VIRTUAL_TOKENS, N_LAYERS, 2, -1, n_head).transpose(1, 2, 3, 0, 4)[:, :, None].copy()
+        if family_of(kind) in ENCODERS:
+            # There the last layer adds its biases after the sum over the keys.
+            attention = model.encoder.layer[-1].attention.self
+            for i, dense in enumerate([attention.key, attention.value]):
+                layers[-1, i] -= dense.bias.detach().numpy().reshape(1, -1, 1, n_head)
+    else:
         mask = torch.ones(1, VIRTUAL_TOKENS, dtype=torch.long)
         with torch.inference_mode():
             cache = model(inputs_embeds=torch.from_numpy(table)[None], attention_mask=mask, use_cache=True)
         layers = np.stack([np.stack([keys, values]) for keys, values in cache.past_key_values.to_legacy_cache()])
-    else:
-        return {"prompt_embeddings": table}
     return {
         f"prompt_{name}_{layer}": layers[layer, i]
-        for layer in range(n_layers)
+        for layer in range(N_LAYERS)
         for i, name in enumerate(["key", "value"])
     }
 
@@ -99,7 +125,7 @@ def test_the_graph_takes_any_batch_and_length_and_one_file_holds_it(kind: str, b
 def test_the_learned_prompt_is_in_the_graph_under_the_names_of_the_manifest(
     kind: str, bundle: Folders, adapter: Folders, base_model: Folders
 ) -> None:
-    """Its keys and values wherever they do not depend on the text, so that no request pays for them."""
+    """An encoder's rows as its first layer reads them; else keys and values. No request pays for either."""
     model = onnx.load(bundle(kind) / "model.onnx")
     initializers = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
     expected = learned_prompt(kind, adapter(kind), base_model(family_of(kind)))
@@ -110,6 +136,76 @@ def test_the_learned_prompt_is_in_the_graph_under_the_names_of_the_manifest(
     if family_of(kind) not in {"llama", "opt"}:  # whose keys or embeddings are 16 wide
         # The prompt encoder, whose hidden size is 16, is gone, and so is the length that was traced.
         assert not [name for name, array in initializers.items() if 16 in array.shape]
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_in_an_encoders_graph_the_last_layer_is_computed_for_row_0_alone(
+    kind: str, bundle: Folders, base_model: Folders
+) -> None:
+    """No dense layer of it sees any other row, and its keys and values are no dense layers any more."""
+    from transformers import AutoModelForSequenceClassification
+
+    graph = onnx.load(bundle(kind) / "model.onnx")
+    ranks = {item.name: len(item.dims) for item in graph.graph.initializer}
+    outputs = [
+        node.output[0]
+        for node in graph.graph.node
+        if node.op_type in {"Gemm", "MatMul"} and ranks.get(node.input[1]) == 2
+    ]
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    n_batch, n_text = 3, 11
+    arrays = session.run(outputs, random_batch(np.random.default_rng(1), n_batch, n_text, token_types=has_types(kind)))
+
+    model = AutoModelForSequenceClassification.from_pretrained(base_model(family_of(kind)))
+    n_dense = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    n_rows = n_batch * (n_text + (0 if kind.endswith("-v2") else VIRTUAL_TOKENS))
+    # Query, key, value, output and the two of the feed-forward part, in every layer but the last.
+    full = 6 * (N_LAYERS - 1)
+    assert Counter(math.prod(array.shape[:-1]) for array in arrays) == {n_rows: full, n_batch: n_dense - full - 2}
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_an_encoder_written_anew_gives_pefts_logits(kind: str, adapter: Folders, base_model: Folders) -> None:
+    loaded = load_adapter(adapter(kind))
+    folded = FoldedEncoder(load_prompted_classifier(loaded, find_adapter_base(loaded), attention="eager")).eval()
+    generator = np.random.default_rng(7)
+    for batch_size, length in ((1, 1), (4, 17), (9, POSITIONS - VIRTUAL_TOKENS)):
+        batch = random_batch(generator, batch_size, length, token_types=has_types(kind))
+        with torch.inference_mode():
+            logits = folded(**{name: torch.from_numpy(array) for name, array in batch.items()})["logits"].numpy()
+        assert np.abs(logits - peft_logits(adapter(kind), base_model(family_of(kind)), batch)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["roberta", "roberta-v2", "xlm-roberta-v2"])
+def test_a_padding_token_inside_a_text_is_numbered_as_peft_numbers_it(
+    kind: str, bundle: Folders, adapter: Folders, base_model: Folders
+) -> None:
+    """RoBERTa leaves it out of the count where it is given ids, and counts it where it is given embeddings."""
+    batch = {
+        "input_ids": np.array([[0, 5, 1, 7, 1, 1, 9, 2], [1, 8, 1, 2, 1, 1, 1, 1]]),
+        "attention_mask": np.array([[1] * 8, [1] * 4 + [0] * 4]),
+    }
+    session = open_graph(bundle(kind))
+    logits = session.run(["logits"], batch)[0]
+    assert np.abs(logits - peft_logits(adapter(kind), base_model(family_of(kind)), batch)).max() < 1e-5
+
+
+def test_an_encoder_that_embeds_in_another_width_than_it_computes_in(tmp_path: Path, data: Data) -> None:
+    """As ELECTRA's small models do: their projection stands between the embeddings and the first layer."""
+    from transformers import AutoConfig, AutoModel
+
+    base = make_base_model(tmp_path / "base", "electra")
+    config = AutoConfig.from_pretrained(base)
+    config.embedding_size = 16
+    AutoModel.from_config(config).save_pretrained(base)
+    flags = f"--virtual-tokens {VIRTUAL_TOKENS} --method p-tuning-v2 --epochs 1".split()
+    adapter_folder = tmp_path / "adapter"
+    assert train_main(["--model", str(base), "--out", str(adapter_folder), *flags, *data.flags]) == 0
+    assert main([str(adapter_folder), "--out", str(tmp_path / "b")]) == 0
+    batch = random_batch(np.random.default_rng(2), 4, 13, token_types=True)
+    logits = open_graph(tmp_path / "b").run(["logits"], batch)[0]
+    assert np.abs(logits - peft_logits(adapter_folder, base, batch)).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,7 +242,6 @@ def test_a_prediction_of_the_graph_does_not_depend_on_its_batch(kind: str, bundl
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bundle_loads_in_optimum_and_gives_the_same_logits(kind: str, bundle: Folders) -> None:
-    import torch
     from optimum.onnxruntime import ORTModelForSequenceClassification
 
     model = ORTModelForSequenceClassification.from_pretrained(bundle(kind))
@@ -161,13 +256,20 @@ def test_the_manifest_records_what_was_measured(bundle: Folders, adapter: Folder
     manifest = json.loads((bundle("bert") / "manifest.json").read_text())
     training = json.loads((adapter("bert") / "training.json").read_text())
     assert manifest["base_model"]["sha256"] == training["model"]["sha256"]
-    assert manifest["task"] == training["task"]
+    (task,) = manifest["tasks"]
+    assert task["name"] == "bert"
+    assert task["task"] == training["task"]
     assert manifest["method"] == "p-tuning"
     assert load_bundle(bundle("bert-v2")).method == "p-tuning-v2"
-    assert load_bundle(bundle("bert")).labels == ("not_equivalent", "equivalent")
+    assert load_bundle(bundle("bert")).find_task().task.labels == ("not_equivalent", "equivalent")
     assert manifest["virtual_tokens"] == VIRTUAL_TOKENS
     assert manifest["max_length"] == POSITIONS - VIRTUAL_TOKENS
-    assert manifest["quality"] == {
+    # Of the tiny tokenizer: four special tokens and ninety words.
+    assert manifest["vocabulary_size"] == 94
+    # Where no labelled rows are at hand, nothing but fp32 can be justified.
+    assert manifest["graphs"] == [{"precision": "fp32", "file": "model.onnx", "gates": []}]
+    assert manifest["refused"] == []
+    assert task["quality"] == {
         "n_validation": 40,
         "validation": training["validation"],
         "baselines": training["baselines"],
@@ -176,7 +278,7 @@ def test_the_manifest_records_what_was_measured(bundle: Folders, adapter: Folder
         manifest["providers_tried"] == ["CPUExecutionProvider"]
         or "CUDAExecutionProvider" in manifest["providers_tried"]
     )
-    parity = manifest["parity"]
+    parity = task["parity"]
     shapes = {(row["batch_size"], row["sequence_length"]) for row in parity["rows"]}
     traced = manifest["traced_shape"]
     assert (traced["batch_size"], traced["sequence_length"]) not in shapes
@@ -185,8 +287,8 @@ def test_the_manifest_records_what_was_measured(bundle: Folders, adapter: Folder
     assert sum(row["padding_tokens"] for row in parity["rows"]) > 0
     assert 0 < parity["max_logit_difference"] <= parity["tolerance"] == 1e-4
     # BLOOM takes texts of any length; attention over 2,043 tokens would only cost memory.
-    rows = json.loads((bundle("bloom") / "manifest.json").read_text())["parity"]["rows"]
-    assert max(row["sequence_length"] for row in rows) == 1024
+    (task,) = json.loads((bundle("bloom") / "manifest.json").read_text())["tasks"]
+    assert max(row["sequence_length"] for row in task["parity"]["rows"]) == 1024
 
 
 @pytest.mark.parametrize("kind", ["bert", "bert-v2", "opt"])
@@ -200,8 +302,10 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
     """The fault is put into the graph: one learned number is off by a little."""
     write_graph = export.graph.write_graph
 
-    def write_wrong_graph(classifier: export.graph.PromptedClassifier, path: Path) -> export.graph.Graph:
-        graph = write_graph(classifier, path)
+    def write_wrong_graph(
+        classifier: export.graph.PromptedClassifier, path: Path, *, is_decoder: bool
+    ) -> export.graph.Graph:
+        graph = write_graph(classifier, path, is_decoder=is_decoder)
         model = onnx.load(path)
         for item in model.graph.initializer:
             if item.name == graph.prompt_initializers[-1]:
@@ -268,7 +372,7 @@ def test_an_older_bundle_is_replaced_only_when_asked(
     assert "--overwrite" in capsys.readouterr().err
     assert load_bundle(out) == first
     assert main([str(adapter("electra")), "--out", str(out), "--overwrite"]) == 0
-    assert load_bundle(out).adapter_sha256 != first.adapter_sha256
+    assert load_bundle(out).tasks[0].adapter_sha256 != first.tasks[0].adapter_sha256
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -283,9 +387,12 @@ def test_one_flipped_bit_in_a_bundle_is_refused(name: str, bundle: Folders, tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 1}, "format version 1"),
-        ({"task": None}, "wrong form"),
-        ({"task": {"name": "mrpc"}}, "wrong form"),
+        ({"format_version": 2}, "format version 2; this promptfold reads 3"),
+        ({"format_version": 4}, "format version 4; this promptfold reads 3"),
+        ({"tasks": None}, "wrong form"),
+        ({"tasks": [{"name": "mrpc"}]}, "wrong form"),
+        ({"graphs": [{"precision": "fp7", "file": "model.onnx", "gates": []}]}, "wrong form"),
+        ({"graphs": [{"precision": "int8", "file": "model_int8.onnx", "gates": [{}]}]}, "wrong form"),
         ({"sha256": {}}, "has no SHA-256 of model.onnx"),
         ({"sha256": {"model.onnx": "", "tokenizer.json": "", "config.json": "", "../x": ""}}, "model.onnx is damaged"),
         ({"sha256": {"../x": "", "model.onnx": "", "tokenizer.json": "", "config.json": ""}}, "outside its folder"),

@@ -68,6 +68,8 @@ class Adapter:
         baselines: what scores on the same rows without any prompt, by a name for people.
         baseline_rules: how those answer, for other rows.
         n_validation: how many rows those are.
+        validation_file: where they came from, None for the hub; on another machine it is somewhere else, or nowhere.
+        validation_sha256: hash of that file; empty for the hub.
         sha256: hash over everything in the folder that changes an answer.
     """
 
@@ -82,6 +84,8 @@ class Adapter:
     baselines: dict[str, Scores]
     baseline_rules: Baselines
     n_validation: int
+    validation_file: Path | None
+    validation_sha256: str
     sha256: str
 
     @property
@@ -130,8 +134,14 @@ def load_adapter(folder: Path) -> Adapter:
             baselines={str(name): _read_scores(scores) for name, scores in training["baselines"].items()},
             baseline_rules=Baselines.from_json(training["baseline_rules"]),
             n_validation=int(training["n_validation"]),
+            validation_file=_path(training["config"].get("validation_file")),
+            validation_sha256=str(training["data_sha256"].get("validation", "")),
             sha256=_sha256_of_answers(training),
         )
+
+
+def _path(name: str | None) -> Path | None:
+    return Path(name) if name else None
 
 
 def _read_scores(scores: dict[str, Any]) -> Scores:

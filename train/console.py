@@ -16,6 +16,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. See {self.prog} --help.")
 
 
+def names(text: str) -> tuple[str, ...]:
+    """A flag's comma-separated words."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def say(line: str) -> None:
     """Print a line that shall be seen at once, also through a pipe."""
     print(line, flush=True)

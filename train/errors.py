@@ -9,6 +9,7 @@ PromptfoldError
 ├── AdapterError    a folder that is not an adapter, or an adapter that does not fit
 ├── BundleError     a folder that is not a bundle, or a bundle that does not fit
 ├── ParityError     an exported graph whose logits differ from PyTorch's
+├── PrecisionError  a graph in another precision that scores worse than the gate allows
 └── EngineError     an engine process that died or did not answer in time
 
 Each message says what was wrong, where, and what to do next, so that it can be shown as it is: on the
@@ -50,6 +51,10 @@ class BundleError(PromptfoldError):
 
 class ParityError(PromptfoldError):
     """An exported graph whose logits differ from PyTorch's by more than the tolerance."""
+
+
+class PrecisionError(PromptfoldError):
+    """A graph in another precision that scores worse than the gate allows."""
 
 
 class EngineError(PromptfoldError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.adapter import Adapter, find_adapter_base, load_adapter, load_prompted_classifier
-from train.console import Parser, run_main, say
+from train.console import Parser, names, run_main, say
 from train.data import encode, load_split
 from train.errors import UsageError
 from train.model import load_tokenizer
@@ -79,7 +79,11 @@ def _command(argv: Sequence[str] | None) -> None:
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder that `python -m train` wrote")
     parser.add_argument("--file", type=Path, required=True, help="labelled rows (.csv, .jsonl or .parquet)")
     parser.add_argument(
-        "--text-columns", default="", metavar="COLUMNS", help="the file's text columns (default: the adapter's)"
+        "--text-columns",
+        type=names,
+        default=argparse.SUPPRESS,
+        metavar="COLUMNS",
+        help="the file's text columns (default: the adapter's)",
     )
     parser.add_argument(
         "--label-column", default=argparse.SUPPRESS, metavar="COLUMN", help="its label column (default: the adapter's)"
@@ -92,7 +96,7 @@ def _command(argv: Sequence[str] | None) -> None:
     result = evaluate_file(
         adapter,
         options.file,
-        text_columns=tuple(part.strip() for part in options.text_columns.split(",") if part.strip()),
+        text_columns=getattr(options, "text_columns", ()),
         label_column=getattr(options, "label_column", None),
         batch_size=options.batch_size,
     )

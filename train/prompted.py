@@ -8,7 +8,7 @@ two proves something. Two kinds of prompt:
   causal mask those of P-Tuning's rows do not depend on the text, so that they too are computed once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,27 +171,44 @@ class KeyValuePrompt(PromptedClassifier):
         return [(layer[0], layer[1]) for layer in stacked]
 
     def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        n_batch = inputs["input_ids"].shape[0]
+        pooled = self.pooled(
+            inputs,
+            [(key.expand(n_batch, -1, -1, -1), value.expand(n_batch, -1, -1, -1)) for key, value in self.keys_values()],
+        )
+        logits: torch.Tensor = self.model.score(pooled) if self._is_decoder else self.model.classifier(pooled)
+        return logits
+
+    def pooled(
+        self, inputs: Mapping[str, torch.Tensor], keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """What the head reads.
+
+        Args:
+            inputs: as `forward` takes them.
+            keys_values: of each layer, each of shape = (n_batch, n_key_value_heads, n_virtual, n_head)
+
+        Returns:
+            of a decoder the last token's row, of an encoder what its pooler made of row 0, each of shape =
+            (n_batch, n_hidden), or all rows where it has no pooler
+        """
         mask = inputs["attention_mask"]
         n_batch = mask.shape[0]
         cache = DynamicCache()
-        n_virtual = 0
-        for layer, (key, value) in enumerate(self.keys_values()):
-            n_virtual = key.shape[2]
-            cache.update(key.expand(n_batch, -1, -1, -1), value.expand(n_batch, -1, -1, -1), layer)
+        for layer, (key, value) in enumerate(keys_values):
+            cache.update(key, value, layer)
         longer = {
             **inputs,
-            "attention_mask": torch.cat([mask.new_ones(n_batch, n_virtual), mask], dim=1),
+            "attention_mask": torch.cat([mask.new_ones(n_batch, keys_values[0][0].shape[2]), mask], dim=1),
             "past_key_values": cache,
         }
         outputs = self.model.base_model(**longer)
-        logits: torch.Tensor
+        rows: torch.Tensor = outputs.last_hidden_state
         if self._is_decoder:
             last = mask.sum(dim=1) - 1
-            logits = self.model.score(outputs.last_hidden_state[torch.arange(n_batch, device=mask.device), last])
-        else:
-            pooled = getattr(outputs, "pooler_output", None)
-            logits = self.model.classifier(outputs.last_hidden_state if pooled is None else pooled)
-        return logits
+            return rows[torch.arange(n_batch, device=mask.device), last]
+        pooler_output: torch.Tensor | None = getattr(outputs, "pooler_output", None)
+        return rows if pooler_output is None else pooler_output
 
     def freeze_prompt(self) -> tuple[str, ...]:
         """See `PromptedClassifier.freeze_prompt`; here one key and one value for each layer."""

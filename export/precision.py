@@ -1,0 +1,293 @@
+"""The graph in other precisions, each kept only if labelled rows show that it costs (almost) no quality.
+
+int8: dynamic quantisation by optimum: weights by output channel ahead of time, activations by tensor at run time. When
+the whole graph in int8 fails the gate, layers go back to fp32, the most sensitive first. fp16: for CUDA.
+
+Heavy: import it where it is used.
+"""
+
+import platform
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from optimum.onnxruntime import ORTQuantizer, QuantizationConfig
+from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+from export.bundle import FP16, FP32, GRAPH_FILES, INT8, Gate
+from export.predict import in_batches, softmax
+from export.runtime import open_session, run_session
+from train.tasks import Task, score
+
+GATE_TOLERANCE = 0.005
+"""By how much a metric may fall: half a point."""
+
+RANKING_ROWS = 64
+"""Labelled rows on which layers are ranked by how much int8 disturbs them."""
+
+Logits = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class LabelledBatches:
+    """Labelled rows, tokenised once for every candidate.
+
+    Attributes:
+        file: what they came from, for the manifest.
+        task: whose metrics count.
+        batches: input arrays by name.
+        rows: of each batch the numbers of its rows; int64, shape = (n_batch,)
+        expected: class indices; int64, shape = (n_rows,)
+    """
+
+    file: str
+    task: Task
+    batches: tuple[dict[str, np.ndarray], ...]
+    rows: tuple[np.ndarray, ...]
+    expected: np.ndarray
+
+    def logits(self, run: Logits) -> np.ndarray:
+        """Run a graph over all rows; shape = (n_rows, n_labels)"""
+        logits = np.empty((len(self.expected), len(self.task.labels)))
+        for batch, rows in zip(self.batches, self.rows, strict=True):
+            # A shared graph has as many columns as the task with the most labels.
+            logits[rows] = run(batch)[:, : logits.shape[1]]
+        return logits
+
+    def head(self, n_rows: int) -> "LabelledBatches":
+        """At most so many rows, from all over the lengths."""
+        wanted = -(-n_rows // max(len(batch["input_ids"]) for batch in self.batches))
+        picked = [round(i) for i in np.linspace(0, len(self.batches) - 1, min(wanted, len(self.batches)))]
+        order = np.concatenate([self.rows[i] for i in picked])
+        renumbered, start = [], 0
+        for i in picked:
+            renumbered.append(np.arange(start, start + len(self.rows[i])))
+            start += len(self.rows[i])
+        return LabelledBatches(
+            file=self.file,
+            task=self.task,
+            batches=tuple(self.batches[i] for i in picked),
+            rows=tuple(renumbered),
+            expected=self.expected[order],
+        )
+
+
+def labelled_batches(
+    file: Path,
+    task: Task,
+    encode: Callable[[Sequence[tuple[str, ...]]], dict[str, np.ndarray]],
+    texts: Sequence[tuple[str, ...]],
+    expected: Sequence[int],
+) -> LabelledBatches:
+    """Tokenise labelled rows into batches of like length.
+
+    Args:
+        encode: texts → the graph's input arrays.
+        expected: of each text its class index.
+    """
+    rows = [np.array(batch) for batch in in_batches(texts, 32)]
+    return LabelledBatches(
+        file=file.name,
+        task=task,
+        batches=tuple(encode([texts[row] for row in batch]) for batch in rows),
+        rows=tuple(rows),
+        expected=np.array(expected),
+    )
+
+
+def measure_gates(
+    folder: Path, precision: str, tasks: Sequence[LabelledBatches], *, threads: int, kept_fp32: Sequence[int] = ()
+) -> list[Gate]:
+    """Hold a bundle's graph in one precision against its fp32 graph, task by task.
+
+    Args:
+        folder: holds both graphs.
+        tasks: labelled rows of each.
+        kept_fp32: layers that stayed in fp32.
+    """
+    references = _references(folder, precision, tasks, threads)
+    return _gates(folder, precision, tasks, references, threads=threads, kept_fp32=kept_fp32)
+
+
+def _references(folder: Path, precision: str, tasks: Sequence[LabelledBatches], threads: int) -> list[np.ndarray]:
+    """The fp32 graph's logits, where a graph in another precision will be run."""
+    run = _runner(folder / GRAPH_FILES[FP32], precision, threads)
+    return [data.logits(run) for data in tasks]
+
+
+def _gates(
+    folder: Path,
+    precision: str,
+    tasks: Sequence[LabelledBatches],
+    references: Sequence[np.ndarray],
+    *,
+    threads: int,
+    kept_fp32: Sequence[int],
+) -> list[Gate]:
+    run = _runner(folder / GRAPH_FILES[precision], precision, threads)
+    return [
+        _gate(reference, data.logits(run), data, kept_fp32) for data, reference in zip(tasks, references, strict=True)
+    ]
+
+
+def _gate(reference: np.ndarray, logits: np.ndarray, data: LabelledBatches, kept_fp32: Sequence[int]) -> Gate:
+    before, after = reference.argmax(axis=1), logits.argmax(axis=1)
+    is_finite = bool(np.isfinite(logits).all())
+    return Gate(
+        file=data.file,
+        n_rows=len(data.expected),
+        fp32=score(data.task, before, data.expected).values,
+        scores=score(data.task, after, data.expected).values,
+        label_flips=int((before != after).sum()),
+        max_probability_difference=float(np.abs(softmax(logits) - softmax(reference)).max()) if is_finite else 1.0,
+        tolerance=GATE_TOLERANCE,
+        kept_fp32=tuple(kept_fp32),
+        is_finite=is_finite,
+    )
+
+
+def make_int8(
+    folder: Path,
+    tasks: Sequence[LabelledBatches],
+    *,
+    threads: int,
+    report: Callable[[str], object] = lambda _: None,
+) -> list[Gate]:
+    """Quantise a bundle's fp32 graph; leave layers in fp32 until it passes the gate, half of them at most.
+
+    Args:
+        folder: holds ``model.onnx``; ``model_int8.onnx`` is written there.
+        tasks: labelled rows of each task; all have to pass.
+        report: takes a line for the person who waits.
+
+    Returns:
+        the gates of the first candidate that passes, or of the last one tried, of which one says that it failed
+    """
+    references = _references(folder, INT8, tasks, threads)
+    target = folder / GRAPH_FILES[INT8]
+
+    def attempt(kept: Sequence[int]) -> list[Gate]:
+        _quantize(folder, target, keep=set(kept))
+        return _gates(folder, INT8, tasks, references, threads=threads, kept_fp32=kept)
+
+    gates = attempt([])
+    if all(gate.passed for gate in gates):
+        return gates
+    layers = sorted(set(_layers_of(onnx.load(folder / GRAPH_FILES[FP32])).values()))
+    report(f"      int8 throughout: {'; '.join(map(str, gates))}; ranking the {len(layers)} layers")
+    ranked = _by_disturbance(folder, tasks, layers, threads)
+    for n_kept in range(1, len(layers) // 2 + 1):
+        gates = attempt(sorted(ranked[:n_kept]))
+        if all(gate.passed for gate in gates):
+            break
+        report(f"      int8: {'; '.join(map(str, gates))}")
+    return gates
+
+
+def _by_disturbance(folder: Path, tasks: Sequence[LabelledBatches], layers: Sequence[int], threads: int) -> list[int]:
+    """Layers in the order in which they shall go back to fp32: first the one without which int8 disturbs least."""
+    few = [data.head(RANKING_ROWS) for data in tasks]
+    references = _references(folder, INT8, few, threads)
+    target = folder / GRAPH_FILES[INT8]
+    remaining = {}
+    for layer in layers:
+        _quantize(folder, target, keep={layer})
+        run = _runner(target, INT8, threads)
+        differences = [
+            np.abs(data.logits(run) - reference).mean() for data, reference in zip(few, references, strict=True)
+        ]
+        remaining[layer] = float(np.mean(differences))
+    return sorted(layers, key=remaining.__getitem__)
+
+
+def make_fp16(folder: Path, tasks: Sequence[LabelledBatches], *, threads: int) -> list[Gate]:
+    """Convert the graph for a GPU to fp16; inputs and logits keep their types. Norms and softmaxes sum in fp32 inside.
+
+    Args:
+        folder: holds ``model.onnx``, and in ``model_fp16.onnx``, which is written anew, the fused graph in fp32.
+        tasks: labelled rows of each task.
+    """
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    path = folder / GRAPH_FILES[FP16]
+    model = OnnxModel(onnx.load(path))
+    with warnings.catch_warnings():
+        # The mask's fp32 minimum becomes fp16's, which hides as well, and numbers below fp16's smallest become 0.
+        warnings.simplefilter("ignore", UserWarning)
+        model.convert_float_to_float16(keep_io_types=True)
+    model.save_model_to_file(str(path))
+    return measure_gates(folder, FP16, tasks, threads=threads)
+
+
+def _runner(path: Path, precision: str, threads: int) -> Logits:
+    # int8 is for CPUs, so that is where it is judged, on a machine with a GPU too.
+    session = open_session(path, threads=threads, use_cuda=False if precision == INT8 else None)
+    return lambda arrays: run_session(session, arrays)
+
+
+def _quantize(folder: Path, target: Path, *, keep: set[int]) -> None:
+    """Write the fp32 graph of a folder in int8, but for some layers.
+
+    Dense layers alone: of an embedding table in int8 every row would have to be turned back. Attention's own products
+    have no constant side, and optimum, unlike ONNX Runtime, would turn both of their sides into int8 at run time.
+    """
+    source = folder / GRAPH_FILES[FP32]
+    model = onnx.load(source, load_external_data=False)
+    ranks = {item.name: len(item.dims) for item in model.graph.initializer}
+    layers = _layers_of(model)
+    excluded = []
+    for node in model.graph.node:
+        # A product with one matrix a head has no channel that could be scaled.
+        if node.op_type in {"MatMul", "Gemm"} and (ranks.get(node.input[1]) != 2 or layers.get(node.name) in keep):
+            # ONNX Runtime takes a Gemm apart before it looks for the names.
+            excluded += [node.name, f"{node.name}_MatMul"]
+    # optimum writes its own record and a copy of the tokenizer beside the graph.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        quantizer = ORTQuantizer.from_pretrained(folder, file_name=source.name)
+        quantizer.quantize(_quantization(excluded), save_dir=scratch, file_suffix=INT8)
+        (Path(scratch) / target.name).replace(target)
+
+
+def _quantization(excluded: list[str]) -> QuantizationConfig:
+    """What this processor multiplies without overflow."""
+    arguments = {
+        "is_static": False,
+        "per_channel": True,
+        "operators_to_quantize": ["MatMul", "Gemm"],
+        "nodes_to_exclude": excluded,
+    }
+    if platform.machine().lower() in {"arm64", "aarch64"}:
+        return AutoQuantizationConfig.arm64(**arguments)
+    flags = cpu_flags()
+    if {"avx512_vnni", "avx_vnni"} & flags:
+        return AutoQuantizationConfig.avx512_vnni(**arguments)
+    # Without VNNI two products of 8 bits are summed in 16, which overflows unless the weights have 7.
+    return AutoQuantizationConfig.avx2(**arguments, reduce_range=True)
+
+
+def cpu_flags() -> frozenset[str]:
+    """What Linux says the processor can do; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _layers_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Of each dense layer in the graph, by its node's name, the number of the transformer's layer that it is part of."""
+    numbers = {}
+    for node in model.graph.node:
+        # "/queries.3/Gemm" and "/model/h.3/attn/c_attn/Gemm" alike: the module's number in a list
+        found = re.search(r"\.(\d+)/", node.name)
+        if found and node.op_type in {"MatMul", "Gemm"}:
+            numbers[node.name] = int(found.group(1))
+    # `FoldedEncoder` keeps the last layer's query out of the list.
+    last = max(numbers.values(), default=0)
+    return numbers | {node.name: last for node in model.graph.node if "last_query/" in node.name}
