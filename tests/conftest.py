@@ -52,10 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshot", type=Path, help="where the browser test keeps its picture of the page")
 
 
-def make_tokenizer(folder: Path, *, token_types: bool) -> None:
+def make_tokenizer(folder: Path, family: str) -> None:
     """Write a fast tokenizer for pairs: one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {token: index for index, token in enumerate([*special, *WORDS])}
@@ -65,7 +65,9 @@ def make_tokenizer(folder: Path, *, token_types: bool) -> None:
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     names = ["input_ids", "attention_mask", "token_type_ids"]
-    PreTrainedTokenizerFast(
+    # Llama's class rewrites the template of whatever file it is given.
+    kind = LlamaTokenizerFast if family == "llama" else PreTrainedTokenizerFast
+    kind(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         cls_token="<s>",
@@ -73,7 +75,7 @@ def make_tokenizer(folder: Path, *, token_types: bool) -> None:
         sep_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        model_input_names=names if token_types else names[:2],
+        model_input_names=names if family in TOKEN_TYPES else names[:2],
     ).save_pretrained(folder)
 
 
@@ -131,7 +133,7 @@ def make_base_model(folder: Path, family: str) -> Path:
                 # A fresh model's biases are 0 and its norms' weights 1: one that is forgotten, or added twice, would not show.
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    make_tokenizer(folder, token_types=family in TOKEN_TYPES)
+    make_tokenizer(folder, family)
     return folder
 
 

@@ -126,8 +126,18 @@ def test_the_last_layer_is_computed_for_the_pooled_row_alone(family: str, adapte
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_a_decoders_tokenizer_ends_each_sentence_and_says_so_in_its_file(family: str, adapter: Folders) -> None:
+def test_a_decoders_tokenizer_ends_each_sentence_and_says_so_in_its_file(
+    family: str, adapter: Folders, bundle: Folders
+) -> None:
     from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    # However it is loaded: some classes put a template of their own into the file they are given.
+    for folder in (adapter(family), bundle(family)):
+        loaded = AutoTokenizer.from_pretrained(folder)
+        ids = loaded("word1 word2", "word3")["input_ids"]
+        assert loaded.convert_ids_to_tokens(ids) == ["<s>", "word1", "word2", "</s>", "word3", "</s>"]
+        assert ids == Tokenizer.from_file(str(folder / "tokenizer.json")).encode("word1 word2", "word3").ids
 
     tokenizer = Tokenizer.from_file(str(adapter(family) / "tokenizer.json"))
     tokens = tokenizer.encode("word1 word2", "word3").tokens

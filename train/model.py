@@ -224,8 +224,10 @@ def _describe(settings: "PretrainedConfig", *, name: str, hub_name: str, folder:
         hub_name=hub_name,
         folder=folder,
         model_type=settings.model_type,
-        # OPT may embed in another width than it computes in.
-        hidden_size=getattr(settings, "word_embed_proj_dim", None) or settings.hidden_size,
+        # OPT and ELECTRA may embed in another width than they compute in.
+        hidden_size=getattr(settings, "word_embed_proj_dim", None)
+        or getattr(settings, "embedding_size", None)
+        or settings.hidden_size,
         positions=positions,
         sha256=sha256,
     )
@@ -303,8 +305,20 @@ def base_tokenizer(base: BaseModel, max_length: int) -> "PreTrainedTokenizerFast
     if tokenizer.pad_token is None:
         # Padding is masked and never pooled: any token will do.
         tokenizer.pad_token = tokenizer.eos_token or stop
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    # Llama's class puts its own template into whatever tokenizer.json it is given, and every program that loads the
+    # folder would meet that one. The plain class leaves the file as it is.
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        model_input_names=["input_ids", "attention_mask"],
+        **tokenizer.special_tokens_map,
+    )
+    plain.backend_tokenizer.no_truncation()
+    plain.backend_tokenizer.no_padding()
+    return plain
 
 
 def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | None = None) -> "PreTrainedModel":

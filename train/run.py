@@ -27,12 +27,14 @@ from train.model import (
     check_method,
     find_base_model,
     load_classifier,
+    load_tokenizer,
     prompted_classifier,
     text_limit,
 )
 from train.tasks import METRICS, Scores, Task
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 
@@ -87,6 +89,7 @@ class _Prepared:
     tokenizer: "PreTrainedTokenizerFast"
     train: Encoded
     validation: Encoded
+    validation_split: "Dataset"
     max_length: int
     baselines: Baselines
     baseline_scores: dict[str, Scores]
@@ -155,6 +158,7 @@ def _prepare(config: TrainConfig, command: str, splits: Splits, base: BaseModel)
         task=splits.task,
         base=base,
         tokenizer=tokenizer,
+        validation_split=splits.validation,
         train=encode(splits.train, splits.task, tokenizer, swap=config.swap_sentences),
         validation=encode(splits.validation, splits.task, tokenizer),
         max_length=max_length,
@@ -211,7 +215,9 @@ def _write_adapter(folder: Path, run: _Prepared, fitted: Fitted, seed: int) -> N
     save_weights(folder, fitted.peft_model, base_tokenizer(base, run.max_length))
     state = read_weights(folder, config.virtual_tokens)
     written = prompted_classifier(load_classifier(base, task.labels), base, config.method, state)
-    scores = evaluate(written, task, run.tokenizer, run.validation.rows)
+    # By the tokenizer as others will load it, which need not be the one in memory.
+    tokenizer = load_tokenizer(folder, run.max_length)
+    scores = evaluate(written, task, tokenizer, encode(run.validation_split, task, tokenizer).rows)
     draw_curves(folder / FILES.curves, fitted.epochs, fitted.best_epoch, run.baseline_scores)
     n_validation = len(run.validation.rows)
     finish_adapter(
