@@ -145,6 +145,7 @@ def export_adapters(config: ExportConfig) -> Bundle:
         say(f"[2/5] folding {adapter.virtual_tokens} virtual tokens and tracing the graph")
         module = _module(jobs, base)
         settings = module.config
+        architecture = _architecture_of(module)
         n_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
         if n_bytes >= ONNX_FILE_LIMIT:
             raise ModelError(
@@ -155,6 +156,8 @@ def export_adapters(config: ExportConfig) -> Bundle:
         del module
 
         providers, parities = _compare(jobs, base, folder / FILES.model, graph.inputs, settings.vocab_size)
+        # That of the classifier: a base model's own says what it was saved as, and serving engines go by it.
+        settings.architectures = [architecture]
         settings.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         graphs: dict[str, list[Gate]] = {FP32: []}
@@ -321,6 +324,7 @@ def _find_base(adapter: Adapter) -> BaseModel:
 
 def _module(jobs: Sequence[_Job], base: BaseModel, *, fused: bool = False) -> "PromptedClassifier | SharedClassifier":
     """What is traced: the classifier of an adapter, or one for several."""
+    from export.folded import can_fold
     from export.shared import SharedClassifier, task_constants
 
     # Of an encoder's attention we write every operator ourselves. BLOOM's knows no other form.
@@ -328,10 +332,22 @@ def _module(jobs: Sequence[_Job], base: BaseModel, *, fused: bool = False) -> "P
     classifier = load_prompted_classifier(jobs[0].adapter, base, attention=attention)
     if len(jobs) == 1:
         return classifier
+    if not base.is_decoder and not can_fold(classifier):
+        raise UsageError(
+            f"{base.name} has relative positions ({classifier.config.position_embedding_type}), and no graph of ours "
+            "serves several of its adapters. Export each alone."
+        )
     return SharedClassifier(
         task_constants(classifier, is_decoder=base.is_decoder, fused=fused),
         [_constants(job.adapter, base) for job in jobs[1:]],
     )
+
+
+def _architecture_of(module: "PromptedClassifier | SharedClassifier") -> str:
+    """The name of transformers' class for a base model with a head for classification."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return str(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[module.config.model_type])
 
 
 def _constants(adapter: Adapter, base: BaseModel) -> "dict[str, torch.Tensor]":

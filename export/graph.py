@@ -18,7 +18,7 @@ from optimum.exporters.onnx.convert import export_pytorch
 from optimum.exporters.tasks import TasksManager
 
 from export.bundle import TASK_IDS
-from export.folded import FoldedEncoder
+from export.folded import FoldedEncoder, can_fold
 from export.fused import attention_in_one, fuse_operators
 from export.shared import SharedClassifier
 from train.prompted import PromptedClassifier
@@ -62,13 +62,13 @@ def write_graph(
     Args:
         classifier: built on a model with eager attention; with ``fused``, of a decoder with PyTorch's own (sdpa).
         path: the file; weights and prompt go into it (ONNX files hold up to 2 GB).
-        is_decoder: whether the model is causal; an encoder is written out anew (`FoldedEncoder`).
+        is_decoder: whether the model is causal; an encoder is written out anew (`FoldedEncoder`), if it can be.
         fused: write the operators that a GPU wants (`export.fused`). A shared classifier's encoder must be fused itself.
     """
     module: torch.nn.Module
     if isinstance(classifier, SharedClassifier):
         prompt_initializers, module = classifier.names, classifier.eval()
-    elif is_decoder:
+    elif is_decoder or not can_fold(classifier):
         prompt_initializers, module = classifier.freeze_prompt(), classifier
     else:
         module = FoldedEncoder(classifier, fused=fused).eval()

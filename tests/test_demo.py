@@ -549,7 +549,7 @@ def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
 
     with serve(["--adapter", str(adapter("bert"))], cache) as server:
         server.wait_for_url()
-        assert "[1/4]" not in server.output
+        assert "[1/5]" not in server.output
         assert (folder / "model.onnx").stat().st_mtime_ns == exported
         assert server.stop(signal.SIGINT) == 130
         assert "Traceback" not in server.output
@@ -593,7 +593,7 @@ def test_a_page_for_single_sentences_has_one_box_and_an_endpoint_that_needs_no_s
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_first_start_that_is_interrupted_leaves_nothing(how: signal.Signals, tmp_path: Path) -> None:
     with serve([], tmp_path) as server:
-        server.wait_for(r"\[2/4\]")
+        server.wait_for(r"\[2/5\]")
         children = server.children()
         assert len(children) == 1
         assert server.stop(how) == {signal.SIGTERM: 0, signal.SIGINT: 130}[how]

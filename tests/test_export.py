@@ -246,6 +246,9 @@ def test_a_bundle_loads_in_optimum_and_gives_the_same_logits(kind: str, bundle: 
 
     model = ORTModelForSequenceClassification.from_pretrained(bundle(kind))
     assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
+    # text-embeddings-inference takes for a classifier what says so here.
+    assert all(name.endswith("ForSequenceClassification") for name in model.config.architectures)
+    assert len(model.config.architectures) == 1
     classifier = OnnxClassifier(load_bundle(bundle(kind)), threads=1)
     batch = random_batch(np.random.default_rng(4), 3, 12, token_types=has_types(kind))
     result = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
@@ -475,3 +478,26 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_refused(tmp_path: Path) -> Non
     path.write_bytes(b"no protobuf")
     with pytest.raises(BundleError, match="ONNX Runtime cannot load"):
         open_session(path, threads=1, use_cuda=False)
+
+
+def test_a_bert_with_relative_positions_is_exported_without_the_rewrite(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers have a term that `FoldedEncoder` does not know; the export itself holds it against PEFT."""
+    from transformers import BertConfig, BertModel
+
+    base = make_base_model(tmp_path / "base", "bert")
+    config = BertConfig.from_pretrained(base, position_embedding_type="relative_key_query", attn_implementation="eager")
+    torch.manual_seed(3)
+    BertModel(config).save_pretrained(base)
+    adapters = [tmp_path / name for name in ("one", "two")]
+    for folder in adapters:
+        flags = ["--model", str(base), "--virtual-tokens", "5", "--epochs", "1", "--out", str(folder), *data.flags]
+        assert train_main(flags) == 0
+    assert main([str(adapters[0]), "--out", str(tmp_path / "b")]) == 0
+    batch = random_batch(np.random.default_rng(5), 4, 20, token_types=True)
+    golden = peft_logits(adapters[0], base, batch)
+    assert np.abs(open_graph(tmp_path / "b").run(["logits"], batch)[0] - golden).max() < 1e-4
+    capsys.readouterr()
+    assert main([*map(str, adapters), "--out", str(tmp_path / "c")]) == 2
+    assert "has relative positions (relative_key_query)" in capsys.readouterr().err

@@ -1,0 +1,348 @@
+"""``python -m export.triton``: the model repository, read as Triton reads it and run as Triton runs it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from google.protobuf import (  # type: ignore[import-untyped]
+    descriptor_pb2,
+    descriptor_pool,
+    message_factory,
+    text_format,
+)
+
+from export.__main__ import main as export_main
+from export.bundle import load_bundle
+from export.runtime import OnnxClassifier
+from export.triton import main
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS
+
+Folders = Callable[[str], Path]
+Precisions = Callable[[str, str], Path]
+
+PAIRS = [("word1 word2", "word3"), ("word4 word5 word6", "word7 word8")]
+
+# Of triton-inference-server/common, protobuf/model_config.proto, the part that is used: message → field → type, "[]" for
+# a repeated one. A map is a repeated message with a key and a value.
+SCHEMA = {
+    "Reshape": {"shape": "int64[]"},
+    "Input": {"name": "string", "data_type": "DataType", "dims": "int64[]", "reshape": "Reshape"},
+    "Output": {
+        "name": "string",
+        "data_type": "DataType",
+        "dims": "int64[]",
+        "reshape": "Reshape",
+        "label_filename": "string",
+    },
+    "DynamicBatching": {"preferred_batch_size": "int32[]", "max_queue_delay_microseconds": "uint64"},
+    "InstanceGroup": {"kind": "Kind", "count": "int32"},
+    "WarmupInput": {
+        "data_type": "DataType",
+        "dims": "int64[]",
+        "zero_data": "bool",
+        "random_data": "bool",
+        "input_data_file": "string",
+    },
+    "WarmupEntry": {"key": "string", "value": "WarmupInput"},
+    "Warmup": {"name": "string", "batch_size": "uint32", "inputs": "WarmupEntry[]", "count": "uint32"},
+    "ModelConfig": {
+        "name": "string",
+        "platform": "string",
+        "backend": "string",
+        "max_batch_size": "int32",
+        "input": "Input[]",
+        "output": "Output[]",
+        "instance_group": "InstanceGroup[]",
+        "dynamic_batching": "DynamicBatching",
+        "model_warmup": "Warmup[]",
+    },
+}
+ENUMS = {
+    "DataType": [
+        *("TYPE_INVALID", "TYPE_BOOL", "TYPE_UINT8", "TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_INT8"),
+        *("TYPE_INT16", "TYPE_INT32", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32", "TYPE_FP64", "TYPE_STRING", "TYPE_BF16"),
+    ],
+    "Kind": ["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"],
+}
+
+
+@cache
+def model_config() -> Any:
+    """The message class: text that has another field, or a value of another type, does not parse."""
+    file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", syntax="proto3", package="inference")
+    for name, values in ENUMS.items():
+        enum = file.enum_type.add(name=name)
+        for number, value in enumerate(values):
+            enum.value.add(name=value, number=number)
+    field_type = descriptor_pb2.FieldDescriptorProto
+    for name, fields in SCHEMA.items():
+        message = file.message_type.add(name=name)
+        for number, (field, kind) in enumerate(fields.items(), start=1):
+            plain = kind.removesuffix("[]")
+            added = message.field.add(name=field, number=number)
+            added.label = field_type.LABEL_REPEATED if kind.endswith("[]") else field_type.LABEL_OPTIONAL
+            if plain in SCHEMA or plain in ENUMS:
+                added.type = field_type.TYPE_MESSAGE if plain in SCHEMA else field_type.TYPE_ENUM
+                added.type_name = f".inference.{plain}"
+            else:
+                added.type = getattr(field_type, f"TYPE_{plain.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
+
+
+def read_config(folder: Path) -> Any:
+    return text_format.Parse((folder / "config.pbtxt").read_text(), model_config()())
+
+
+def write(bundle_folder: Path, repository: Path, *flags: object) -> Path:
+    """Through the entry point; returns the model's folder, by the bundle folder's name."""
+    assert main([str(bundle_folder), "--out", str(repository), *map(str, flags)]) == 0
+    return repository / bundle_folder.name
+
+
+def open_model(folder: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def shape_in_triton(tensor: Any) -> list[int]:
+    """What Triton gives the graph, or takes from it, for a tensor, batch first; -1 is any size."""
+    inner = tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims
+    return [-1, *inner]
+
+
+def check_signature(folder: Path) -> None:
+    """Names, types and dims against the graph's own, as Triton's backend compares them."""
+    config, session = read_config(folder), open_model(folder)
+    names = ENUMS["DataType"]
+    types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32"}
+    for tensors, items in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(tensor.name, names[tensor.data_type]) for tensor in tensors] == [
+            (item.name, types[item.type]) for item in items
+        ]
+        for tensor, item in zip(tensors, items, strict=True):
+            said = shape_in_triton(tensor)
+            # A size with a name is any size; the batch's has to be.
+            assert isinstance(item.shape[0], str)
+            assert len(said) == len(item.shape)
+            for size, of_graph in zip(said, item.shape, strict=True):
+                assert size == of_graph or isinstance(of_graph, str)
+    assert [list(output.dims) for output in config.output] == [[2]]
+
+
+def warm_up_batch(folder: Path, sample: Any) -> dict[str, np.ndarray]:
+    """What Triton makes of a warm-up sample: every row the same."""
+    config = read_config(folder)
+    inputs = {tensor.name: tensor for tensor in config.input}
+    batch = {}
+    for entry in sample.inputs:
+        value = entry.value
+        assert ENUMS["DataType"][value.data_type] == "TYPE_INT64"
+        assert min(value.dims) > 0
+        assert not value.random_data  # of 64 random bits no token id comes
+        if value.input_data_file:
+            row = np.fromfile(folder / "warmup" / value.input_data_file, dtype="<i8").reshape(value.dims)
+        else:
+            assert value.zero_data
+            row = np.zeros(value.dims, np.int64)
+        if inputs[entry.key].HasField("reshape"):
+            row = row.reshape(inputs[entry.key].reshape.shape)
+        batch[entry.key] = np.stack([row] * sample.batch_size)
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta-v2", "gpt2"])
+def test_a_bundle_becomes_a_model_that_triton_can_read_and_that_answers_as_the_bundle_does(
+    kind: str, bundle: Folders, tmp_path: Path
+) -> None:
+    folder = write(bundle(kind), tmp_path / "models")
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *("config.pbtxt", "1/model.onnx", "labels.txt", "warmup/attention_mask"),
+        *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    }
+    config = read_config(folder)
+    assert (config.name, config.backend) == (kind, "onnxruntime")
+    check_signature(folder)
+    assert (folder / "labels.txt").read_text() == "not_equivalent\nequivalent\n"
+    assert [output.label_filename for output in config.output] == ["labels.txt"]
+    sizes = config.dynamic_batching.preferred_batch_size
+    assert sorted(sizes) == list(sizes)
+    assert 1 < sizes[0] <= sizes[-1] <= config.max_batch_size
+    assert config.dynamic_batching.max_queue_delay_microseconds > 0
+
+    from transformers import AutoTokenizer
+
+    batch = AutoTokenizer.from_pretrained(folder)(*zip(*PAIRS, strict=True), padding=True, return_tensors="np")
+    classifier = OnnxClassifier(load_bundle(bundle(kind)), threads=1)
+    logits = open_model(folder).run(["logits"], dict(batch))[0]
+    assert np.abs(logits - classifier.logits(classifier.tokenize(PAIRS).arrays)).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2-v2"])
+def test_the_warm_up_runs_the_graph_on_a_text_and_on_a_full_batch(kind: str, bundle: Folders, tmp_path: Path) -> None:
+    folder = write(bundle(kind), tmp_path)
+    config, session = read_config(folder), open_model(folder)
+    assert [sample.batch_size for sample in config.model_warmup] == [1, config.max_batch_size]
+    for sample in config.model_warmup:
+        batch = warm_up_batch(folder, sample)
+        assert set(batch) == {item.name for item in session.get_inputs()}
+        assert batch["input_ids"].shape == (sample.batch_size, POSITIONS - VIRTUAL_TOKENS)
+        assert (batch["attention_mask"] == 1).all()
+        assert np.isfinite(session.run(["logits"], batch)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "file", "kinds"),
+    [("int8", "model_int8.onnx", ["KIND_CPU"]), ("fp16", "model_fp16.onnx", ["KIND_GPU"]), ("fp32", "model.onnx", [])],
+)
+def test_the_best_graph_is_taken_and_runs_where_it_is_fast(
+    precision: str, file: str, kinds: list[str], bundle: Folders, bundle_in: Precisions, tmp_path: Path
+) -> None:
+    source = bundle("bert") if precision == "fp32" else bundle_in("bert", precision)
+    folder = write(source, tmp_path)
+    assert (folder / "1" / "model.onnx").read_bytes() == (source / file).read_bytes()
+    assert [ENUMS["Kind"][group.kind] for group in read_config(folder).instance_group] == kinds
+    check_signature(folder)
+    assert not list(folder.glob("*.onnx"))
+    # Another one is taken when it is named.
+    assert main([str(source), "--out", str(tmp_path), "--name", "plain", "--precision", "fp32"]) == 0
+    assert (tmp_path / "plain" / "1" / "model.onnx").read_bytes() == (source / "model.onnx").read_bytes()
+    assert read_config(tmp_path / "plain").name == "plain"
+    assert not read_config(tmp_path / "plain").instance_group
+
+
+def test_a_bundle_of_several_tasks_takes_the_task_of_each_row(adapter: Folders, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(adapter("bert"), twin)
+    assert export_main([str(adapter("bert")), str(twin), "--out", str(tmp_path / "both")]) == 0
+    folder = write(tmp_path / "both", tmp_path / "models")
+    check_signature(folder)
+    (task_ids,) = [tensor for tensor in read_config(folder).input if tensor.name == "task_ids"]
+    # A tensor of a number a row has no dims, and Triton wants some: the client gives (n_batch, 1).
+    assert (list(task_ids.dims), task_ids.HasField("reshape"), list(task_ids.reshape.shape)) == ([1], True, [])
+    labels = ["not_equivalent", "equivalent"]
+    assert json.loads((folder / "tasks.json").read_text()) == [
+        {"task_id": 0, "name": "bert", "labels": labels},
+        {"task_id": 1, "name": "twin", "labels": labels},
+    ]
+    assert not (folder / "labels.txt").exists()
+    for sample in read_config(folder).model_warmup:
+        assert np.isfinite(open_model(folder).run(["logits"], warm_up_batch(folder, sample))[0]).all()
+
+
+def test_a_repository_holds_several_models_and_an_older_one_is_replaced_only_when_asked(
+    bundle: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = no_leftovers / "models"
+    first = write(bundle("bert"), repository)
+    before = (first / "config.pbtxt").read_bytes()
+    write(bundle("gpt2"), repository)
+    capsys.readouterr()
+    assert main([str(bundle("gpt2")), "--out", str(repository), "--name", "bert"]) == 2
+    assert "holds an older Triton model. Add --overwrite" in capsys.readouterr().err
+    assert (first / "config.pbtxt").read_bytes() == before
+    assert main([str(bundle("gpt2")), "--out", str(repository), "--name", "bert", "--overwrite"]) == 0
+    check_signature(first)
+    assert (first / "1" / "model.onnx").read_bytes() == (bundle("gpt2") / "model.onnx").read_bytes()
+    # Nothing half-written beside them: Triton takes every folder there for a model.
+    assert sorted(path.name for path in repository.iterdir()) == ["bert", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["{tmp}/none", "--out", "{tmp}/models"], "There is no bundle folder"),
+        (["{tmp}", "--out", "{tmp}/models"], "is no bundle of promptfold"),
+        (["{bundle}", "--out", "{tmp}/models", "--precision", "int8"], "holds no int8 graph, only fp32"),
+        (["{bundle}", "--out", "{tmp}/models", "--name", "a/b"], "--name a/b: Triton's model names stand in URLs"),
+        (["{bundle}", "--out", "{tmp}/models", "--name", ".."], "--name ..: Triton's"),
+        (["{bundle}", "--out", "{tmp}/models", "--name", ""], "--name : Triton's"),
+        (["{bundle}", "--out", "{tmp}/x.txt"], "cannot be written"),
+        (["{bundle}", "--out", "{tmp}", "--name", "taken"], "holds something that is no Triton model"),
+        (["{bundle}"], "--out"),
+        ([], "--help"),
+    ],
+)
+def test_a_wrong_argument_ends_with_one_sentence_and_status_2(
+    flags: list[str], words: str, bundle: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (no_leftovers / "x.txt").write_text("x")
+    (no_leftovers / "taken").mkdir()
+    (no_leftovers / "taken" / "y.txt").write_text("y")
+    filled = [flag.replace("{tmp}", str(no_leftovers)).replace("{bundle}", str(bundle("bert"))) for flag in flags]
+    capsys.readouterr()
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert sorted(path.name for path in no_leftovers.iterdir()) == ["taken", "x.txt"]
+
+
+def test_an_adapter_is_exported_into_a_repository_in_one_go(
+    adapter: Folders, bundle: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = no_leftovers / "models"
+    command = [str(adapter("bert")), "--out", str(repository), "--layout", "triton"]
+    assert export_main(command) == 0
+    # No bundle is left behind, and the model is the one that a bundle would have made.
+    assert [path.name for path in repository.iterdir()] == ["bert"]
+    folder = write(bundle("bert"), no_leftovers / "others")
+    for name in ("config.pbtxt", "1/model.onnx", "labels.txt", "tokenizer.json"):
+        assert (repository / "bert" / name).read_bytes() == (folder / name).read_bytes()
+
+    capsys.readouterr()
+    for flags, words in (
+        (command, "holds an older Triton model. Add --overwrite"),
+        ([*command[:-1], "docker"], "--layout docker: choose bundle or triton"),
+        ([*command, "--add"], "--add needs a bundle to add to"),
+    ):
+        assert export_main(flags) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err
+        assert "[1/5]" not in printed.out  # before any work is done
+    assert export_main([*command, "--overwrite"]) == 0
+
+
+def test_a_damaged_bundle_is_not_served(
+    bundle: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = no_leftovers / "copy"
+    shutil.copytree(bundle("bert"), copy)
+    with (copy / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    capsys.readouterr()
+    assert main([str(copy), "--out", str(no_leftovers / "models")]) == 2
+    assert "model.onnx is damaged" in capsys.readouterr().err
+    assert not (no_leftovers / "models").exists()
+
+
+def test_an_adapter_becomes_a_model_of_a_repository_in_one_command(
+    adapter: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "models"
+    command = [str(adapter("bert")), "--precision", "fp32", "--out", str(out), "--layout"]
+    assert export_main([*command, "triton"]) == 0
+    assert [path.name for path in out.iterdir()] == ["bert"]
+    config = (out / "bert" / "config.pbtxt").read_text()
+    # The same as from a bundle of that name.
+    assert export_main([*command[:-2], str(tmp_path / "bert")]) == 0
+    assert main([str(tmp_path / "bert"), "--out", str(tmp_path / "others")]) == 0
+    assert config == (tmp_path / "others" / "bert" / "config.pbtxt").read_text()
+    capsys.readouterr()
+    for words, flags in {
+        "holds an older Triton model": ["triton"],
+        "--layout pigeon: choose bundle or triton.": ["pigeon"],
+        "--add needs a bundle to add to": ["triton", "--add"],
+    }.items():
+        assert export_main([*command, *flags]) == 2
+        error = capsys.readouterr()
+        assert words in error.err
+        # Nothing was computed first.
+        assert "[1/5]" not in error.out
