@@ -1,0 +1,294 @@
+"""``python -m export.bench ADAPTER BUNDLE``: every way to run one P-tuned model, side by side on this machine.
+
+What is measured: one forward pass, token ids in, logits out, at several shapes, and with ``--file`` the scoring of a
+whole labelled file, with the quality that comes with the speed. Tokenising is the same for all and left out. The engines:
+
+- PEFT's tutorial as it stands, the same under torch.compile, both also in 16 bits;
+- base and prompt exported by optimum as anybody would, in fp32 and int8, and that graph in OpenVINO's int8;
+- promptfold's bundle in each precision that it holds.
+
+Two thread pools that spin at the same time slow each other down several times. So each engine has a process of its own,
+only one is alive at a time, all have the same number of threads, and there is a pause before each timed burst
+(`export.bench_engines`). They take turns, ``--rounds`` times; a ratio is of two medians of one round. Each engine's
+logits are compared with PEFT's, and what cannot run says why. Run it on an idle machine:
+
+    python -m export.bench demo/adapters/minilm-mrpc-v2 bundles/minilm-mrpc --file validation.jsonl
+    python -m export.bench --shape-of roberta-large --shapes 1x16,1x60,1x200,8x60
+
+Prints a table, writes a chart with ``--png``, and prints one JSON document as the last line.
+"""
+
+import json
+import multiprocessing
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from export.bench_engines import (
+    CPU,
+    CUDA,
+    ENGINES,
+    OPENVINO,
+    REFERENCE,
+    Job,
+    Measured,
+    Peak,
+    Plan,
+    environment,
+)
+from export.bench_prepare import TUTORIAL, BenchConfig, Prepared, prepare
+from export.bench_report import compare, document, draw, summarise, table
+from export.runtime import usable_cores
+from train.console import Parser, names, run_main, say
+from train.errors import EngineError, PromptfoldError
+
+ROOT = Path(__file__).parent.parent
+"""The repository, from which the engines' processes import."""
+
+DEFAULT_SHAPES = "1x16,1x60,1x200,8x60,32x60"
+
+
+class Engines:
+    """The processes of the engines, one at a time.
+
+    A process that cannot do what it should is no error of the benchmark's: its answer is the reason, as text.
+    """
+
+    def __init__(self, config: BenchConfig, prepared: Prepared, work: Path, threads: int) -> None:
+        """Remember what every process is told."""
+        self._prepared = prepared
+        self._work = work
+        self._openvino = str(config.openvino_python)
+        self._job = Job(
+            work="measure",
+            device=config.device,
+            threads=threads,
+            plan=config.plan,
+            adapter=str(prepared.adapter),
+            bundle=str(prepared.bundle),
+            task=prepared.task_name,
+            pad_token_id=prepared.pad_token_id,
+            is_decoder=prepared.is_decoder,
+            inputs=str(prepared.inputs),
+        )
+        self._graphs = {name: str(path) for name, path in prepared.graphs.items()}
+
+    def peaks(self) -> list[Peak]:
+        """The machine's fastest matrix products; none where they cannot be measured."""
+        answer = self._run(replace(self._job, work="peaks"), sys.executable)
+        if isinstance(answer, str):
+            say(f"the machine's peak could not be measured: {answer}")
+            return []
+        return [Peak(**peak) for peak in answer["peaks"]]
+
+    def calibrate(self, name: str) -> str:
+        """Quantise the plain graph for OpenVINO; the reason where it fails, else nothing."""
+        target = str(self._work / f"{name}.xml")
+        answer = self._run(
+            replace(self._job, work="calibrate", source=self._graphs[name], graph=target), self._openvino
+        )
+        self._graphs[name] = target
+        return answer if isinstance(answer, str) else ""
+
+    def measure(self, name: str) -> Measured | str:
+        """Load and time an engine."""
+        if name in self._prepared.absent:
+            return self._prepared.absent[name]
+        interpreter = self._openvino if ENGINES[name].family == OPENVINO else sys.executable
+        cells = tuple(cell.name for cell in self._prepared.cells if cell.name != TUTORIAL or name == REFERENCE)
+        job = replace(self._job, engine=name, graph=self._graphs.get(name, ""), cells=cells)
+        answer = self._run(job, interpreter)
+        return answer if isinstance(answer, str) else Measured.from_json(answer["measured"])
+
+    def _run(self, job: Job, interpreter: str) -> dict[str, Any] | str:
+        job_file, answer_file = self._work / "job.json", self._work / "answer.json"
+        job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        answer_file.unlink(missing_ok=True)
+        # What the process before still writes or frees is done by then.
+        time.sleep(job.plan.pause_seconds)
+        # -P: what lies in the current folder is not what shall be imported.
+        command = [interpreter, "-P", "-m", "export.bench_engines", str(job_file), str(answer_file)]
+        try:
+            process = subprocess.run(
+                command,
+                env=environment(job.threads, self._work / "compiled", ROOT),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        except OSError as cause:
+            return f"{interpreter} cannot be started ({cause.strerror})"
+        if not answer_file.is_file():
+            lines = process.stdout.strip().splitlines()
+            return f"its process ended with exit code {process.returncode}" + (f" ({lines[-1]})" if lines else "")
+        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
+        return str(answer["error"]) if "error" in answer else answer
+
+
+def _prepare_in_child(config: BenchConfig, work: Path, threads: int) -> Prepared:
+    """Prepare in a process of its own, which takes torch and its memory with it.
+
+    Raises:
+        PromptfoldError: whatever `prepare` raises, or an EngineError when its process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_in_child, args=(sender, config, work, threads), name="promptfold-bench-prepare")
+    process.start()
+    sender.close()
+    try:
+        reply: Prepared | PromptfoldError = receiver.recv()
+    except (KeyboardInterrupt, SystemExit):
+        process.terminate()
+        raise
+    except EOFError as cause:
+        process.join()
+        raise EngineError(
+            f"Preparing the benchmark ended unexpectedly (exit code {process.exitcode}). Is there enough memory?"
+        ) from cause
+    finally:
+        process.join()
+    if isinstance(reply, PromptfoldError):
+        raise reply
+    return reply
+
+
+def _in_child(sender: Connection, config: BenchConfig, work: Path, threads: int) -> None:
+    try:
+        sender.send(prepare(config, work, threads))
+    except PromptfoldError as error:
+        sender.send(error)
+    except KeyboardInterrupt:
+        return  # the parent had it too and says so
+
+
+def run_bench(config: BenchConfig) -> dict[str, Any]:
+    """Compare the engines, printing the table and drawing the chart.
+
+    Returns:
+        the JSON document
+
+    Raises:
+        PromptfoldError: what a user can mend; an EngineError when no engine could be measured.
+    """
+    threads = config.threads or usable_cores()
+    with tempfile.TemporaryDirectory(prefix="promptfold-bench-") as folder:
+        work = Path(folder)
+        prepared = _prepare_in_child(config, work, threads)
+        engines = Engines(config, prepared, work, threads)
+        say("measuring the machine's peak")
+        peaks = engines.peaks()
+        for name in config.all_engines:
+            if ENGINES[name].family == OPENVINO and name not in prepared.absent:
+                say("quantising the plain graph for OpenVINO")
+                reason = engines.calibrate(name)
+                if reason:
+                    prepared.absent[name] = reason
+        rounds: list[dict[str, Measured | str]] = []
+        for number in range(1, config.rounds + 1):
+            rounds.append({})
+            for name in config.all_engines:
+                measured = rounds[-1][name] = engines.measure(name)
+                say(f"round {number}/{config.rounds}  {name}: {_progress(measured)}")
+    results = summarise(prepared, rounds, peaks)
+    if not any(result.cells for result in results):
+        raise EngineError(f"No engine could be measured. {results[0].engine}: {results[0].reason}.")
+    best = compare(prepared, rounds, results)
+    for line in table(prepared, results, best, peaks):
+        say(line)
+    if config.png is not None:
+        draw(config.png, prepared, results)
+        say(f"chart: {config.png}")
+    return {
+        "device": config.device,
+        "threads": threads,
+        "rounds": config.rounds,
+        "plan": asdict(config.plan),
+        **document(prepared, results, best, peaks),
+    }
+
+
+def _progress(measured: Measured | str) -> str:
+    if isinstance(measured, str):
+        return f"not run: {measured}"
+    medians = (f"{name} {statistics.median(cell.latencies_ms):.1f} ms" for name, cell in measured.cells.items())
+    return ", ".join(medians)
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    parser = Parser(
+        prog="python -m export.bench",
+        description="Time every way to run one P-tuned model, side by side; the last line is JSON.",
+        epilog="example: python -m export.bench demo/adapters/minilm-mrpc-v2 bundles/minilm-mrpc --file validation.jsonl",
+    )
+    parser.add_argument("adapter", type=Path, nargs="?", metavar="ADAPTER", help="folder that `python -m train` wrote")
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder that was exported from it")
+    parser.add_argument(
+        "--shape-of",
+        metavar="MODEL",
+        help="random weights instead of an adapter: roberta-large, or a folder with a config.json. Latency does not "
+        "depend on the values",
+    )
+    parser.add_argument("--file", type=Path, help="labelled rows (.csv, .jsonl or .parquet) to score as a whole, too")
+    parser.add_argument("--text-columns", type=names, default=(), metavar="COLUMNS", help="that file's text columns")
+    parser.add_argument("--label-column", metavar="COLUMN", help="its label column")
+    parser.add_argument(
+        "--shapes",
+        type=names,
+        default=names(DEFAULT_SHAPES),
+        help=f"texts×tokens, the prompt not counted (default: {DEFAULT_SHAPES})",
+    )
+    parser.add_argument(
+        "--engines", type=names, default=(), help=f"some of {', '.join(ENGINES)} (default: all that the device runs)"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each engine (default: %(default)s)")
+    parser.add_argument("--device", default=CPU, help=f"{CPU} or {CUDA} (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of every engine (default: all usable cores)")
+    parser.add_argument(
+        "--openvino-python",
+        type=Path,
+        metavar="PYTHON",
+        help="interpreter of an environment with openvino and nncf, whose requirements contradict ours",
+    )
+    parser.add_argument("--png", type=Path, help="file for the chart")
+    parser.add_argument(
+        "--pause", type=float, default=0.5, help="seconds before each timed burst (default: %(default)s)"
+    )
+    parser.add_argument("--min-runs", type=int, default=10, help="timed runs at least (default: %(default)s)")
+    parser.add_argument("--max-runs", type=int, default=100, help="timed runs at most (default: %(default)s)")
+    parser.add_argument(
+        "--budget-seconds",
+        type=float,
+        default=4.0,
+        help="go on beyond --min-runs for so long (default: %(default)s)",
+    )
+    options = vars(parser.parse_args(argv))
+    plan = Plan(
+        pause_seconds=options.pop("pause"),
+        min_runs=options.pop("min_runs"),
+        max_runs=options.pop("max_runs"),
+        budget_seconds=options.pop("budget_seconds"),
+    )
+    say(json.dumps(run_bench(BenchConfig(plan=plan, **options))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run_main(_command, argv)
+
+
+if __name__ == "__main__":
+    # An exception, so that the engine's process ends too and gigabytes of graphs do not stay in the temporary folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())

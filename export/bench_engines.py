@@ -1,0 +1,620 @@
+"""The engines that `export.bench` compares, and the process in which one of them is loaded and timed.
+
+    python -m export.bench_engines JOB ANSWER
+
+`export.bench` starts it, not a person: one process for each engine and round. JOB and ANSWER are JSON files. Nothing
+is imported here but NumPy, and in each function what its engine needs, so that the interpreter may be another
+environment's, which has OpenVINO and none of promptfold's requirements.
+
+What is measured, for every engine alike:
+
+- load: from files to an engine that can answer, imports left out. Ours checks its files' hashes within that time.
+- first run at a shape: with whatever is compiled or planned then.
+- latency: NumPy arrays of token ids in, logits as a NumPy array out. After the first run comes a pause, so that no
+  thread pool spins any more, a warm-up, and the timed burst.
+- memory: the largest resident size of the process, libraries included.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CPU, CUDA = "cpu", "cuda"
+
+PEFT, PLAIN, OPENVINO, OURS = "peft", "plain", "openvino", "ours"
+
+REFERENCE = "peft-eager"
+"""What every other engine is compared with: PEFT's tutorial, as it stands."""
+
+WARM_UP_RUNS = 3
+"""At most so many before a timed burst: the first ones after a pause are slower."""
+
+CALIBRATION_ROWS = 300
+"""Texts that OpenVINO's quantiser sees, which is its default: the first ones of ``--file``, even if they are scored too."""
+
+Batch = dict[str, np.ndarray]
+"""Input arrays by name; each int64, shape = (n_batch, n_text)"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to run the same model.
+
+    Attributes:
+        name: as in ``--engines``.
+        what: for people.
+        family: PEFT in PyTorch, the plain export in ONNX Runtime or in OpenVINO, or ours.
+        precision: "fp32", "bf16", "fp16" or "int8".
+        devices: where it can run.
+        is_compiled: whether `torch.compile` goes over it.
+    """
+
+    name: str
+    what: str
+    family: str
+    precision: str
+    devices: tuple[str, ...] = (CPU, CUDA)
+    is_compiled: bool = False
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine(REFERENCE, "the tutorial: PeftModel.forward, eager", PEFT, "fp32"),
+        Engine("peft-eager-bf16", "the same in bfloat16", PEFT, "bf16", (CPU,)),
+        Engine("peft-eager-fp16", "the same in float16", PEFT, "fp16", (CUDA,)),
+        Engine("peft-compile", "the same under torch.compile", PEFT, "fp32", is_compiled=True),
+        Engine("peft-compile-bf16", "that in bfloat16", PEFT, "bf16", (CPU,), is_compiled=True),
+        Engine("peft-compile-fp16", "that in float16", PEFT, "fp16", (CUDA,), is_compiled=True),
+        Engine("plain-fp32", "optimum's export of base and prompt, ONNX Runtime", PLAIN, "fp32"),
+        Engine("plain-int8", "that graph quantised by optimum's defaults, ONNX Runtime", PLAIN, "int8", (CPU,)),
+        Engine("openvino-int8", "that graph quantised by NNCF, OpenVINO", OPENVINO, "int8", (CPU,)),
+        Engine("ours-fp32", "promptfold's bundle", OURS, "fp32"),
+        Engine("ours-int8", "promptfold's bundle", OURS, "int8", (CPU,)),
+        Engine("ours-fp16", "promptfold's bundle", OURS, "fp16"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often a pass is timed: at least ``min_runs``, then up to ``max_runs`` while the time lasts."""
+
+    pause_seconds: float
+    min_runs: int
+    max_runs: int
+    budget_seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process shall do.
+
+    Attributes:
+        work: "measure" an engine, "calibrate" OpenVINO's graph, or find the machine's "peaks".
+        engine: its name; empty for "peaks".
+        device: `CPU` or `CUDA`.
+        threads: within an operator, on the CPU.
+        adapter, bundle: the folders.
+        task: the adapter's in the bundle.
+        graph: the file that the plain engines and OpenVINO load; "calibrate" writes OpenVINO's.
+        source: the file that "calibrate" reads.
+        pad_token_id: what fills the end of shorter texts.
+        is_decoder: whether the model is causal.
+        inputs: the file that `Inputs.save` wrote.
+        cells: names of the cells to measure.
+        plan: of each burst.
+    """
+
+    work: str
+    device: str
+    threads: int
+    plan: Plan
+    engine: str = ""
+    adapter: str = ""
+    bundle: str = ""
+    task: str = ""
+    graph: str = ""
+    source: str = ""
+    pad_token_id: int = 0
+    is_decoder: bool = False
+    inputs: str = ""
+    cells: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Job":
+        """The inverse of `dataclasses.asdict`."""
+        return Job(**{**value, "plan": Plan(**value["plan"]), "cells": tuple(value["cells"])})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every engine is given: the same arrays.
+
+    Attributes:
+        cells: by name, the batches of one pass: one for a shape, many for a file.
+        rows: by name of a cell that is a file, of each batch the numbers of its rows; int64, shape = (n_batch,)
+        calibration: texts for OpenVINO's quantiser, one a batch.
+        check: a small batch on which all engines are compared.
+        reference: what PEFT says of it; float32, shape = (n_batch, n_labels)
+    """
+
+    cells: dict[str, list[Batch]]
+    rows: dict[str, list[np.ndarray]]
+    calibration: list[Batch]
+    check: Batch
+    reference: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write one .npz file, which needs nothing but NumPy to be read."""
+        arrays: dict[str, np.ndarray] = {"reference": self.reference}
+        groups = {
+            **{f"cell|{name}": batches for name, batches in self.cells.items()},
+            **{f"rows|{name}": [{"rows": row} for row in rows] for name, rows in self.rows.items()},
+            "calibration|": self.calibration,
+            "check|": [self.check],
+        }
+        for group, batches in groups.items():
+            for number, batch in enumerate(batches):
+                arrays |= {f"{group}|{number}|{name}": array for name, array in batch.items()}
+        with path.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy types its flag, not the arrays
+
+    @staticmethod
+    def load(path: Path) -> "Inputs":
+        """Read what `save` wrote."""
+        groups: dict[str, dict[str, dict[int, Batch]]] = {}
+        with np.load(path) as arrays:
+            reference = arrays["reference"]
+            for key in arrays.files:
+                if key == "reference":
+                    continue
+                kind, group, number, name = key.split("|")
+                groups.setdefault(kind, {}).setdefault(group, {}).setdefault(int(number), {})[name] = arrays[key]
+        lists = {
+            kind: {group: [batches[number] for number in sorted(batches)] for group, batches in named.items()}
+            for kind, named in groups.items()
+        }
+        return Inputs(
+            cells=lists.get("cell", {}),
+            rows={name: [batch["rows"] for batch in batches] for name, batches in lists.get("rows", {}).items()},
+            calibration=lists.get("calibration", {}).get("", []),
+            check=lists["check"][""][0],
+            reference=reference,
+        )
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One cell of one engine in one round.
+
+    Attributes:
+        first_run_ms: the first pass, with what is compiled or planned then.
+        latencies_ms: of each timed pass.
+    """
+
+    first_run_ms: float
+    latencies_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine in one round.
+
+    Attributes:
+        library: name and version.
+        note: on what it ran, and what is worth knowing of it.
+        load_seconds: from files to an engine that can answer, imports left out.
+        peak_memory_mib: largest resident size of the process.
+        file_bytes: of what it loaded.
+        max_logit_difference: the largest one from PEFT's logits on `Inputs.check`.
+        cells: by name.
+        predictions: by name of a cell that is a file, of each row the number of its most probable class.
+    """
+
+    library: str
+    note: str
+    load_seconds: float
+    peak_memory_mib: float
+    file_bytes: int
+    max_logit_difference: float
+    cells: dict[str, Timed]
+    predictions: dict[str, list[int]]
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Measured":
+        """The inverse of `dataclasses.asdict`."""
+        cells = {
+            name: Timed(cell["first_run_ms"], tuple(cell["latencies_ms"])) for name, cell in value["cells"].items()
+        }
+        return Measured(**{**value, "cells": cells})
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fastest matrix product found in a precision: a machine's roof.
+
+    Attributes:
+        precision: of the factors.
+        gflop_per_second: 2 · multiply-adds / time, in 10⁹
+        product: by which library's function and at which size.
+    """
+
+    precision: str
+    gflop_per_second: float
+    product: str
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An engine that can answer.
+
+    Attributes:
+        run: a batch → logits, shape = (n_batch, n_labels); it returns when they are there.
+        files: what was loaded.
+        library, note: see `Measured`.
+        arrange: brings a batch into the form that ``run`` wants, before anything is timed.
+    """
+
+    run: Callable[[Batch], np.ndarray]
+    files: Sequence[Path]
+    library: str
+    note: str = ""
+    arrange: Callable[[Batch], Batch] = field(default=_as_it_is)
+
+
+Load = Callable[[], _Loaded]
+"""The part of loading that is timed."""
+
+
+def _load_peft(job: Job, engine: Engine) -> Load:
+    import torch
+
+    from train.adapter import FILES, find_adapter_base, load_adapter
+
+    torch.set_num_threads(job.threads)
+    adapter = load_adapter(Path(job.adapter))
+    base = find_adapter_base(adapter)
+    device = torch.device(job.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+
+    def load() -> _Loaded:
+        model: Any = peft_for_batches(adapter.folder, base, adapter.labels, job.pad_token_id).to(device, dtype)
+        if engine.is_compiled:
+            model = torch.compile(model)
+
+        def run(batch: Batch) -> np.ndarray:
+            with torch.inference_mode():
+                tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+                logits: np.ndarray = model(**tensors).logits.float().cpu().numpy()
+            if job.device == CUDA:
+                torch.cuda.synchronize()
+            return logits
+
+        return _Loaded(
+            run,
+            files=[*base.folder.glob(base.gguf_file or "model*.safetensors"), adapter.folder / FILES.weights],
+            library=f"PyTorch {torch.__version__.partition('+')[0]}",
+            note=f"{model.config._attn_implementation} attention",
+            arrange=padded_on_the_left if job.is_decoder else _as_it_is,
+        )
+
+    return load
+
+
+def peft_for_batches(folder: Path, base: Any, labels: Sequence[str], pad_token_id: int) -> Any:
+    """`train.adapter.load_peft_model`, but a decoder takes batches too, padded on the left, as PEFT wants them.
+
+    Its answers then depend on the padding that a text's neighbours bring, so that over a file some of its labels are
+    not those which it gives to each text alone, and everybody else's are.
+
+    Args:
+        folder: the adapter's.
+        base: a `train.model.BaseModel`.
+    """
+    from train.adapter import load_peft_model
+
+    model: Any = load_peft_model(folder, base, labels)
+    if base.is_decoder:
+        model.base_model.config.pad_token_id = pad_token_id
+    return model
+
+
+def padded_on_the_left(batch: Batch) -> Batch:
+    """Move each row's padding from its end to its front."""
+    mask = batch["attention_mask"]
+    shifts = mask.shape[1] - mask.sum(axis=1)
+    columns = (np.arange(mask.shape[1]) - shifts[:, None]) % mask.shape[1]
+    return {name: np.take_along_axis(array, columns, axis=1) for name, array in batch.items()}
+
+
+def _load_plain(job: Job, _: Engine) -> Load:
+    import onnxruntime
+
+    from export.runtime import open_session, run_session
+
+    path = Path(job.graph)
+
+    def load() -> _Loaded:
+        session = open_session(path, threads=job.threads, use_cuda=job.device == CUDA)
+        names = [item.name for item in session.get_inputs()]
+        return _Loaded(
+            lambda batch: run_session(session, {name: batch[name] for name in names}),
+            files=[path, *path.parent.glob(f"{path.name}_data")],
+            library=f"ONNX Runtime {onnxruntime.__version__}",
+            note=session.get_providers()[0],
+        )
+
+    return load
+
+
+def _load_ours(job: Job, engine: Engine) -> Load:
+    from export.bundle import load_bundle
+    from export.runtime import OnnxClassifier
+
+    def load() -> _Loaded:
+        bundle = load_bundle(Path(job.bundle))
+        classifier = OnnxClassifier(
+            bundle, task=job.task, precision=engine.precision, threads=job.threads, use_cuda=job.device == CUDA
+        )
+        execution = classifier.execution
+        return _Loaded(
+            classifier.logits,
+            files=[bundle.graph_path(engine.precision)],
+            library=execution.engine,
+            note="; ".join(part for part in (execution.provider, execution.note) if part),
+        )
+
+    return load
+
+
+def _load_openvino(job: Job, _: Engine) -> Load:
+    # No import statement: promptfold's own environment, in which types are checked, has no OpenVINO.
+    openvino: Any = importlib.import_module("openvino")
+    path = Path(job.graph)
+
+    def load() -> _Loaded:
+        compiled = openvino.Core().compile_model(
+            str(path), "CPU", {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
+        )
+        request = compiled.create_infer_request()
+        names = [item.any_name for item in compiled.inputs]
+
+        def run(batch: Batch) -> np.ndarray:
+            answer = request.infer({name: batch[name] for name in names})
+            # A copy, as everywhere else: the next request overwrites it.
+            return np.array(answer["logits"])
+
+        return _Loaded(
+            run,
+            files=[path, path.with_suffix(".bin")],
+            library=f"OpenVINO {openvino.__version__.partition('-')[0]}",
+            note=f"what is not int8 runs in {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}",
+        )
+
+    return load
+
+
+LOADERS: dict[str, Callable[[Job, Engine], Load]] = {
+    PEFT: _load_peft,
+    PLAIN: _load_plain,
+    OPENVINO: _load_openvino,
+    OURS: _load_ours,
+}
+"""By family: import what is needed and return the part that is timed."""
+
+
+def measure(job: Job) -> Measured:
+    """Load an engine and time it on every cell."""
+    engine = ENGINES[job.engine]
+    inputs = Inputs.load(Path(job.inputs))
+    load = LOADERS[engine.family](job, engine)
+    start = time.perf_counter()
+    loaded = load()
+    load_seconds = time.perf_counter() - start
+    cells: dict[str, Timed] = {}
+    predictions: dict[str, list[int]] = {}
+    for name in job.cells:
+        batches = [loaded.arrange(batch) for batch in inputs.cells[name]]
+        cells[name], logits = _time_passes(loaded.run, batches, job.plan)
+        if name in inputs.rows:
+            order = np.concatenate(inputs.rows[name])
+            classes = np.empty(len(order), np.int64)
+            classes[order] = np.concatenate([batch.argmax(axis=1) for batch in logits])
+            predictions[name] = classes.tolist()
+    # Last: torch.compile takes the first shape it meets for the only one, and that shall be a measured one.
+    logits_of_check = loaded.run(loaded.arrange(inputs.check))
+    difference = float(np.abs(logits_of_check.astype(np.float64) - inputs.reference).max())
+    return Measured(
+        library=loaded.library,
+        note=loaded.note,
+        load_seconds=load_seconds,
+        peak_memory_mib=peak_memory_mib(),
+        file_bytes=sum(path.stat().st_size for path in loaded.files),
+        # JSON knows no NaN, and an engine that gives no number is as wrong as can be.
+        max_logit_difference=difference if np.isfinite(difference) else sys.float_info.max,
+        cells=cells,
+        predictions=predictions,
+    )
+
+
+def _time_passes(
+    run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], plan: Plan
+) -> tuple[Timed, list[np.ndarray]]:
+    """Time passes over the batches of a cell; with the logits of the first one."""
+
+    def one_pass() -> tuple[float, list[np.ndarray]]:
+        start = time.perf_counter()
+        logits = [run(batch) for batch in batches]
+        return 1000 * (time.perf_counter() - start), logits
+
+    first_run_ms, logits = one_pass()
+    time.sleep(plan.pause_seconds)
+    # Of what takes long, one run warms up as well as three.
+    end = time.perf_counter() + plan.budget_seconds / 4
+    for _ in range(WARM_UP_RUNS):
+        one_pass()
+        if time.perf_counter() >= end:
+            break
+    latencies_ms: list[float] = []
+    end = time.perf_counter() + plan.budget_seconds
+    while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
+        latencies_ms.append(one_pass()[0])
+    return Timed(first_run_ms, tuple(latencies_ms)), logits
+
+
+def peak_memory_mib() -> float:
+    """The largest resident size of this process so far."""
+    try:
+        # Linux's getrusage begins with what the parent had when it forked; this figure begins with the program.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    except (OSError, IndexError, ValueError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Kilobytes, but bytes on macOS.
+        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def calibrate(job: Job) -> None:
+    """Quantise the plain graph for OpenVINO as optimum-intel does, by NNCF with its preset for transformers."""
+    openvino: Any = importlib.import_module("openvino")
+    nncf: Any = importlib.import_module("nncf")
+    texts = Inputs.load(Path(job.inputs)).calibration
+    model = openvino.Core().read_model(job.source)
+    names = [item.any_name for item in model.inputs]
+    dataset = nncf.Dataset(texts, lambda batch: {name: batch[name] for name in names})
+    quantized = nncf.quantize(
+        model,
+        dataset,
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(texts),
+    )
+    openvino.save_model(quantized, job.graph, compress_to_fp16=False)
+
+
+def find_peaks(job: Job) -> list[Peak]:
+    """The fastest square matrix products here, with the same number of threads as the engines have."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    half = ("fp16", torch.float16) if job.device == CUDA else ("bf16", torch.bfloat16)
+    best: dict[str, Peak] = {}
+
+    def try_product(precision: str, product: str, size: int, multiply: Callable[[], object]) -> None:
+        seconds = _fastest_seconds(multiply, job)
+        rate = 2 * size**3 / seconds / 1e9
+        if precision not in best or rate > best[precision].gflop_per_second:
+            best[precision] = Peak(precision, rate, f"{product}, {size} × {size} × {size}")
+
+    for size in (1024, 2048):
+        for precision, dtype in (("fp32", torch.float32), half):
+            square = torch.ones(size, size, device=device, dtype=dtype)
+            try_product(precision, "torch.mm", size, partial(torch.mm, square, square))
+        whole = torch.ones(size, size, device=device, dtype=torch.int8)
+        try_product("int8", "torch._int_mm", size, partial(torch._int_mm, whole, whole))
+        if job.device == CPU:
+            try_product("int8", "ONNX Runtime's MatMulInteger", size, _integer_product(size, job.threads))
+    return list(best.values())
+
+
+def _fastest_seconds(multiply: Callable[[], object], job: Job) -> float:
+    multiply()
+    time.sleep(job.plan.pause_seconds)
+    seconds: list[float] = []
+    end = time.perf_counter() + job.plan.budget_seconds / 4
+    while len(seconds) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        multiply()
+        if job.device == CUDA:
+            import torch
+
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _integer_product(size: int, threads: int) -> Callable[[], object]:
+    """ONNX Runtime's product of unsigned rows with a constant signed matrix, which its int8 dense layers are."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    matrix = numpy_helper.from_array(np.ones((size, size), np.int8), "matrix")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["rows", "matrix"], ["product"])],
+        "product",
+        [helper.make_tensor_value_info("rows", TensorProto.UINT8, [size, size])],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, [size, size])],
+        [matrix],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rows = np.ones((size, size), np.uint8)
+    return lambda: session.run(None, {"rows": rows})
+
+
+def _answer(job: Job) -> dict[str, Any]:
+    """Do a job; what went wrong is an answer too.
+
+    An engine is other people's code on a machine we do not know: without a compiler, with a model that it cannot
+    take. Whatever it raises, the other engines shall still be measured, and its line in the table says why it is empty.
+    """
+    try:
+        if job.work == "peaks":
+            return {"peaks": [asdict(peak) for peak in find_peaks(job)]}
+        if job.work == "calibrate":
+            calibrate(job)
+            return {}
+        return {"measured": asdict(measure(job))}
+    except Exception as cause:
+        import traceback
+
+        traceback.print_exc()
+        lines = str(cause).strip().splitlines()
+        return {"error": f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a process for `export.bench`: the job's file, then where the answer goes."""
+    job_file, answer_file = map(Path, argv)
+    job = Job.from_json(json.loads(job_file.read_text(encoding="utf-8")))
+    answer_file.write_text(json.dumps(_answer(job)), encoding="utf-8")
+    return 0
+
+
+def environment(threads: int, cache: Path, root: Path, before: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for the process of an engine.
+
+    Args:
+        cache: folder for what `torch.compile` keeps, so that an earlier benchmark's is not found.
+        root: the repository, from which this module is imported.
+    """
+    return {
+        **before,
+        "PYTHONPATH": str(root),
+        # Kernels that torch.compile writes start OpenMP's own number of threads.
+        "OMP_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
