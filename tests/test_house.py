@@ -78,23 +78,48 @@ def readme_commands(module: str) -> list[list[str]]:
     return [shlex.split(words) for words in found]
 
 
+def python_block(word: str) -> str:
+    """The README's Python with a word in it."""
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if word in code]
+    return block
+
+
+def run_block(code: str, places: dict[str, str]) -> str:
+    """Run the README's Python with other addresses; the last line that it prints."""
+    for written, real in places.items():
+        assert written in code
+        code = code.replace(written, real)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})  # noqa: S102 -- the README's own lines are what is tested
+    return printed.getvalue().strip().splitlines()[-1]
+
+
 def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> None:
     """Those of the other modules, and pytest's, are run by tests below or by whoever reads this."""
     train_commands = [parse_train(words) for words in readme_commands("train")]
-    assert [config.model for config in train_commands] == ["roberta-large", "minilm", "minilm", "minilm"]
+    assert [config.model for config in train_commands] == ["roberta-large", "minilm", "minilm", "minilm", "smollm2"]
     demo_commands = [parse_demo(words) for words in readme_commands("demo")]
     assert len(demo_commands) == 2
-    for module, count in {"export": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}.items():
+    counts = {"export": 1, "export.bench": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}
+    for module, count in counts.items():
         assert len(readme_commands(module)) == count, module
-    known = ("demo", "export", "export.score", "pytest", "train", "train.bench", "train.evaluate")
+    known = ("demo", "export", "export.bench", "export.score", "export.triton", "pytest", "train", "train.bench", "train.evaluate")
     assert set(re.findall(r"python -m ([\w.]+)", README)) <= set(known)
 
 
-def test_the_readmes_export_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_export_command_and_the_pipeline_on_its_bundle_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     (words,) = readme_commands("export")
-    words[words.index("--out") + 1] = str(tmp_path / "bundle")
+    out = words.index("--out") + 1
+    written, words[out] = words[out], str(tmp_path / "bundle")
     assert export_main(words) == 0
+    printed = run_block(python_block("pipeline("), {written: words[out]})
+    answer = ast.literal_eval(printed)
+    assert answer["label"] in {"equivalent", "not_equivalent"}
+    assert 0.5 <= answer["score"] <= 1
 
 
 def test_the_readmes_evaluate_command_runs(
@@ -121,13 +146,9 @@ def test_the_readmes_bench_command_runs(
 
 
 def test_the_readmes_python_runs_against_the_page(tmp_path_factory: pytest.TempPathFactory) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     with serve([], tmp_path_factory.mktemp("cache")) as server:
-        code = block.replace("http://127.0.0.1:7860/", server.wait_for_url())
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(code, {})  # noqa: S102 -- the README's own lines are what is tested
-    assert re.search(r"^equivalent \d+\.\d+ \d\S+$", printed.getvalue().strip().splitlines()[-1])
+        printed = run_block(python_block("gradio_client"), {"http://127.0.0.1:7860/": server.wait_for_url()})
+    assert re.search(r"^equivalent \d+\.\d+ \d\S+$", printed)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
