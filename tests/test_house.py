@@ -104,7 +104,17 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
     counts = {"export": 1, "export.bench": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}
     for module, count in counts.items():
         assert len(readme_commands(module)) == count, module
-    known = ("demo", "export", "export.bench", "export.score", "export.triton", "pytest", "train", "train.bench", "train.evaluate")
+    known = (
+        "demo",
+        "export",
+        "export.bench",
+        "export.score",
+        "export.triton",
+        "pytest",
+        "train",
+        "train.bench",
+        "train.evaluate",
+    )
     assert set(re.findall(r"python -m ([\w.]+)", README)) <= set(known)
 
 
