@@ -149,6 +149,7 @@ class Bundle:
         max_length: longest text in tokens, beside the prompt.
         vocabulary_size: token ids are below it.
         pad_token_id: what fills the end of shorter texts in a batch.
+        token_types: whether a pair's sentences were of two types in training, where the graph takes types at all.
         inputs: names of the graph's inputs, in order.
         graphs: one for each precision; fp32 first.
     """
@@ -161,6 +162,7 @@ class Bundle:
     max_length: int
     vocabulary_size: int
     pad_token_id: int
+    token_types: bool
     inputs: tuple[str, ...]
     graphs: tuple[GraphFile, ...]
 
@@ -250,6 +252,7 @@ def load_bundle(folder: Path) -> Bundle:
             max_length=int(manifest["max_length"]),
             vocabulary_size=int(manifest["vocabulary_size"]),
             pad_token_id=int(manifest["pad_token_id"]),
+            token_types=bool(manifest["token_types"]),
             inputs=tuple(str(name) for name in manifest["inputs"]),
             graphs=tuple(_graph(record, manifest["sha256"]) for record in manifest["graphs"]),
         )

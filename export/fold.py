@@ -35,6 +35,7 @@ from train.tasks import Task
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
 
     from export.parity import ParityReport
     from export.precision import LabelledBatches
@@ -167,7 +168,7 @@ def export_adapters(config: ExportConfig) -> Bundle:
             say(f"[4/5] fp32 alone{why if config.precision == AUTO else ''}")
         else:
             say(f"[4/5] other precisions, gated on {_row_counts(jobs)}")
-            data = _gate_data(jobs, folder, tokenizer.pad_token_id, graph.inputs)
+            data = _gate_data(jobs, folder, tokenizer, graph.inputs)
             for precision, gates in _add_precisions(config, jobs, base, folder, data):
                 (graphs if all(gate.passed for gate in gates) else refused)[precision] = gates
 
@@ -182,6 +183,8 @@ def export_adapters(config: ExportConfig) -> Bundle:
                 "max_length": adapter.max_length,
                 "vocabulary_size": settings.vocab_size,
                 "pad_token_id": tokenizer.pad_token_id,
+                # A tokenizer may give none though the model takes them; it then takes all for the first.
+                "token_types": "token_type_ids" in tokenizer.model_input_names,
                 "inputs": list(graph.inputs),
                 "outputs": list(graph.outputs),
                 "prompt_initializers": list(graph.prompt_initializers),
@@ -236,7 +239,7 @@ def _add_adapters(config: ExportConfig) -> Bundle:
         records = {record["precision"]: record for record in manifest["graphs"]}
         if len(bundle.graphs) > 1:
             say(f"[4/5] other precisions, gated on {_row_counts(jobs)}")
-            data = _gate_data(jobs, folder, bundle.pad_token_id, bundle.inputs)
+            data = _gate_data(jobs, folder, load_tokenizer(folder, bundle.max_length), bundle.inputs)
             for graph in bundle.graphs[1:]:
                 gates = measure_gates(
                     folder, graph.precision, data, threads=usable_cores(), kept_fp32=graph.gates[0].kept_fp32
@@ -393,7 +396,7 @@ def _for_task(arrays: Mapping[str, np.ndarray], number: int, inputs: tuple[str, 
 
 
 def _gate_data(
-    jobs: Sequence[_Job], folder: Path, pad_token_id: int, inputs: tuple[str, ...]
+    jobs: Sequence[_Job], folder: Path, tokenizer: "PreTrainedTokenizerFast", inputs: tuple[str, ...]
 ) -> "list[LabelledBatches]":
     from export.precision import labelled_batches
     from export.runtime import TextTokenizer
@@ -405,7 +408,8 @@ def _gate_data(
         tokenize = TextTokenizer(
             folder / FILES.tokenizer,
             max_length=job.adapter.max_length,
-            pad_token_id=pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            token_types="token_type_ids" in tokenizer.model_input_names,
             inputs=[name for name in inputs if name != TASK_IDS],
         )
         texts = list(zip(*(job.rows[column] for column in job.task.text_columns), strict=True))

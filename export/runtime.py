@@ -37,7 +37,9 @@ class EncodedTexts:
 class TextTokenizer:
     """tokenizer.json, set up for single texts and pairs: cut to a limit (longest sentence first), padded on the right."""
 
-    def __init__(self, path: Path, *, max_length: int, pad_token_id: int, inputs: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, *, max_length: int, pad_token_id: int, inputs: Sequence[str], token_types: bool = True
+    ) -> None:
         """Load a tokenizer.
 
         Args:
@@ -45,6 +47,7 @@ class TextTokenizer:
             max_length: longest text in tokens, special tokens included.
             pad_token_id: what fills the end of shorter texts.
             inputs: which of ``input_ids``, ``attention_mask``, ``token_type_ids`` to give.
+            token_types: whether the second sentence is of another type than the first, where types are given.
 
         Raises:
             BundleError: it is no tokenizer, or has no such padding token.
@@ -61,6 +64,7 @@ class TextTokenizer:
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._tokenizer.enable_padding(pad_id=pad_token_id, pad_token=pad_token)
         self._inputs = tuple(inputs)
+        self._token_types = token_types
 
     def __call__(self, texts: Sequence[tuple[str, ...]]) -> EncodedTexts:
         """Tokenise texts into one batch, padded to its longest.
@@ -74,6 +78,8 @@ class TextTokenizer:
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
             "token_type_ids": np.array([encoding.type_ids for encoding in encodings], dtype=np.int64),
         }
+        if not self._token_types:
+            arrays["token_type_ids"][:] = 0
         return EncodedTexts(
             arrays={name: arrays[name] for name in self._inputs},
             cut=tuple(bool(encoding.overflowing) for encoding in encodings),
@@ -87,6 +93,7 @@ def bundle_tokenizer(bundle: Bundle) -> TextTokenizer:
         max_length=bundle.max_length,
         pad_token_id=bundle.pad_token_id,
         inputs=bundle.text_inputs,
+        token_types=bundle.token_types,
     )
 
 

@@ -501,3 +501,25 @@ def test_a_bert_with_relative_positions_is_exported_without_the_rewrite(
     capsys.readouterr()
     assert main([*map(str, adapters), "--out", str(tmp_path / "c")]) == 2
     assert "has relative positions (relative_key_query)" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_token_types_means_the_same_to_the_bundle_as_in_training(
+    data: Data, tmp_path: Path
+) -> None:
+    """Training, like PEFT's users, then gives a BERT zeros for both sentences."""
+    from transformers import AutoTokenizer
+
+    base = make_base_model(tmp_path / "base", "bert")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    adapter_folder = tmp_path / "a"
+    flags = ["--model", str(base), "--virtual-tokens", "5", "--epochs", "1", "--out", str(adapter_folder), *data.flags]
+    assert train_main(flags) == 0
+    assert main([str(adapter_folder), "--out", str(tmp_path / "b")]) == 0
+    pair = ("word1 word2 word3", "word4 word5")
+    classifier = OnnxClassifier(load_bundle(tmp_path / "b"), threads=1)
+    encoded = dict(AutoTokenizer.from_pretrained(adapter_folder)(*pair, return_tensors="np"))
+    assert "token_type_ids" not in encoded
+    golden = peft_logits(adapter_folder, base, encoded)
+    assert np.abs(classifier.logits(classifier.tokenize([pair]).arrays) - golden).max() < 1e-5
