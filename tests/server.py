@@ -21,6 +21,9 @@ class Server:
 
     def __init__(self, flags: list[str], cache: Path, environment: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # So a shell starts what it puts into the background, and a process hands it on: Ctrl-C would be lost.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "demo", *flags],
             cwd=ROOT,
