@@ -346,11 +346,11 @@ def _inputs(
     else:
         from export.predict import in_batches
         from export.runtime import bundle_tokenizer
-        from train.data import load_split
+        from train.data import load_split, texts_of
 
         task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
         split = load_split(task, "", config.file)
-        texts_of_file = list(zip(*(split[column] for column in task.text_columns), strict=True))
+        texts_of_file = texts_of(split, task)
         expected = list(split[task.label_column])
         tokenize = bundle_tokenizer(bundle)
         numbers = list(range(len(expected)))

@@ -49,6 +49,11 @@ BUNDLE = FolderKind(
 )
 
 
+def text_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
+    """Of a graph's inputs those that a tokenizer makes."""
+    return tuple(name for name in inputs if name != TASK_IDS)
+
+
 @dataclass(frozen=True)
 class Gate:
     """What a precision costs in quality, against fp32 on labelled rows.
@@ -174,7 +179,7 @@ class Bundle:
     @property
     def text_inputs(self) -> tuple[str, ...]:
         """The inputs that a tokenizer makes."""
-        return tuple(name for name in self.inputs if name != TASK_IDS)
+        return text_inputs(self.inputs)
 
     @property
     def tokenizer_path(self) -> Path:

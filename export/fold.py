@@ -23,10 +23,11 @@ from export.bundle import (
     finish_bundle,
     load_bundle,
     precision_record,
+    text_inputs,
 )
 from train.adapter import Adapter, find_adapter_base, load_adapter, load_peft_model, load_prompted_classifier
 from train.console import say
-from train.data import load_split
+from train.data import load_split, texts_of
 from train.errors import AdapterError, ModelError, PrecisionError, UsageError
 from train.files import check_target, new_folder, read_record, sha256_of_file
 from train.model import BaseModel, load_tokenizer, text_limit
@@ -327,15 +328,15 @@ def _find_base(adapter: Adapter) -> BaseModel:
 
 def _module(jobs: Sequence[_Job], base: BaseModel, *, fused: bool = False) -> "PromptedClassifier | SharedClassifier":
     """What is traced: the classifier of an adapter, or one for several."""
-    from export.folded import can_fold
     from export.shared import SharedClassifier, task_constants
+    from train.prompted import has_absolute_positions
 
     # Of an encoder's attention we write every operator ourselves. BLOOM's knows no other form.
     attention = "sdpa" if fused and base.is_decoder and base.model_type != "bloom" else "eager"
     classifier = load_prompted_classifier(jobs[0].adapter, base, attention=attention)
     if len(jobs) == 1:
         return classifier
-    if not base.is_decoder and not can_fold(classifier):
+    if not base.is_decoder and not has_absolute_positions(classifier.config):
         raise UsageError(
             f"{base.name} has relative positions ({classifier.config.position_embedding_type}), and no graph of ours "
             "serves several of its adapters. Export each alone."
@@ -378,7 +379,7 @@ def _compare(
         report = measure_parity(
             load_peft_model(job.adapter.folder, base, job.adapter.labels),
             run_graph,
-            inputs=tuple(name for name in inputs if name != TASK_IDS),
+            inputs=text_inputs(inputs),
             vocabulary_size=vocabulary_size,
             max_length=job.adapter.max_length,
             one_by_one=base.is_decoder,
@@ -390,9 +391,9 @@ def _compare(
 
 def _for_task(arrays: Mapping[str, np.ndarray], number: int, inputs: tuple[str, ...]) -> dict[str, np.ndarray]:
     """A batch with the number of its task, where the graph asks for it."""
-    if TASK_IDS not in inputs:
-        return dict(arrays)
-    return {**arrays, TASK_IDS: np.full(len(arrays["input_ids"]), number, np.int64)}
+    from export.runtime import with_task
+
+    return with_task(arrays, number) if TASK_IDS in inputs else dict(arrays)
 
 
 def _gate_data(
@@ -401,18 +402,19 @@ def _gate_data(
     from export.precision import labelled_batches
     from export.runtime import TextTokenizer
 
+    # Adapters in one graph have one tokenizer and one limit.
+    tokenize = TextTokenizer(
+        folder / FILES.tokenizer,
+        max_length=jobs[0].adapter.max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        token_types="token_type_ids" in tokenizer.model_input_names,
+        inputs=text_inputs(inputs),
+    )
     data = []
     for job in jobs:
         assert job.rows is not None
         assert job.file is not None
-        tokenize = TextTokenizer(
-            folder / FILES.tokenizer,
-            max_length=job.adapter.max_length,
-            pad_token_id=tokenizer.pad_token_id,
-            token_types="token_type_ids" in tokenizer.model_input_names,
-            inputs=[name for name in inputs if name != TASK_IDS],
-        )
-        texts = list(zip(*(job.rows[column] for column in job.task.text_columns), strict=True))
+        texts = texts_of(job.rows, job.task)
         data.append(
             labelled_batches(
                 job.file,

@@ -61,11 +61,6 @@ def _block(layer: Any) -> _Block:
     return _Block(attention.query, attention.key, attention.value, mix.dense, mix.LayerNorm, *feed_forward)
 
 
-def can_fold(classifier: PromptedClassifier) -> bool:
-    """Whether an encoder has the layers that `FoldedEncoder` knows: BERT's may have a term for relative positions."""
-    return getattr(classifier.config, "position_embedding_type", "absolute") == "absolute"
-
-
 class FoldedEncoder(torch.nn.Module):
     """An encoder's `PromptedClassifier`, rewritten for export; the same logits.
 

@@ -18,10 +18,10 @@ from optimum.exporters.onnx.convert import export_pytorch
 from optimum.exporters.tasks import TasksManager
 
 from export.bundle import TASK_IDS
-from export.folded import FoldedEncoder, can_fold
+from export.folded import FoldedEncoder
 from export.fused import attention_in_one, fuse_operators
 from export.shared import SharedClassifier
-from train.prompted import PromptedClassifier
+from train.prompted import PromptedClassifier, has_absolute_positions
 
 OPSET = 18
 
@@ -68,7 +68,7 @@ def write_graph(
     module: torch.nn.Module
     if isinstance(classifier, SharedClassifier):
         prompt_initializers, module = classifier.names, classifier.eval()
-    elif is_decoder or not can_fold(classifier):
+    elif is_decoder or not has_absolute_positions(classifier.config):
         prompt_initializers, module = classifier.freeze_prompt(), classifier
     else:
         module = FoldedEncoder(classifier, fused=fused).eval()

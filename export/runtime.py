@@ -206,8 +206,7 @@ class OnnxClassifier:
         self._check(arrays)
         if TASK_IDS in arrays or not self.bundle.is_shared:
             return self._run(arrays)
-        task_ids = np.full(len(arrays["input_ids"]), self.task.number, np.int64)
-        return self._run({**arrays, TASK_IDS: task_ids})[:, : len(self.task.task.labels)]
+        return self._run(with_task(arrays, self.task.number))[:, : len(self.task.task.labels)]
 
     def _run(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         # A tokenizer may give more than this kind of model takes.
@@ -262,6 +261,11 @@ class OnnxClassifier:
         binding.bind_output("logits", "cuda")
         self._session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
+
+
+def with_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """A batch for a shared graph, all of whose rows are of one task."""
+    return {**arrays, TASK_IDS: np.full(len(arrays["input_ids"]), number, np.int64)}
 
 
 @dataclass(frozen=True)

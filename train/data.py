@@ -220,6 +220,11 @@ def _check_rows(dataset: "Dataset", task: Task, where: str) -> "Dataset":
     return Dataset.from_dict({**columns, task.label_column: labels})
 
 
+def texts_of(dataset: "Dataset", task: Task) -> list[tuple[str, ...]]:
+    """Of each row its one or two sentences."""
+    return list(zip(*(dataset[column] for column in task.text_columns), strict=True))
+
+
 def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast", *, swap: bool = False) -> Encoded:
     """Tokenise a split. Texts over the tokenizer's ``model_max_length`` lose their end, the longer sentence first.
 

@@ -484,9 +484,9 @@ def put_prompt_before(
         model: a classifier as from `load_classifier`. Its last layer is replaced where only one row of it is read.
         prompt: the table, or the prompt encoder that computes it.
     """
-    from train.prompted import EmbeddingPrompt, KeyValuePrompt, PooledRowLayer
+    from train.prompted import EmbeddingPrompt, KeyValuePrompt, PooledRowLayer, has_absolute_positions
 
-    if base.model_type in _BERT_LIKE and getattr(model.config, "position_embedding_type", "absolute") == "absolute":
+    if base.model_type in _BERT_LIKE and has_absolute_positions(model.config):
         backbone: Any = model.base_model
         layers = backbone.encoder.layer
         if not isinstance(layers[-1], PooledRowLayer):

@@ -222,6 +222,11 @@ class KeyValuePrompt(PromptedClassifier):
         return tuple(names)
 
 
+def has_absolute_positions(config: Any) -> bool:
+    """Whether a layer's scores are of queries and keys alone: BERT's may have a term for relative positions."""
+    return getattr(config, "position_embedding_type", "absolute") == "absolute"
+
+
 class PooledRowLayer(torch.nn.Module):
     """The last layer of a BERT-like encoder, computed for row 0 alone.
 
