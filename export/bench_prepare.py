@@ -444,21 +444,16 @@ def export_plain(adapter: Adapter, base: BaseModel, folder: Path) -> Path:
     Args:
         folder: config.json is written beside the graph, for the quantiser.
     """
-    # Registers the architectures that optimum can export; the TasksManager knows none before.
-    import optimum.exporters.onnx.model_configs  # noqa: F401
     from optimum.exporters.onnx.convert import export_pytorch
-    from optimum.exporters.tasks import TasksManager
 
+    from export.graph import describe_architecture
     from train.prompted import PooledRowLayer
 
     classifier = load_prompted_classifier(adapter, base)
     encoder: Any = getattr(classifier.model.base_model, "encoder", None)
     if encoder is not None and isinstance(encoder.layer[-1], PooledRowLayer):
         encoder.layer[-1] = encoder.layer[-1].layer
-    constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=classifier.config.model_type, task="text-classification", library_name="transformers"
-    )
-    settings = constructor(classifier.config)
+    settings = describe_architecture(classifier.config)
     path = folder / "model.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # see `export.graph.write_graph`

@@ -8,7 +8,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Registers the architectures that optimum can export; the TasksManager knows none before.
 import optimum.exporters.onnx.model_configs  # noqa: F401
@@ -22,6 +22,9 @@ from export.folded import FoldedEncoder
 from export.fused import attention_in_one, fuse_operators
 from export.shared import SharedClassifier
 from train.prompted import PromptedClassifier, has_absolute_positions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 OPSET = 18
 
@@ -73,13 +76,7 @@ def write_graph(
     else:
         module = FoldedEncoder(classifier, fused=fused).eval()
         prompt_initializers = module.prompt_names
-    constructor = TasksManager.get_exporter_config_constructor(
-        "onnx",
-        model_type=classifier.config.model_type,
-        task="text-classification",
-        library_name="transformers",
-    )
-    description = constructor(classifier.config)
+    description = describe_architecture(classifier.config)
     if isinstance(classifier, SharedClassifier):
         description.__class__ = _with_task_ids(type(description))
     with warnings.catch_warnings():
@@ -103,6 +100,15 @@ def write_graph(
         if fused:
             fuse_operators(path, heads=heads, hidden_size=classifier.config.hidden_size)
     return Graph(inputs=tuple(inputs), outputs=tuple(outputs), prompt_initializers=prompt_initializers)
+
+
+def describe_architecture(settings: "PretrainedConfig") -> OnnxConfig:
+    """What optimum knows of an architecture with a head for classification: its inputs, and how to trace it."""
+    constructor = TasksManager.get_exporter_config_constructor(
+        "onnx", model_type=settings.model_type, task="text-classification", library_name="transformers"
+    )
+    description: OnnxConfig = constructor(settings)
+    return description
 
 
 def _with_task_ids(description: type[OnnxConfig]) -> type[OnnxConfig]:
