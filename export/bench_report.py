@@ -1,5 +1,6 @@
 """From what the engines' processes measured to figures, a table, a chart and one JSON document."""
 
+import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ import numpy as np
 
 from export.bench_engines import ENGINES, OURS, REFERENCE, Engine, Measured, Peak
 from export.bench_prepare import FILE, TUTORIAL, Cell, Prepared
+from train.errors import UsageError
+from train.files import write_whole
 from train.tasks import METRICS, Scores
 
 FP32_TOLERANCE = 1e-3
@@ -328,7 +331,11 @@ def document(
 
 
 def draw(path: Path, prepared: Prepared, results: Sequence[EngineResult]) -> None:
-    """One panel for each cell, one bar for each engine: how many times as fast as PEFT it is (else texts per second)."""
+    """One panel for each cell, one bar for each engine: how many times as fast as PEFT it is (else texts per second).
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window system is touched
 
     ran = [result for result in results if result.status != NOT_RUN]
@@ -361,7 +368,13 @@ def draw(path: Path, prepared: Prepared, results: Sequence[EngineResult]) -> Non
         panel.set_visible(False)
     unit = "times as fast as PEFT eager" if has_reference else "texts per second"
     figure.suptitle(f"{prepared.model}: {unit}, and the median latency ({prepared.machine})", fontsize=9)
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    # matplotlib's own rule: a name without an ending is a PNG.
+    figure.savefig(image, format=path.suffix[1:] or "png", dpi=130)
+    try:
+        write_whole(path, image.getvalue())
+    except OSError as cause:
+        raise UsageError(f"--png {path} cannot be written ({cause.strerror or cause}). Choose another name.") from cause
 
 
 def _milliseconds(latency_ms: float) -> str:

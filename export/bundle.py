@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import BundleError, UsageError
-from train.files import FolderKind, read_record, reading, write_record
+from train.files import FolderKind, check_seal, read_record, reading, write_record
+from train.limits import MAX_TOKENS, whole_number
 from train.tasks import METRICS, Task
 
 
@@ -33,6 +34,9 @@ FILES = BundleFiles()
 TASK_IDS = "task_ids"
 """The input of a shared graph that names each row's task by its number."""
 
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What a tokenizer makes."""
+
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 
 GRAPH_FILES = {FP32: FILES.model, FP16: FILES.model_fp16, INT8: FILES.model_int8}
@@ -42,7 +46,7 @@ BUNDLE = FolderKind(
     name="bundle",
     record=FILES.manifest,
     needed=(FILES.model, FILES.tokenizer, FILES.config),
-    format_version=3,
+    format_version=4,
     error=BundleError,
     command="python -m export ADAPTER --out",
     remedy="Export it again: python -m export ADAPTER --out BUNDLE",
@@ -114,7 +118,8 @@ class GraphFile:
     Attributes:
         precision: one of the keys of `GRAPH_FILES`.
         file: its name.
-        gates: one for each task; none for fp32, which is what others are held against.
+        gates: one for each task; none for fp32, which is what others are held against, and none for a graph that was
+            kept ungated.
     """
 
     precision: str
@@ -231,15 +236,24 @@ def finish_bundle(folder: Path, manifest: dict[str, Any]) -> None:
     write_record(folder, BUNDLE, manifest)
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path, *, public_key: Path | None = None) -> Bundle:
     """Read a bundle folder and check it file by file, without loading the graph.
 
+    Args:
+        public_key: the bundle must be signed with its private key (`export.signing`).
+
     Raises:
-        BundleError: it is not there, is no bundle, is of another format, or a file of it was changed.
+        BundleError: it is not there, is no bundle, is of another format, a file of it was changed, or it is not signed
+            with that key.
+        UsageError: the key cannot be used.
     """
+    if public_key is not None:
+        from export.signing import check_signature
+
+        check_signature(folder, BUNDLE, public_key)
     manifest = read_record(folder, BUNDLE)
     with reading(folder, BUNDLE):
-        return Bundle(
+        bundle = Bundle(
             folder=folder,
             base_model=str(manifest["base_model"]["name"]),
             tasks=tuple(
@@ -253,19 +267,36 @@ def load_bundle(folder: Path) -> Bundle:
                 for number, record in enumerate(manifest["tasks"])
             ),
             method=str(manifest["method"]),
-            virtual_tokens=int(manifest["virtual_tokens"]),
-            max_length=int(manifest["max_length"]),
-            vocabulary_size=int(manifest["vocabulary_size"]),
-            pad_token_id=int(manifest["pad_token_id"]),
+            virtual_tokens=whole_number(manifest, "virtual_tokens", 1, MAX_TOKENS),
+            max_length=whole_number(manifest, "max_length", 1, MAX_TOKENS),
+            vocabulary_size=whole_number(manifest, "vocabulary_size", 1, MAX_TOKENS),
+            pad_token_id=whole_number(manifest, "pad_token_id", 0, MAX_TOKENS),
             token_types=bool(manifest["token_types"]),
-            inputs=tuple(str(name) for name in manifest["inputs"]),
-            graphs=tuple(_graph(record, manifest["sha256"]) for record in manifest["graphs"]),
+            inputs=_inputs(manifest["inputs"]),
+            graphs=_graphs(manifest),
         )
+    check_seal(folder, manifest, BUNDLE)
+    return bundle
 
 
 def precision_record(precision: str, gates: Sequence[Gate]) -> dict[str, Any]:
     """What a manifest says of a graph."""
     return {"precision": precision, "file": GRAPH_FILES[precision], "gates": [asdict(gate) for gate in gates]}
+
+
+def _inputs(names: Sequence[object]) -> tuple[str, ...]:
+    """A graph's inputs in a manifest: some of those that we know how to make."""
+    inputs = tuple(str(name) for name in names)
+    if not {"input_ids", "attention_mask"} <= set(inputs) <= {*_INPUTS, TASK_IDS}:
+        raise ValueError(f"inputs among {', '.join((*_INPUTS, TASK_IDS))}")
+    return inputs
+
+
+def _graphs(manifest: dict[str, Any]) -> tuple[GraphFile, ...]:
+    graphs = tuple(_graph(record, manifest["sha256"]) for record in manifest["graphs"])
+    if FP32 not in [graph.precision for graph in graphs]:
+        raise ValueError(f"a graph in {FP32}")
+    return graphs
 
 
 def _graph(record: dict[str, Any], hashes: dict[str, str]) -> GraphFile:

@@ -29,7 +29,8 @@ from train.adapter import Adapter, find_adapter_base, load_adapter, load_peft_mo
 from train.console import say
 from train.data import load_split, texts_of
 from train.errors import AdapterError, ModelError, PrecisionError, UsageError
-from train.files import check_target, new_folder, read_record, sha256_of_file
+from train.files import check_target, content_of, new_folder, read_record, sha256_of_file
+from train.limits import MAX_MODEL_BYTES
 from train.model import BaseModel, load_tokenizer, text_limit
 from train.tasks import Task
 
@@ -66,6 +67,8 @@ class ExportConfig:
             the files that the adapters were validated with, where they still lie unchanged.
         text_columns: that file's, where they are not named as in training.
         label_column: the same of its labels.
+        ungated: whether to make other precisions also where no labelled rows can say what they cost. Such a graph has
+            no gate in the manifest and runs only where it is asked for by name.
         overwrite: whether an older bundle at ``out`` may be replaced.
 
     Raises:
@@ -79,6 +82,7 @@ class ExportConfig:
     validation_files: tuple[Path, ...] = ()
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
+    ungated: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -164,12 +168,17 @@ def export_adapters(config: ExportConfig) -> Bundle:
         tokenizer.save_pretrained(folder)
         graphs: dict[str, list[Gate]] = {FP32: []}
         refused: dict[str, list[Gate]] = {}
-        if any(job.rows is None for job in jobs):
+        data: list[LabelledBatches] = []
+        is_judged = all(job.rows is not None for job in jobs)
+        if config.precision == FP32 or not (is_judged or config.ungated):
             why = ": what another precision costs can be measured only with --validation-file"
             say(f"[4/5] fp32 alone{why if config.precision == AUTO else ''}")
         else:
-            say(f"[4/5] other precisions, gated on {_row_counts(jobs)}")
-            data = _gate_data(jobs, folder, tokenizer, graph.inputs)
+            if is_judged:
+                say(f"[4/5] other precisions, gated on {_row_counts(jobs)}")
+                data = _gate_data(jobs, folder, tokenizer, graph.inputs)
+            else:
+                say("[4/5] other precisions, ungated: no labelled rows are here that could say what they cost")
             for precision, gates in _add_precisions(config, jobs, base, folder, data):
                 (graphs if all(gate.passed for gate in gates) else refused)[precision] = gates
 
@@ -212,7 +221,7 @@ def _add_adapters(config: ExportConfig) -> Bundle:
     taken = {task.name for task in bundle.tasks} & {task_name(folder) for folder in config.adapters}
     if taken:
         raise UsageError(f"{config.out} has a task {sorted(taken)[0]} already. Rename the adapter's folder.")
-    jobs = _jobs(config, first_number=len(bundle.tasks), wants_rows=len(bundle.graphs) > 1)
+    jobs = _jobs(config, first_number=len(bundle.tasks), wants_rows=any(graph.gates for graph in bundle.graphs))
     traits = {
         "base model with SHA-256": manifest["base_model"]["sha256"],
         "method": bundle.method,
@@ -238,10 +247,10 @@ def _add_adapters(config: ExportConfig) -> Bundle:
                 append_task(folder / graph.file, constants)
         _, parities = _compare(jobs, base, folder / FILES.model, bundle.inputs, bundle.vocabulary_size)
         records = {record["precision"]: record for record in manifest["graphs"]}
-        if len(bundle.graphs) > 1:
+        if gated := [graph for graph in bundle.graphs if graph.gates]:
             say(f"[4/5] other precisions, gated on {_row_counts(jobs)}")
             data = _gate_data(jobs, folder, load_tokenizer(folder, bundle.max_length), bundle.inputs)
-            for graph in bundle.graphs[1:]:
+            for graph in gated:
                 gates = measure_gates(
                     folder, graph.precision, data, threads=usable_cores(), kept_fp32=graph.gates[0].kept_fp32
                 )
@@ -251,8 +260,7 @@ def _add_adapters(config: ExportConfig) -> Bundle:
                 records[graph.precision]["gates"] += precision_record(graph.precision, gates)["gates"]
         say(f"[5/5] writing {config.out}")
         tasks = [*manifest["tasks"], *(_task_record(job, parity) for job, parity in zip(jobs, parities, strict=True))]
-        kept = {name: value for name, value in manifest.items() if name not in {"format_version", "sha256"}}
-        finish_bundle(folder, kept | {"tasks": tasks, "graphs": list(records.values())})
+        finish_bundle(folder, content_of(manifest) | {"tasks": tasks, "graphs": list(records.values())})
     return load_bundle(config.out)
 
 
@@ -285,14 +293,23 @@ def _validation_file(config: ExportConfig, adapter: Adapter, given: Path | None)
     if given is not None:
         return given
     own = adapter.validation_file
-    if own is not None and own.is_file() and sha256_of_file(own) == adapter.validation_sha256:
+    if own is not None and _is_unchanged(own, adapter.validation_sha256):
         return own
-    if config.precision == AUTO:
+    if config.precision == AUTO or config.ungated:
         return None
     raise UsageError(
         f"--precision {config.precision} is kept only if labelled rows show what it costs, and the file that "
         f"{adapter.folder} was validated with is not here. Give one with --validation-file, or take --precision {FP32}."
     )
+
+
+def _is_unchanged(path: Path, sha256: str) -> bool:
+    """Whether a file that an adapter names, on whatever machine that was, lies here and is the same."""
+    try:
+        # Rows for a gate are all held in memory.
+        return path.is_file() and path.stat().st_size <= MAX_MODEL_BYTES and sha256_of_file(path) == sha256
+    except OSError:  # in a folder that is not ours, for one
+        return False
 
 
 def _traits(adapter: Adapter) -> dict[str, object]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from export.tables import join_parts
 from train.errors import UsageError
-from train.files import read_json_object, refuse_another_run, sha256_of_file, sync_path
+from train.files import put, read_json_object, refuse_another_run, sha256_of_file, sync_folder, sync_path, write_trouble
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Parts:
     """The folder OUT.partial with the finished chunks."""
 
     _RUN = "run.json"
+    _NEW, _WHOLE = "new-", "whole"
 
     def __init__(self, out: Path) -> None:
         self.folder = out.with_name(f"{out.name}.partial")
@@ -107,7 +108,7 @@ class Parts:
         """
         path = self._path(number)
         # The format follows the suffix, so what is under way is marked in front of it.
-        new = path.with_name(f"new-{path.name}")
+        new = path.with_name(f"{self._NEW}{path.name}")
         with self._writing():
             write(new)
             sync_path(new)
@@ -119,11 +120,13 @@ class Parts:
 
     def finish(self, n_parts: int) -> None:
         """Put the parts together into the output, which appears by one rename, and remove the folder."""
-        whole = self.folder / f"whole{self._out.suffix}"
+        whole = self.folder / f"{self._WHOLE}{self._out.suffix}"
         with self._writing():
             join_parts([self._path(number) for number in range(n_parts)], whole)
             sync_path(whole)
-            whole.replace(self._out)
+            put(whole, self._out)
+        # The output is there; what cannot be removed is only in the way.
+        with suppress(OSError):
             self._remove()
 
     def _remove(self) -> None:
@@ -136,14 +139,23 @@ class Parts:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn a full or read-only disk into an error that says what is not lost."""
+        """Turn a full or read-only disk into an error that says what is not lost; what was cut short is removed."""
         try:
             yield
         except OSError as cause:
+            with suppress(OSError):
+                self._remove_what_was_cut_short()
             raise UsageError(
-                f"--out {self._out} cannot be written ({cause.strerror or cause}). Free some space and add --resume, "
+                f"--out {self._out} cannot be written ({write_trouble(cause)}). Free some space and add --resume, "
                 "or choose another place."
             ) from cause
+
+    def _remove_what_was_cut_short(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name.startswith((self._NEW, self._WHOLE)) or path.suffix == ".new":
+                path.unlink()
+        if not (self.folder / self._RUN).is_file():
+            self.folder.rmdir()
 
     @staticmethod
     def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -151,3 +163,5 @@ class Parts:
         new.write_text(json.dumps(value) + "\n", encoding="utf-8")
         sync_path(new)
         new.replace(path)
+        # Of the part as well, which was renamed before.
+        sync_folder(path.parent)

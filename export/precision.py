@@ -162,7 +162,7 @@ def make_int8(
 
     Args:
         folder: holds ``model.onnx``; ``model_int8.onnx`` is written there.
-        tasks: labelled rows of each task; all have to pass.
+        tasks: labelled rows of each task; all have to pass. With none, the whole graph is quantised and nothing judged.
         report: takes a line for the person who waits.
 
     Returns:

@@ -25,6 +25,15 @@ class Classified:
     probabilities: np.ndarray
     cut: np.ndarray
 
+    @staticmethod
+    def of(labels: tuple[str, ...], logits: np.ndarray, cut: np.ndarray) -> "Classified":
+        """What logits mean.
+
+        Args:
+            logits: float, shape = (n_texts, n_labels)
+        """
+        return Classified(labels=labels, indices=logits.argmax(axis=1), probabilities=softmax(logits), cut=cut)
+
     @property
     def predictions(self) -> list[str]:
         """Of each text the name of its most probable class."""
@@ -59,12 +68,7 @@ def classify(
         cut[rows] = encoded.cut
         if report is not None:
             report(len(rows))
-    return Classified(
-        labels=labels,
-        indices=logits.argmax(axis=1),
-        probabilities=softmax(logits),
-        cut=cut,
-    )
+    return Classified.of(labels, logits, cut)
 
 
 def in_batches(texts: Sequence[tuple[str, ...]], batch_size: int) -> Iterator[list[int]]:
@@ -83,11 +87,26 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def count_pairs(task: Task, expected: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The confusion matrix: how many rows of each class were predicted as each.
+
+    Args:
+        expected: class indices, shape = (n_rows,)
+        predicted: class indices, shape = (n_rows,)
+
+    Returns:
+        int64, shape = (n_labels expected, n_labels predicted)
+    """
+    counts = np.zeros((len(task.labels), len(task.labels)), np.int64)
+    np.add.at(counts, (np.asarray(expected, np.int64), np.asarray(predicted, np.int64)), 1)
+    return counts
+
+
 def score_counts(task: Task, counts: np.ndarray) -> Scores:
     """The task's metrics, equal to `train.tasks.score`'s, from counts alone: they do not grow with the rows.
 
     Args:
-        counts: how many rows of each class were predicted as each; int64, shape = (n_labels expected, n_labels predicted)
+        counts: as `count_pairs` gives them
     """
     right = np.diag(counts).astype(np.float64)
     expected, predicted = counts.sum(axis=1).astype(np.float64), counts.sum(axis=0).astype(np.float64)

@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.bundle import FP16, FP32, INT8, TASK_IDS, Bundle
-from train.errors import BundleError, TextError
+from export.strangers import check_graph
+from train.errors import BundleError, TextError, first_line, is_of_tokenizers
+from train.limits import MAX_TEXT_BYTES, check_file
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
+
+_AGAIN = "Export the bundle again."
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,13 @@ class TextTokenizer:
         """
         from tokenizers import Tokenizer
 
-        try:
+        check_file(path, MAX_TEXT_BYTES, BundleError, _AGAIN)
+        self._path = path
+        with self._library_failures():
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as cause:  # the library raises a bare Exception, nothing narrower
-            raise BundleError(f"{path} is no tokenizer ({cause}). Export the bundle again.") from cause
         pad_token = self._tokenizer.id_to_token(pad_token_id)
         if pad_token is None:
-            raise BundleError(f"{path} has no token {pad_token_id} to pad with. Export the bundle again.")
+            raise BundleError(f"{path} has no token {pad_token_id} to pad with. {_AGAIN}")
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._tokenizer.enable_padding(pad_id=pad_token_id, pad_token=pad_token)
         self._inputs = tuple(inputs)
@@ -72,7 +77,8 @@ class TextTokenizer:
         Args:
             texts: of each its one or two sentences; at least one text.
         """
-        encodings = self._tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+        with self._library_failures():
+            encodings = self._tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
         arrays = {
             "input_ids": np.array([encoding.ids for encoding in encodings], dtype=np.int64),
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
@@ -84,6 +90,27 @@ class TextTokenizer:
             arrays={name: arrays[name] for name in self._inputs},
             cut=tuple(bool(encoding.overflowing) for encoding in encodings),
         )
+
+    @contextmanager
+    def _library_failures(self) -> Iterator[None]:
+        """Turn what the library makes of a file that only looks like a tokenizer into a `BundleError`."""
+        try:
+            yield
+        except BaseException as cause:
+            if not is_of_tokenizers(cause):
+                raise
+            raise BundleError(f"{self._path} is no tokenizer ({first_line(cause)}). {_AGAIN}") from cause
+
+    def characters_read(self, text: tuple[str, ...]) -> tuple[int, ...]:
+        """How far into each of its one or two sentences a text is read, in characters, when it is cut to the limit."""
+        with self._library_failures():
+            encoding = self._tokenizer.encode(*text)
+        ends = [0] * len(text)
+        for (_, end), sequence in zip(encoding.offsets, encoding.sequence_ids, strict=True):
+            # Special tokens and padding are of no sentence.
+            if sequence is not None:
+                ends[sequence] = max(ends[sequence], end)
+        return tuple(ends)
 
 
 def bundle_tokenizer(bundle: Bundle) -> TextTokenizer:
@@ -172,12 +199,14 @@ class OnnxClassifier:
             # What is fastest on a GPU is slow here.
             opened = _open_graph(bundle, precision, threads=threads, use_cuda=False)
         self._session = opened.session
+        self._path = bundle.graph_path(opened.precision)
         inputs = tuple(item.name for item in self._session.get_inputs())
         if inputs != bundle.inputs:
             raise BundleError(
-                f"{bundle.graph_path(opened.precision)} takes {', '.join(inputs)}; its manifest says "
-                f"{', '.join(bundle.inputs)}. Export the bundle again."
+                f"{self._path} takes {', '.join(inputs)}; its manifest says {', '.join(bundle.inputs)}. {_AGAIN}"
             )
+        if "logits" not in [item.name for item in self._session.get_outputs()]:
+            raise BundleError(f"{self._path} gives no logits. {_AGAIN}")
         provider = self._session.get_providers()[0]
         self._on_cuda = provider != CPU
         self.execution = Execution(
@@ -202,6 +231,7 @@ class OnnxClassifier:
 
         Raises:
             TextError: the arrays are no batch of texts that this model can read.
+            BundleError: ONNX Runtime cannot run the graph, or what it gives are no logits of these texts.
         """
         self._check(arrays)
         if TASK_IDS in arrays or not self.bundle.is_shared:
@@ -211,7 +241,16 @@ class OnnxClassifier:
     def _run(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         # A tokenizer may give more than this kind of model takes.
         wanted = {name: arrays[name] for name in self.bundle.inputs}
-        return self._logits_on_cuda(wanted) if self._on_cuda else run_session(self._session, wanted)
+        try:
+            logits = self._logits_on_cuda(wanted) if self._on_cuda else run_session(self._session, wanted)
+        except Exception as cause:
+            if not _is_of_onnxruntime(cause):
+                raise
+            raise BundleError(f"ONNX Runtime cannot run {self._path} ({first_line(cause)}). {_AGAIN}") from cause
+        expected = (len(wanted["input_ids"]), max(len(task.task.labels) for task in self.bundle.tasks))
+        if logits.shape != expected:
+            raise BundleError(f"{self._path} gives logits of shape {logits.shape} instead of {expected}. {_AGAIN}")
+        return logits
 
     def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Refuse what the graph would answer with a crash, or with somebody else's row of a table."""
@@ -290,19 +329,20 @@ def _open_graph(bundle: Bundle, precision: str | None, *, threads: int, use_cuda
 
 
 def best_precision(bundle: Bundle, *, on_cuda: bool) -> str:
-    """The fastest of a bundle's graphs: fp16 on a GPU, int8 on a CPU, fp32 where there is none of these."""
+    """The fastest of a bundle's graphs that passed its gate: fp16 on a GPU, int8 on a CPU, fp32 where there is none."""
     best = FP16 if on_cuda else INT8
-    return best if best in bundle.precisions else FP32
+    return best if any(graph.precision == best and graph.gates for graph in bundle.graphs) else FP32
 
 
 def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "InferenceSession":
     """Open a graph in ONNX Runtime with CUDA before CPU where CUDA can be used.
 
     Raises:
-        BundleError: ONNX Runtime cannot load it.
+        BundleError: it holds what no graph of ours does (`check_graph`), or ONNX Runtime cannot load it.
     """
     import onnxruntime
 
+    check_graph(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -314,10 +354,14 @@ def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers(use_cuda=use_cuda))
     except Exception as cause:
-        # ORT's exceptions share no base but Exception.
-        if not type(cause).__module__.startswith("onnxruntime"):
+        if not _is_of_onnxruntime(cause):
             raise
-        raise BundleError(f"ONNX Runtime cannot load {path} ({cause}). Export the bundle again.") from cause
+        raise BundleError(f"ONNX Runtime cannot load {path} ({cause}). {_AGAIN}") from cause
+
+
+def _is_of_onnxruntime(cause: Exception) -> bool:
+    """Whether ONNX Runtime raised it; its exceptions share no base but Exception."""
+    return type(cause).__module__.startswith("onnxruntime")
 
 
 def providers(*, use_cuda: bool) -> list[tuple[str, dict[str, str]]]:

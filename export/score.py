@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from export.bundle import FILES, load_bundle
 from export.parts import PartRecord, Parts
-from export.predict import Classified, classify, score_counts
+from export.predict import Classified, classify, count_pairs, score_counts
 from export.runtime import OnnxClassifier
+from export.strangers import try_bundle
 from export.tables import Chunk, merge_types, parquet_schema, read_chunks, write_part
 from train.console import Parser, names, run_main, say
 from train.data import FILE_TYPES
@@ -63,6 +62,9 @@ class ScoreConfig:
         threads: on the CPU; None for all usable cores.
         resume: whether to go on with what an interrupted run left.
         overwrite: whether to replace an older output.
+        public_key: the bundle must be signed with its private key.
+        untrusted: whether to open the bundle in a process of its own first (`export.strangers.try_bundle`), and to run
+            on the CPU, as it did there.
     """
 
     bundle: Path
@@ -78,6 +80,8 @@ class ScoreConfig:
     threads: int | None = None
     resume: bool = False
     overwrite: bool = False
+    public_key: Path | None = None
+    untrusted: bool = False
 
 
 # The first pass: every row is looked at before anything is computed.
@@ -102,8 +106,15 @@ class Inspected:
     schema: "pyarrow.Schema | None"
 
 
-def _label_indices(chunk: Chunk, task: Task, file: Path) -> list[int]:
+NO_LABELS = "add --no-labels"
+
+
+def label_indices(chunk: Chunk, task: Task, file: object, *, unread: str = NO_LABELS) -> list[int]:
     """The class indices of a chunk's labels.
+
+    Args:
+        file: its name, for a complaint.
+        unread: what to do so that labels are left unread, for the same.
 
     Raises:
         DataError: a row has another one.
@@ -114,14 +125,22 @@ def _label_indices(chunk: Chunk, task: Task, file: Path) -> list[int]:
         index = None if label is None else known.get(str(label))
         if index is None:
             raise DataError(
-                f"{file}, {chunk.place(row)}: label {label!r} in column {task.label_column!r} is none of task "
-                f"{task.name}'s ({task.label_choices}). Mend or drop the row, or add --no-labels to leave labels unread."
+                f"{file}, {chunk.place(row)}: label {label!r:.80} in column {task.label_column!r} is none of task "
+                f"{task.name}'s ({task.label_choices}). Mend or drop the row, or {unread} to leave labels unread."
             )
         indices.append(index)
     return indices
 
 
-def _check_texts(chunk: Chunk, task: Task, file: Path) -> None:
+def check_texts(chunk: Chunk, task: Task, file: object) -> None:
+    """Refuse a row without text.
+
+    Args:
+        file: its name, for a complaint.
+
+    Raises:
+        DataError: there is one.
+    """
     for name in task.text_columns:
         for row, text in enumerate(chunk.column(name)):
             if not isinstance(text, str) or not text.strip():
@@ -148,15 +167,15 @@ def inspect_file(config: ScoreConfig, task: Task) -> Inspected:
         columns = chunk.columns
         if is_first:
             _check_columns(file, columns, task, needs_labels=config.label_column is not None)
-        _check_texts(chunk, task, file)
+        check_texts(chunk, task, file)
         was_labelled = task.label_column in types
         if wants_labels and (was_labelled or task.label_column in columns):
             if not is_first and not was_labelled:
                 raise DataError(
                     f"{file}, row 1: column {task.label_column!r} holds no label, while later rows have one. "
-                    "Mend the row, or add --no-labels to leave labels unread."
+                    f"Mend the row, or {NO_LABELS} to leave labels unread."
                 )
-            _label_indices(chunk, task, file)
+            label_indices(chunk, task, file)
         for name in columns:
             types[name] = merge_types(file, chunk, name, types.get(name), out_suffix)
     if not rows:
@@ -239,14 +258,18 @@ def score_file(config: ScoreConfig) -> Labelled:
     _check_files(config)
     parts = Parts(config.out)
     parts.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
-    bundle = load_bundle(config.bundle)
+    bundle = load_bundle(config.bundle, public_key=config.public_key)
+    if config.untrusted:
+        try_bundle(bundle)
     task = bundle.find_task(config.task).task.with_columns(
         config.text_columns, config.label_column, owner=config.bundle
     )
     before = _state(config.source)
     found = inspect_file(config, task)
     _refuse_clash(config, found, task)
-    classifier = OnnxClassifier(bundle, task=config.task, threads=config.threads)
+    classifier = OnnxClassifier(
+        bundle, task=config.task, threads=config.threads, use_cuda=False if config.untrusted else None
+    )
     parts.prepare(_fingerprint(config, task, found, classifier), resume=config.resume)
     labelled = _Run(config, classifier, task, found, parts).label()
     if _state(config.source) != before:
@@ -263,16 +286,11 @@ def _check_files(config: ScoreConfig) -> None:
             raise UsageError(f"{flag} -: a pipe cannot be gone through twice or gone on with. Give a file.")
         if path.suffix not in FILE_TYPES:
             raise UsageError(f"{flag} {path}: give a file that ends in {', '.join(FILE_TYPES)}.")
-    if not config.source.is_file():
-        raise DataError(f"--in {config.source}: there is no such file.")
-    if not config.source.stat().st_size:
-        raise DataError(f"--in {config.source} is empty. Give a file with at least one text.")
-    if config.out.is_dir():
-        raise UsageError(f"--out {config.out} is a folder. Give the name of a file.")
-    if config.out.exists() and config.out.samefile(config.source):
-        raise UsageError(f"--out {config.out} is the file that is read. Choose another name.")
-    if os.path.lexists(config.out) and not config.overwrite:
-        raise UsageError(f"--out {config.out} is there already. Add --overwrite to replace it, or choose another name.")
+    _check_source(config.source)
+    try:
+        _check_out(config)
+    except OSError as cause:
+        raise UsageError(f"--out {config.out} cannot be used ({cause.strerror or cause}). Choose another.") from cause
     for flag, number in (("--batch-size", config.batch_size), ("--chunk-rows", config.chunk_rows)):
         if number < 1:
             raise UsageError(f"{flag} {number}: give a whole number of at least 1.")
@@ -280,6 +298,27 @@ def _check_files(config: ScoreConfig) -> None:
         raise UsageError(f"--threads {config.threads}: give a whole number of at least 1.")
     if config.no_labels and config.label_column is not None:
         raise UsageError("--no-labels and --label-column exclude each other. Give one of them.")
+
+
+def _check_source(file: Path) -> None:
+    try:
+        if not file.is_file():
+            raise DataError(f"--in {file}: there is no such file.")
+        with file.open("rb") as stream:
+            is_empty = not stream.read(1)
+    except OSError as cause:
+        raise DataError(f"--in {file} cannot be read ({cause.strerror or cause}).") from cause
+    if is_empty:
+        raise DataError(f"--in {file} is empty. Give a file with at least one text.")
+
+
+def _check_out(config: ScoreConfig) -> None:
+    if config.out.is_dir():
+        raise UsageError(f"--out {config.out} is a folder. Give the name of a file.")
+    if config.out.exists() and config.out.samefile(config.source):
+        raise UsageError(f"--out {config.out} is the file that is read. Choose another name.")
+    if os.path.lexists(config.out) and not config.overwrite:
+        raise UsageError(f"--out {config.out} is there already. Add --overwrite to replace it, or choose another name.")
 
 
 def _refuse_clash(config: ScoreConfig, found: Inspected, task: Task) -> None:
@@ -331,7 +370,7 @@ class _Run:
         from tqdm import tqdm
 
         n_parts = rows_resumed = texts_cut = 0
-        counts = self._no_counts()
+        counts = count_pairs(self.task, [], [])
         start = time.perf_counter()
         # smoothing=0: the mean so far. Texts are sorted within a chunk, so the pace swings with their length.
         with tqdm(total=self.found.rows, unit="row", smoothing=0, file=sys.stderr) as bar:
@@ -358,16 +397,11 @@ class _Run:
             max_length=self.classifier.bundle.max_length,
         )
 
-    def _no_counts(self) -> np.ndarray:
-        return np.zeros((len(self.task.labels), len(self.task.labels)), np.int64)
-
     def _label_chunk(self, number: int, chunk: Chunk, report: Callable[[int], object]) -> PartRecord:
         texts = list(zip(*(chunk.column(name) for name in self.task.text_columns), strict=True))
         classified = classify(self.classifier, texts, batch_size=self.config.batch_size, report=report)
-        counts = self._no_counts()
-        if self.found.is_labelled:
-            expected = np.array(_label_indices(chunk, self.task, self.config.source))
-            np.add.at(counts, (expected, classified.indices), 1)
+        expected = label_indices(chunk, self.task, self.config.source) if self.found.is_labelled else []
+        counts = count_pairs(self.task, expected, classified.indices if expected else [])
         added = new_columns(classified, all_probabilities=self.config.all_probabilities)
         return self.parts.add(
             number,
@@ -414,6 +448,17 @@ def _command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run left beside --out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older --out, or start an interrupted run anew"
+    )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="KEY",
+        help="refuse a bundle that is not signed with the private key of this one (see python -m export --help)",
+    )
+    parser.add_argument(
+        "--untrusted",
+        action="store_true",
+        help="open the bundle in a process of its own first, under limits of memory and time, and run it on the CPU",
     )
     config = ScoreConfig(**vars(parser.parse_args(argv)))
 

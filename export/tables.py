@@ -11,7 +11,9 @@ becomes what is nearest to it in another:
 
 import csv
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -129,10 +131,11 @@ def read_chunks(file: Path, chunk_rows: int) -> Iterator[Chunk]:
     Raises:
         DataError: it cannot be read, or what stands in it is not what its name ends in.
     """
-    if file.suffix == ".parquet":
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         yield from _read_parquet(file, chunk_rows)
         return
-    numbered = _read_csv(file) if file.suffix == ".csv" else _read_jsonl(file)
+    numbered = _read_csv(file) if suffix == ".csv" else _read_jsonl(file)
     start, rows, lines = 0, [], []
     try:
         for line, row in numbered:
@@ -167,6 +170,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _twice(names: Sequence[str]) -> list[str]:
+    """The names that stand there more than once; a first line may hold half a million."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
     """Rows and the lines on which they begin, every cell as the text that stands there (as `train.data` reads it)."""
     # The csv module's limit of 128 kB a cell stays: a quote that is never closed would else take the
@@ -176,7 +184,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
         names = next(reader, [])
         if not names:
             raise DataError(f"{file}: the first line names no columns. Give a CSV file with a header.")
-        twice = [name for name in names if names.count(name) > 1]
+        twice = _twice(names)
         if twice:
             raise DataError(f"{file}: the first line names the column {twice[0]!r} twice. Rename one.")
         line, row = reader.line_num + 1, 0
@@ -223,7 +231,7 @@ def _read_parquet(file: Path, chunk_rows: int) -> Iterator[Chunk]:
             file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         ) as opened:
             names = opened.schema_arrow.names
-            twice = [name for name in names if names.count(name) > 1]
+            twice = _twice(names)
             if twice:
                 raise DataError(f"{file} has two columns {twice[0]!r}. Rename one.")
             for batch in opened.iter_batches(batch_size=chunk_rows):
@@ -318,13 +326,15 @@ def write_part(
     *,
     columns: Sequence[str],
     schema: "pyarrow.Schema | None",
+    neutralise: bool = False,
 ) -> None:
     """Write a chunk and the columns that are added to it, in the format that the name ends in.
 
     Args:
-        added: texts or fractions by column, one a row.
+        added: texts, fractions or booleans by column, one a row.
         columns: all that the file has, this chunk's among them.
         schema: of these; needed for Parquet alone.
+        neutralise: whether no cell of a CSV file may be a formula where a spreadsheet opens it.
 
     Raises:
         DataError: a value cannot be written in that format.
@@ -343,9 +353,10 @@ def write_part(
             return
         writer = csv.writer(_LineFeeds(stream.write))
         names = [*columns, *added]
+        cell = _neutral_cell if neutralise else _cell
         if not chunk.start:
-            writer.writerow(names)
-        writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
+            writer.writerow([cell(name) for name in names])
+        writer.writerows([cell(row.get(name)) for name in names] for row in rows)
 
 
 @dataclass(frozen=True)
@@ -367,6 +378,17 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def _neutral_cell(value: Any) -> str:
+    """The same with an apostrophe before what a spreadsheet would take for a formula; -3.5 is a number and stays."""
+    cell = _cell(value)
+    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(cell) else cell
 
 
 def _plain(value: Any) -> Any:

@@ -24,9 +24,10 @@ import numpy as np
 
 from export.bundle import FILES, FP16, INT8, Bundle, load_bundle
 from export.runtime import best_precision
+from export.strangers import check_graph
 from train.console import Parser, run_main, say
 from train.errors import BundleError, UsageError
-from train.files import FolderKind, check_target, new_folder
+from train.files import SIGNATURE, FolderKind, check_target, new_folder
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,13 @@ def write_triton_repository(
 
     Raises:
         UsageError: the name or the place cannot be used.
-        BundleError: the bundle has no such graph.
+        BundleError: the bundle has no such graph, or the graph holds what none of ours does.
     """
     name = bundle.folder.resolve().name if name is None else name
     target = check_model_place(out, name, overwrite=overwrite)
     precision = precision or best_precision(bundle, on_cuda=FP16 in bundle.precisions)
     graph = bundle.graph_path(precision)
+    check_graph(graph)
     with new_folder(target) as folder:
         (folder / TRITON_FILES.config).write_text(_config(bundle, graph, name, precision), encoding="utf-8")
         for file in (TRITON_FILES.model, TRITON_FILES.ones):
@@ -95,8 +97,8 @@ def write_triton_repository(
         np.ones(_warm_up_tokens(bundle), dtype="<i8").tofile(folder / TRITON_FILES.ones)
         _write_labels(bundle, folder)
         for path in bundle.folder.iterdir():
-            # What is neither a graph nor the manifest, whose hashes are those of another folder, is the tokenizer's.
-            if path.suffix != ".onnx" and path.name != FILES.manifest:
+            # What is no graph and speaks of no other folder's files, as the manifest and a signature do, is the tokenizer's.
+            if path.is_file() and path.suffix != ".onnx" and path.name not in {FILES.manifest, SIGNATURE}:
                 shutil.copyfile(path, folder / path.name)
     return target
 

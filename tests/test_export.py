@@ -390,8 +390,8 @@ def test_one_flipped_bit_in_a_bundle_is_refused(name: str, bundle: Folders, tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "format version 2; this promptfold reads 3"),
-        ({"format_version": 4}, "format version 4; this promptfold reads 3"),
+        ({"format_version": 3}, "format version 3; this promptfold reads 4"),
+        ({"format_version": 5}, "format version 5; this promptfold reads 4"),
         ({"tasks": None}, "wrong form"),
         ({"tasks": [{"name": "mrpc"}]}, "wrong form"),
         ({"graphs": [{"precision": "fp7", "file": "model.onnx", "gates": []}]}, "wrong form"),

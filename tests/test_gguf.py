@@ -160,7 +160,7 @@ def test_gguf_without_its_package_names_the_command(
 def test_another_file_in_smollm2s_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train.model
 
-    monkeypatch.setattr(train.model, "_smollm2_folder", lambda: tmp_path)
+    monkeypatch.setattr(train.model, "smollm2_folder", lambda: tmp_path)
     with pytest.raises(ModelError, match="is not there"):
         find_base_model(SMOLLM2)
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(json.dumps({}).encode())

@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 
 import export.runtime
-from export.bundle import load_bundle
+from export.bundle import BUNDLE, load_bundle
 from export.predict import classify
 from export.runtime import CPU, CUDA, TENSORRT, OnnxClassifier, cuda_absence, has_tensorrt, providers, usable_cores
 from tests.conftest import POSITIONS, TOKEN_TYPES, VIRTUAL_TOKENS, WORDS, family_of, make_pairs, random_batch
 from train.errors import BundleError, TextError
-from train.files import sha256_of_file
+from train.files import seal, sha256_of_file
 
 Folders = Callable[[str], Path]
 Precisions = Callable[[str, str], Path]
@@ -34,7 +34,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(seal(manifest, BUNDLE)))
 
 
 def with_broken_int8(source: Path, target: Path) -> Path:

@@ -617,7 +617,7 @@ def test_minilm_is_refused_when_its_weights_are_damaged(tmp_path: Path, monkeypa
     copy = tmp_path / "model"
     shutil.copytree(intact.folder, copy)
     flip_bit(copy / "model.safetensors", 50_000_000)
-    monkeypatch.setattr(train.model, "_minilm_folder", lambda: copy)
+    monkeypatch.setattr(train.model, "minilm_folder", lambda: copy)
     with pytest.raises(ModelError, match=r"is damaged .* pip install --force-reinstall"):
         train.model.find_base_model("minilm")
 
@@ -679,7 +679,7 @@ def test_a_foreign_folder_is_no_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 1}, "format version 1; this promptfold reads 2"),
+        ({"format_version": 1}, "format version 1; this promptfold reads 3"),
         ({"task": None}, "wrong form"),
         ({"task": {}}, "lacks 'text_columns'"),
         ({"baselines": None}, "wrong form"),

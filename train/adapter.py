@@ -9,14 +9,17 @@ adapter/   adapter_config.json  adapter_model.safetensors   PEFT's own; `PeftMod
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.baselines import Baselines
+from train.config import METHODS, P_TUNING, P_TUNING_V2
 from train.errors import AdapterError, ModelError
-from train.files import FolderKind, read_record, reading, write_record
+from train.files import FolderKind, check_seal, read_json_object, read_record, reading, write_record
+from train.limits import MAX_MODEL_BYTES, MAX_TOKENS, whole_number
 from train.model import BaseModel, find_base_model
 from train.tasks import METRICS, Scores, Task
 
@@ -41,15 +44,31 @@ class AdapterFiles:
 
 FILES = AdapterFiles()
 
+
+def _decisive(training: Mapping[str, Any]) -> list[object]:
+    """What of training.json decides an answer.
+
+    Not the scores and their history, which a person may correct, nor the base model's name: it may have been moved, and
+    its weights' hash says whether it is the right one.
+    """
+    names = ("sha256", "task", "method", "virtual_tokens", "max_length", "baseline_rules")
+    return [training["model"]["sha256"], *(training[name] for name in names)]
+
+
 ADAPTER = FolderKind(
     name="adapter",
     record=FILES.training,
     needed=(FILES.config, FILES.weights, FILES.tokenizer),
-    format_version=2,
+    format_version=3,
     error=AdapterError,
     command="python -m train --out",
     remedy="Train it again with `python -m train`, or take an unbroken copy.",
+    sealed=_decisive,
 )
+
+
+_PEFT_TYPES = {P_TUNING: "P_TUNING", P_TUNING_V2: "PREFIX_TUNING"}
+"""By method, PEFT's name for it."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +141,14 @@ def load_adapter(folder: Path) -> Adapter:
     """
     training = read_record(folder, ADAPTER)
     with reading(folder, ADAPTER):
-        return Adapter(
+        adapter = Adapter(
             folder=folder,
             model=str(training["model"]["name"]),
             model_sha256=str(training["model"]["sha256"]),
             task=Task.from_json(training["task"]),
-            method=str(training["method"]),
-            virtual_tokens=int(training["virtual_tokens"]),
-            max_length=int(training["max_length"]),
+            method=_method(training["method"]),
+            virtual_tokens=whole_number(training, "virtual_tokens", 1, MAX_TOKENS),
+            max_length=whole_number(training, "max_length", 1, MAX_TOKENS),
             scores=_read_scores(training["validation"]),
             baselines={str(name): _read_scores(scores) for name, scores in training["baselines"].items()},
             baseline_rules=Baselines.from_json(training["baseline_rules"]),
@@ -138,6 +157,45 @@ def load_adapter(folder: Path) -> Adapter:
             validation_sha256=str(training["data_sha256"].get("validation", "")),
             sha256=_sha256_of_answers(training),
         )
+        check_seal(folder, training, ADAPTER)
+    _check_peft_config(adapter)
+    return adapter
+
+
+def _check_peft_config(adapter: Adapter) -> None:
+    """Refuse a configuration with which PEFT would do anything but load a prompt of our two kinds.
+
+    Of its some thirty kinds others import the module that the file names, or read the pickles that it names.
+
+    Raises:
+        AdapterError: it is another one, or makes a table larger than any.
+    """
+    path = adapter.folder / FILES.config
+    config = read_json_object(path, AdapterError, ADAPTER.remedy)
+    expected = {
+        "peft_type": _PEFT_TYPES[adapter.method],
+        "task_type": "SEQ_CLS",
+        "num_virtual_tokens": adapter.virtual_tokens,
+        "auto_mapping": None,
+    }
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise AdapterError(
+                f"{path} has {name} {config.get(name)!r:.80}; an adapter of this kind has {value!r}. {ADAPTER.remedy}"
+            )
+    sizes = ("num_virtual_tokens", "token_dim", "num_layers", "num_transformer_submodules")
+    try:
+        n_bytes = 4 * 2 * math.prod(whole_number(config, name, 1, MAX_TOKENS) for name in sizes)
+    except (KeyError, ValueError) as cause:
+        raise AdapterError(f"{path} lacks {cause}. {ADAPTER.remedy}") from cause
+    if n_bytes > MAX_MODEL_BYTES:
+        raise AdapterError(f"{path} describes a prompt of {n_bytes / 1e9:,.0f} GB. {ADAPTER.remedy}")
+
+
+def _method(name: object) -> str:
+    if name not in METHODS:
+        raise ValueError(f"a method among {', '.join(METHODS)}")
+    return str(name)
 
 
 def _path(name: str | None) -> Path | None:
@@ -229,6 +287,7 @@ def load_peft_model(folder: Path, base: BaseModel, labels: Sequence[str]) -> "Pe
         AdapterError: PEFT cannot put the adapter on this base model.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     from train.model import load_classifier
 
@@ -241,7 +300,7 @@ def load_peft_model(folder: Path, base: BaseModel, labels: Sequence[str]) -> "Pe
         model.base_model.register_forward_hook(_drop_cache)
     try:
         return PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, ValueError, KeyError) as cause:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as cause:
         raise AdapterError(
             f"{folder} does not fit {base.name} ({cause}). Give an adapter of this base model."
         ) from cause

@@ -12,13 +12,15 @@ so far, the running average, and the epochs' scores.
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import TrainConfig
 from train.errors import UsageError
-from train.files import refuse_another_run, sha256_of_file
+from train.files import refuse_another_run, sha256_of_file, sync_folder, sync_path, write_trouble, write_whole
 from train.tasks import Scores
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> Non
             another run.
     """
     folder = checkpoints_folder(config.out)
+    # What `write_whole` leaves when it is killed.
     record, partial = folder / _RUN, folder / f"{_RUN}.partial"
     # Through JSON, as the recorded one went.
     fingerprint = json.loads(json.dumps(fingerprint))
@@ -113,11 +116,15 @@ def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> Non
             )
         if not record.is_file() and any(path != partial for path in folder.iterdir()):
             raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
-        remove_checkpoints(config.out)
     try:
+        if folder.exists():
+            remove_checkpoints(config.out)
         folder.mkdir(parents=True)
-        partial.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
-        partial.rename(record)
+        try:
+            write_whole(record, f"{json.dumps(fingerprint, indent=2)}\n".encode())
+        except OSError:
+            folder.rmdir()
+            raise
     except OSError as cause:
         raise UsageError(f"{folder} cannot be written ({cause.strerror}). Choose another --out.") from cause
 
@@ -181,11 +188,37 @@ def complete_checkpoint(folder: Path) -> None:
     The one before the last stays for when the last turns out to be damaged.
     """
     hashes = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name != _COMPLETE}
-    partial = folder / f"{_COMPLETE}.partial"
-    partial.write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-    partial.rename(folder / _COMPLETE)
+    # On the disk before older ones go: or a power cut might leave none.
+    for name in hashes:
+        sync_path(folder / name)
+    write_whole(folder / _COMPLETE, json.dumps(hashes, indent=2).encode())
+    sync_folder(folder.parent)
     for older in _numbered(folder.parent)[2:]:
         shutil.rmtree(older, ignore_errors=True)
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says what is not lost; what was cut short is removed.
+
+    Args:
+        folder: a seed's.
+
+    Raises:
+        UsageError: something could not be written.
+    """
+    try:
+        yield
+    except Exception as cause:
+        trouble = write_trouble(cause)
+        if trouble is None:
+            raise
+        for path in _numbered(folder):
+            if not (path / _COMPLETE).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+        raise UsageError(
+            f"{folder} could not be written ({trouble}). Free some space and add --resume, or choose another --out."
+        ) from cause
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Labelled data: read from the hub or from a file, checked, and turned into token ids."""
 
 import csv
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,23 +147,34 @@ def _load_file(file: Path, split: str) -> "Dataset":
     name = f"--{split}-file {file}" if split else f"--file {file}"
     if file.suffix not in FILE_TYPES:
         raise DataError(f"{name}: give a file that ends in {', '.join(FILE_TYPES)}.")
-    if not file.is_file():
-        raise DataError(f"{name}: there is no such file.")
-    if not file.stat().st_size:
-        raise DataError(f"{name} is empty. Give a file with at least one labelled pair.")
     readers: dict[str, Any] = {
         ".jsonl": Dataset.from_json,
         ".parquet": Dataset.from_parquet,
     }
     try:
+        if not file.is_file():
+            raise DataError(f"{name}: there is no such file.")
+        if not file.stat().st_size:
+            raise DataError(f"{name} is empty. Give a file with at least one labelled pair.")
         if file.suffix == ".csv":
             return Dataset.from_dict(_read_csv(file))
         # datasets keeps an Arrow copy of what it reads; a small labelled set need not stay in the user's cache.
         with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
-            return readers[file.suffix](str(file), keep_in_memory=True, cache_dir=cache)
+            plain = _under_plain_name(file, Path(cache))
+            return readers[file.suffix](str(plain), keep_in_memory=True, cache_dir=cache)
     except (DatasetsError, pyarrow.ArrowException, OSError, ValueError, csv.Error) as cause:
         reason = cause.__cause__ or cause
         raise DataError(f"{name} cannot be read as {file.suffix[1:]} ({reason}).") from cause
+
+
+def _under_plain_name(file: Path, folder: Path) -> Path:
+    """The file by another name: datasets takes *, ? and [ for patterns, and would read whatever else matches them."""
+    plain = folder / f"rows{file.suffix}"
+    try:
+        plain.symlink_to(file.absolute())
+    except OSError:  # not every system lets everybody make links
+        shutil.copyfile(file, plain)
+    return plain
 
 
 def _read_csv(file: Path) -> dict[str, list[str]]:

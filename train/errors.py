@@ -61,6 +61,11 @@ class EngineError(PromptfoldError):
     """An engine process that died or did not answer in time."""
 
 
+def is_of_tokenizers(cause: BaseException) -> bool:
+    """Whether the library tokenizers raised it: a bare Exception, or a panic of its Rust code, which is not even that."""
+    return type(cause) is Exception or type(cause).__name__ == "PanicException"
+
+
 def first_line(cause: BaseException) -> str:
     """The first line of another library's message, or the exception's name where it has none."""
     lines = str(cause).strip().splitlines()

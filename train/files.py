@@ -1,17 +1,27 @@
 """Folders that appear complete or not at all, and the hashes that prove what is in them."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.errors import PromptfoldError, UsageError
+from train.limits import MAX_RECORD_BYTES, check_entries, check_file
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 
 def sha256_of_file(path: Path) -> str:
@@ -31,13 +41,19 @@ def sha256_of_files(paths: Iterable[Path]) -> str:
 
 def read_json_object(path: Path, error: type[PromptfoldError], remedy: str) -> dict[str, Any]:
     """Read a JSON object, or raise ``error`` with a sentence that ends in ``remedy``."""
+    check_file(path, MAX_RECORD_BYTES, error, remedy)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as cause:
+    # ValueError: no UTF-8, no JSON, or a number of thousands of digits; RecursionError: brackets a thousand deep
+    except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{path} cannot be read ({cause}). {remedy}") from cause
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object. {remedy}")
     return value
+
+
+SIGNATURE = "model.sig"
+"""The file that may lie in an adapter or a bundle and signs all the others; the record does not list it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ class FolderKind:
         error: what is raised.
         command: what writes such a folder.
         remedy: what to do when one is broken.
+        sealed: what of a record is hashed in it; by default everything.
     """
 
     name: str
@@ -61,17 +78,48 @@ class FolderKind:
     error: type[PromptfoldError]
     command: str
     remedy: str
+    sealed: Callable[[Mapping[str, Any]], object] = lambda record: record
+
+
+_VERSION, _HASHES, _SEAL = "format_version", "sha256", "record_sha256"
+
+
+def content_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what `write_record` adds."""
+    return {name: value for name, value in record.items() if name not in {_VERSION, _HASHES, _SEAL}}
+
+
+def seal(record: Mapping[str, Any], kind: FolderKind) -> dict[str, Any]:
+    """A record with a SHA-256 of its own: a bit that flips in it may leave it JSON and change, say, the longest text."""
+    return {**record, _SEAL: _sha256_of_sealed(record, kind)}
+
+
+def check_seal(folder: Path, record: Mapping[str, Any], kind: FolderKind) -> None:
+    """Compare a record, once it is known to be whole, with its own SHA-256.
+
+    Raises:
+        kind.error: it changed.
+    """
+    if record.get(_SEAL) != _sha256_of_sealed(record, kind):
+        raise kind.error(f"{folder / kind.record} is damaged: its SHA-256 is not the recorded one. {kind.remedy}")
+
+
+def _sha256_of_sealed(record: Mapping[str, Any], kind: FolderKind) -> str:
+    sealed = kind.sealed({name: value for name, value in record.items() if name != _SEAL})
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def write_record(folder: Path, kind: FolderKind, content: Mapping[str, Any], *, unhashed: Sequence[str] = ()) -> None:
-    """Write the record of a folder whose other files are complete.
+    """Write the record of a folder whose other files are complete; an older signature of it ends here.
 
     Args:
         content: what it shall hold besides the format version and the hashes.
         unhashed: files that a person may edit.
     """
-    hashes = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name not in unhashed}
-    value = {"format_version": kind.format_version, **content, "sha256": hashes}
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in unhashed]
+    hashes = {path.name: sha256_of_file(path) for path in files}
+    value = seal({_VERSION: kind.format_version, **content, _HASHES: hashes}, kind)
     (folder / kind.record).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -80,9 +128,18 @@ def read_record(folder: Path, kind: FolderKind) -> dict[str, Any]:
 
     Raises:
         kind.error: the folder is not there or no such folder, its format is another, or a file is
-            missing or its bytes changed. One flipped bit in an ONNX file usually loads and silently
-            changes the answers, so this comes before anything is loaded.
+            missing, cannot be read or its bytes changed. One flipped bit in an ONNX file usually loads and
+            silently changes the answers, so this comes before anything is loaded.
     """
+    try:
+        return _read_record(folder, kind)
+    except OSError as cause:
+        raise kind.error(
+            f"{cause.filename or folder} cannot be read ({cause.strerror or cause}). {kind.remedy}"
+        ) from cause
+
+
+def _read_record(folder: Path, kind: FolderKind) -> dict[str, Any]:
     if not folder.is_dir():
         raise kind.error(f"There is no {kind.name} folder {folder}. Give one that `{kind.command}` wrote.")
     missing = [name for name in (kind.record, *kind.needed) if not (folder / name).is_file()]
@@ -92,6 +149,7 @@ def read_record(folder: Path, kind: FolderKind) -> dict[str, Any]:
             f"{folder} is no {kind.name} of promptfold: it lacks {', '.join(missing)} (it holds {found}). "
             f"Give a folder that `{kind.command}` wrote."
         )
+    check_entries(folder, kind.error, kind.remedy)
     path = folder / kind.record
     record = read_json_object(path, kind.error, kind.remedy)
     version = record.get("format_version")
@@ -120,7 +178,7 @@ def reading(folder: Path, kind: FolderKind) -> Iterator[None]:
     """Turn a record's missing or malformed entry into an error of its kind."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
         raise kind.error(f"{folder / kind.record} lacks {cause} or holds it in a wrong form. {kind.remedy}") from cause
 
 
@@ -159,27 +217,71 @@ def check_target(target: Path, kind: FolderKind, *, overwrite: bool) -> None:
     Raises:
         UsageError: the place is taken, is not a folder, or cannot be written.
     """
-    if os.path.lexists(target):
-        if not target.is_dir():
-            raise UsageError(f"--out {target} is not a folder. Choose another name.")
-        if any(target.iterdir()):
-            if not (target / kind.record).is_file():
-                raise UsageError(
-                    f"--out {target} holds something that is no {kind.name}. Choose a new or an empty folder."
-                )
-            if not overwrite:
-                raise UsageError(
-                    f"--out {target} holds an older {kind.name}. Add --overwrite to replace it, or choose another folder."
-                )
+    try:
+        _check_place(target, kind, overwrite=overwrite)
+    except OSError as cause:
+        raise UsageError(f"--out {target} cannot be used ({cause.strerror or cause}). Choose another.") from cause
     # Try it in the deepest folder that exists: permission bits alone do not tell (read-only disks, /proc).
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=_PARTIAL, dir=parent):
             pass
     except OSError as cause:
         raise UsageError(f"--out {target}: {parent} cannot be written ({cause.strerror}). Choose another.") from cause
+
+
+def _check_place(target: Path, kind: FolderKind, *, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UsageError(f"--out {target} is not a folder. Choose another name.")
+    if any(target.iterdir()):
+        if not (target / kind.record).is_file():
+            raise UsageError(f"--out {target} holds something that is no {kind.name}. Choose a new or an empty folder.")
+        if not overwrite:
+            raise UsageError(
+                f"--out {target} holds an older {kind.name}. Add --overwrite to replace it, or choose another folder."
+            )
+
+
+def write_trouble(cause: BaseException) -> str | None:
+    """Why something could not be written, where an exception says that; None where it says something else.
+
+    Not every library raises an `OSError` for a full disk: of those in Rust (safetensors, tokenizers) the number stands in
+    the message, and PyTorch's says nothing but that its file has not the length that it should have.
+    """
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause)
+    if found := re.search(r"\(os error (\d+)\)", str(cause)):
+        return os.strerror(int(found[1]))
+    if isinstance(cause, RuntimeError) and any(word in str(cause) for word in _OF_PYTORCH):
+        return "a file could not be written to its end"
+    return None
+
+
+_OF_PYTORCH = ("inline_container", "iostream error", "PytorchStreamWriter")
+"""Words in what `torch.save` says of a file that it cannot write."""
+
+
+_PARTIAL, _ASIDE = ".partial", ".old"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears by one rename, once its bytes are on the disk.
+
+    Raises:
+        OSError: it could not be written; an older one is untouched then, and nothing is left.
+    """
+    new = path.with_name(f"{path.name}{_PARTIAL}")
+    try:
+        new.write_bytes(content)
+        sync_path(new)
+        put(new, path)
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
 @contextmanager
@@ -187,57 +289,171 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside ``target`` that becomes ``target`` when the block succeeds.
 
     The name appears by one rename, so a reader sees the whole folder or none. When the block raises,
-    nothing is left. An older folder is moved aside only once the new one is complete.
+    nothing is left. An older folder stays where it is until the new one takes its place.
 
     Raises:
         UsageError: the disk is full, or the place cannot be written.
     """
     target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as cause:
-        raise UsageError(f"{target} cannot be written ({cause.strerror}). Choose another folder.") from cause
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target)
+            partial = stack.enter_context(_partial_folder(target))
+        except OSError as cause:
+            raise UsageError(f"{target} cannot be written ({cause.strerror}). Choose another folder.") from cause
+        try:
+            yield partial
+            _open_to_readers(partial)
+            _sync(partial)
+            put(partial, target)
+        except PromptfoldError:
+            raise
+        except Exception as cause:
+            trouble = write_trouble(cause)
+            if trouble is None:
+                raise
+            raise UsageError(
+                f"{target} could not be written ({trouble}). Nothing was left there; "
+                "free some space or choose another folder."
+            ) from cause
+
+
+def put(new: Path, target: Path) -> None:
+    """Let a file or a folder take a name that another one may have, which is then gone; ``new`` may be left as a name for it.
+
+    Raises:
+        OSError: all is as it was.
+    """
+    aside: Path | None = None
+    lock: int | None = None
+    with ExitStack() as undo:
+        if not os.path.lexists(target):
+            new.rename(target)
+            undo.callback(target.rename, new)
+        elif exchange(new, target):
+            undo.callback(exchange, new, target)
+        elif not new.is_dir():
+            new.replace(target)
+        else:
+            # Between the two renames the name is nobody's. Who is killed there has moved the older one aside, no more.
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_ASIDE, dir=target.parent))
+            undo.callback(aside.rmdir)
+            lock = _lock(aside, wait=True)
+            undo.callback(_unlock, lock)
+            older = target.rename(aside / target.name)
+            undo.callback(older.rename, target)
+            new.rename(target)
+            undo.callback(target.rename, new)
+        sync_folder(target.parent)
+        undo.pop_all()
+    if aside is not None:
+        _remove(aside)
+        _unlock(lock)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two files or folders change places in one step, so that neither name is ever without one.
+
+    Returns:
+        False where the system or the disk knows no such step; nothing was done then
+
+    Raises:
+        OSError: it failed.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    # linux/fs.h and fcntl.h: relative to the current folder, RENAME_EXCHANGE
+    if rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}:
+        return False
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
+
+
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside a target, and removed at the end if it is still there.
+
+    It is locked: that tells what somebody is writing from what a killed process left.
+    """
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        descriptor = _lock(partial, wait=True)
+        # Between its making and its lock, another process may have taken it for a leftover.
+        if partial.exists():
+            break
+        _unlock(descriptor)
     try:
         yield partial
-        _open_to_readers(partial)
-        _sync(partial)
-        if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            older = target.rename(aside / target.name)
-            try:
-                partial.rename(target)
-            except OSError:
-                older.rename(target)
-                aside.rmdir()
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            partial.rename(target)
-    except OSError as cause:
-        raise UsageError(
-            f"{target} could not be written ({cause.strerror or cause}). Nothing was left there; "
-            "free some space or choose another folder."
-        ) from cause
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _unlock(descriptor)
+        _remove(partial)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what runs left beside a target that were killed while they wrote it; put back what one had moved aside."""
+    ours = re.compile(re.escape(f".{target.name}.") + rf"[a-z0-9_]{{8}}({re.escape(_PARTIAL)}|{re.escape(_ASIDE)})")
+    for path in target.parent.iterdir():
+        if not ours.fullmatch(path.name) or (descriptor := _lock(path, wait=False)) is None:
+            continue
+        try:
+            older = path / target.name
+            if path.suffix == _ASIDE and older.exists() and not os.path.lexists(target):
+                older.rename(target)
+            _remove(path)
+        finally:
+            _unlock(descriptor)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder until `_unlock`, or the end of this process; None where another one holds it, or there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _unlock(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one, if it can be: what stays does not matter to anybody."""
+    if folder.is_symlink():
+        with suppress(OSError):
+            folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
     """Flush every file of a folder to the disk, so that the rename cannot outrun the bytes."""
     for path in [*folder.rglob("*"), folder]:
-        if os.name != "posix" and path.is_dir():
-            continue  # only POSIX can open a folder
-        sync_path(path)
+        (sync_folder if path.is_dir() else sync_path)(path)
 
 
 def sync_path(path: Path) -> None:
-    """Flush one file, or a folder's own entries, to the disk."""
+    """Flush one file to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries to the disk, without which a rename in it may be undone by a power cut."""
+    if os.name == "posix":  # only there a folder can be opened
+        sync_path(folder)
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -15,6 +15,7 @@ from train.checkpoint import (
     newest_checkpoint,
     read_progress,
     read_trainable,
+    saving,
     write_progress,
 )
 from train.config import TrainConfig
@@ -178,7 +179,11 @@ def fit(
         optimizers=(_optimizer(classifier, config), None),
     )
     if not progress.finished:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        try:
+            with saving(checkpoints):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        finally:
+            trainer.close_bars()
     classifier.load_state_dict(progress.best, strict=False)
     return Fitted(peft_model.eval(), progress.best_epoch, tuple(progress.epochs), progress.seconds)
 
@@ -305,6 +310,11 @@ def _trainer_class() -> "Callable[..., Any]":
         def on_log(self, *_: Any, **__: Any) -> None:
             pass
 
+        def close(self) -> None:
+            for bar in (self.prediction_bar, self.training_bar):
+                if bar is not None:
+                    bar.close()
+
     class PromptTrainer(Trainer):
         """See the function around it."""
 
@@ -331,6 +341,12 @@ def _trainer_class() -> "Callable[..., Any]":
                 self.add_callback(Bar(progress))
             steps_per_epoch = -(-len(sampler) // config.batch_size)
             self.add_callback(Bookkeeping(sampler, steps_per_epoch, self._follow, self.accelerator.wait_for_everyone))
+
+        def close_bars(self) -> None:
+            """End the line of a progress bar that an error left open: what is printed next is about that error."""
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Bar):
+                    callback.close()
 
         def _metrics(self, output: Any) -> dict[str, float]:
             # The Trainer's own loss counts the rows twice that fill up the last batch of several processes.

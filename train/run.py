@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.console import say
 from train.data import Encoded, Splits, encode, load_splits
 from train.errors import AdapterError, UsageError
-from train.files import check_target, new_folder, sha256_of_file
+from train.files import check_target, content_of, new_folder, sha256_of_file
 from train.loop import Fitted, check_machine, evaluate, fit, from_main_process, is_main_process, process_count
 from train.model import (
     BaseModel,
@@ -262,8 +262,7 @@ def _keep(run: _Prepared, finished: dict[int, Adapter]) -> TrainResult:
     scores = {seed: finished[seed].scores for seed in seeds}
     # The lower middle of an even number.
     kept = sorted(seeds, key=lambda seed: scores[seed].key)[(len(seeds) - 1) // 2]
-    training = json.loads((finished[kept].folder / FILES.training).read_text(encoding="utf-8"))
-    del training["format_version"], training["sha256"]
+    training = content_of(json.loads((finished[kept].folder / FILES.training).read_text(encoding="utf-8")))
     training["seeds"] = seeds
     training["seed_summary"] = {
         name: asdict(spread) | {"values": [scores[seed].values[name] for seed in seeds]}

@@ -88,8 +88,15 @@ class Task:
 
         Raises:
             KeyError, TypeError: an entry is missing or unknown.
+            ValueError: an entry cannot be what it says; the message reads on from "lacks".
         """
         lists = {name: tuple(str(item) for item in value[name]) for name in ("text_columns", "labels", "metrics")}
+        if not 2 <= len(lists["labels"]) <= MAX_LABELS:
+            raise ValueError(f"from 2 to {MAX_LABELS} labels")
+        if len(lists["text_columns"]) not in {1, 2}:
+            raise ValueError("one or two text columns")
+        if not set(lists["metrics"]) <= set(METRICS):
+            raise ValueError(f"metrics among {', '.join(METRICS)}")
         return Task(**(value | lists))
 
 
