@@ -1,18 +1,28 @@
 """``python -m demo``: open the page that compares PyTorch and ONNX Runtime. See ``--help``."""
 
 import errno
+import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.console import Parser, run_main, say
-from train.errors import BundleError, UsageError
+from train.errors import UsageError
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from demo.sharing import ShareState
+
+ENGINES = ("both", "onnx")
+"""What ``--engine`` takes."""
 
 DEFAULT_PORT = 7860
 PORTS_TRIED = 100
@@ -22,11 +32,15 @@ PORTS_TRIED = 100
 class DemoConfig:
     """The flags of ``python -m demo``."""
 
-    adapter: Path | None
-    bundle: Path | None
+    adapters: tuple[Path, ...]
+    bundles: tuple[Path, ...]
+    engine: str
     host: str
     port: int | None
+    root_path: str | None
     share: bool
+    auth: str | None
+    auth_file: Path | None
 
 
 def parse_config(argv: Sequence[str] | None) -> DemoConfig:
@@ -38,22 +52,44 @@ def parse_config(argv: Sequence[str] | None) -> DemoConfig:
     parser = Parser(prog="python -m demo", description="Compare PyTorch and ONNX Runtime on one page.")
     parser.add_argument(
         "--adapter",
+        dest="adapters",
         type=Path,
-        help="folder that `python -m train` wrote (default: the best of those that ship)",
+        nargs="+",
+        default=[],
+        metavar="ADAPTER",
+        help="folders that `python -m train` wrote; the page starts with the first and offers those that ship as well "
+        "(default: the best of those that ship)",
     )
     parser.add_argument(
         "--bundle",
+        dest="bundles",
         type=Path,
-        help="folder that `python -m export` wrote from this adapter (default: exported on the first start)",
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help="folders that `python -m export` wrote from these adapters (default: exported on first use, and kept)",
+    )
+    parser.add_argument(
+        "--engine",
+        default="both",
+        metavar="ENGINE",
+        help="both, or onnx: ONNX Runtime alone, without PyTorch (default: %(default)s)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, help=f"port to listen on (default: the first free one from {DEFAULT_PORT} on)"
     )
+    parser.add_argument("--root-path", metavar="PATH", help="where a reverse proxy shows the page: /promptfold, say")
     parser.add_argument("--share", action="store_true", help="ask Gradio for a public link as well")
-    config = DemoConfig(**vars(parser.parse_args(argv)))
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="let in only who gives these")
+    parser.add_argument("--auth-file", type=Path, metavar="FILE", help="the same for many: USER:PASSWORD in each line")
+    flags = parser.parse_args(argv)
+    flags.adapters, flags.bundles = tuple(flags.adapters), tuple(flags.bundles)
+    config = DemoConfig(**vars(flags))
     if config.port is not None and not 1 <= config.port <= 65535:
         raise UsageError(f"--port {config.port}: give a number from 1 to 65535.")
+    if config.engine not in ENGINES:
+        raise UsageError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}.")
     return config
 
 
@@ -96,66 +132,89 @@ def run(config: DemoConfig) -> None:
     Raises:
         PromptfoldError: what the user can mend: flags, folders, the base model.
     """
-    from demo.backends import Engine, make_onnx_backend, make_pytorch_backend
-    from demo.cache import cached_bundle
-    from demo.shipped import choose_adapter
-    from export.bundle import load_bundle
-    from export.runtime import bundle_tokenizer, usable_cores
+    if "GRADIO_TEMP_DIR" in os.environ:
+        _serve(config)
+        return
+    # Gradio's own folder is that of every Gradio page on this machine, and is left behind when they end.
+    with tempfile.TemporaryDirectory(prefix="promptfold-page-", ignore_cleanup_errors=True) as files:
+        os.environ["GRADIO_TEMP_DIR"] = files
+        try:
+            _serve(config)
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+
+
+def _serve(config: DemoConfig) -> None:
+    from demo.sharing import SHARE_WARNING, ShareState, parse_auth, parse_root_path
+    from demo.shipped import choose_adapters
+    from demo.stage import Stage
 
     port = find_port(config.host, config.port)
-    choice = choose_adapter(config.adapter)
-    adapter = choice.adapter
+    accounts = parse_auth(config.auth, config.auth_file)
+    root_path = parse_root_path(config.root_path)
+    stage = Stage(choose_adapters(config.adapters), bundles=config.bundles, has_pytorch=config.engine != "onnx")
+    setup = stage.default()
+    adapter = stage.choices[setup.adapter].adapter
     say(f"showing {adapter.folder} ({adapter.task.name}, on validation {adapter.scores})")
-    bundle = load_bundle(config.bundle) if config.bundle else cached_bundle(adapter)
-    task = bundle.task_of(adapter.sha256)
-    if task is None:
-        raise BundleError(
-            f"{bundle.folder} was exported from another adapter than {adapter.folder}, so the two engines would "
-            "run different models. Give the --adapter it was made from, or export this one: "
-            f"python -m export {adapter.folder} --out BUNDLE"
-        )
-
-    say("starting both engines, each in a process of its own")
-    threads = usable_cores()
-    pytorch = Engine("PyTorch", make_pytorch_backend, adapter.folder, threads=threads)
-    onnx = Engine("ONNX Runtime", partial(make_onnx_backend, task=task.name), bundle.folder, threads=threads)
     try:
+        # In this thread, so that Ctrl-C ends an export that is under way.
+        stage.bundle(setup.adapter)
+        say("starting the engines, each in a process of its own")
+        stage.start(setup)
         # Gradio takes seconds to import; meanwhile the engines load.
-        from demo.app import PageInfo, build_page, page_style
-        from demo.compare import Comparer
+        from demo.app import build_page, page_style
+        from demo.gate import launch_options
 
-        comparer = Comparer(bundle_tokenizer(bundle), task.task, pytorch=pytorch, onnx=onnx)
-        info = PageInfo(choice, bundle, task, pytorch=pytorch.wait_until_ready(), onnx=onnx.wait_until_ready())
+        share = ShareState(requested=config.share)
+        page = build_page(stage, stage.open(setup), share)
         # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
         warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
-        page = build_page(comparer.compare, info)
         style = page_style()
         try:
             page.launch(
                 server_name=config.host,
                 server_port=port,
-                share=config.share,
+                root_path=root_path,
+                # Gradio awaits a coroutine function; its type says less.
+                auth=accounts.login if accounts else None,  # type: ignore[arg-type]
                 theme=style.theme,
                 css=style.css,
+                head=style.head,
                 prevent_thread_lock=True,
                 quiet=True,
                 ssr_mode=False,
+                # Behind a password its tools could be listed but not called.
+                mcp_server=accounts is None,
+                # The link is made below; GRADIO_SHARE shall not make another.
+                share=False,
                 footer_links=["api"],
+                **launch_options(),
             )
         except OSError as cause:
             raise UsageError(f"The page cannot listen on {config.host}:{port} ({cause}). Try --port.") from cause
         say(f"the page is at {page.local_url}  (Ctrl-C stops it)")
-        if page.share_url:
-            say(f"public link: {page.share_url}")
-        elif config.share:
-            say(
-                "no public link: Gradio's tunnel could not be set up (see above; it needs network and downloads a "
-                "helper program). The local address works."
-            )
+        if config.share:
+            if accounts is None:
+                say(SHARE_WARNING)
+            _share(page, share)
         threading.Event().wait()
     finally:
-        pytorch.close()
-        onnx.close()
+        stage.close()
+
+
+def _share(page: "gr.Blocks", share: "ShareState") -> None:
+    """Make the public link, say what came of it, and keep it until an exception ends the page."""
+    from demo.sharing import close_tunnel, open_tunnel
+
+    try:
+        share.tunnel = open_tunnel(page)
+        if share.tunnel.url:
+            say(f"public link: {share.tunnel.url}")
+        else:
+            say(f"no public link: {share.tunnel.why_not} The local address works.")
+        threading.Event().wait()
+    finally:
+        close_tunnel(page)
 
 
 def _command(argv: Sequence[str] | None) -> None:

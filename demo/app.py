@@ -1,90 +1,84 @@
-"""The page: view only. What it shows comes from `demo.compare`."""
+"""The page: the visitor's choices on top, and a tab for each thing that can be done with them. View only."""
 
-import html
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from demo.compare import PAUSE_SECONDS, Answer, Comparison
+from demo.backends import PYTORCH_MODES
+from demo.controls import ONE_AT_A_TIME, QUEUE_SIZE, Selectors, StopButtons, facing_visitors, table, text
+from demo.sharing import ShareState
 from demo.shipped import Choice
-from export.bundle import Bundle, BundleTask
-from export.runtime import Execution
+from demo.stage import Opened, Stage
+from demo.tab_compare import LABELS_SHOWN, build_compare_tab
+from demo.tab_lab import build_lab_tab
+from demo.tab_prompt import build_prompt_tab
+from demo.tab_score import build_score_tab
+from demo.tab_use import build_share_box, build_use_tab
+from export.bundle import FP16, FP32, INT8, GraphFile
 from train.adapter import Adapter
 from train.config import P_TUNING, P_TUNING_V2
-from train.errors import PromptfoldError
-from train.tasks import METRICS, MRPC, Scores, Task
-
-QUEUE_SIZE = 32
-"""Visitors that may wait; the next one is told that the page is busy."""
-
-LABELS_SHOWN = 10
-"""A task may have a hundred."""
+from train.tasks import METRICS, Scores
 
 METHODS = {P_TUNING: "P-Tuning", P_TUNING_V2: "P-Tuning v2"}
 """Names in artefacts → names for people."""
 
+PRECISIONS = {
+    FP32: "fp32: PyTorch's numbers",
+    FP16: "fp16: rounded, for CUDA",
+    INT8: "int8: rounded, for CPUs",
+}
+"""Of ONNX Runtime's graph, with words for people."""
 
-@dataclass(frozen=True)
-class Example:
-    """A pair to click."""
-
-    name: str
-    sentence1: str
-    sentence2: str
-
-
-EXAMPLES = (
-    Example(
-        "Coast redwoods",
-        "Coast redwood trees are the tallest trees on the planet and can grow over 300 feet tall.",
-        "The coast redwood trees, which can attain a height of over 300 feet, are the tallest trees on earth.",
-    ),
-    Example(
-        "Library hours",
-        "The library will stay open until ten in the evening during the exam weeks.",
-        "During exam weeks, the library closes at ten in the evening.",
-    ),
-    Example(
-        "Two pieces of news",
-        "Shares of the airline fell 4 percent after it reported a loss for the third quarter.",
-        "The airline named a new chief financial officer, who will start in January.",
-    ),
-    Example(
-        "One word apart",
-        "The company said on Tuesday that it will open forty new stores before the end of the year.",
-        "The company said on Tuesday that it will close forty of its stores before the end of the year.",
-    ),
-)
-"""For MRPC. The first is the PEFT tutorial's; the others were written for this page, the last one to be hard."""
+KEPT_SECONDS = 3600
+"""How long files that visitors brought or made are kept at most."""
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(1180px, 100vw) !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container .main, .gradio-container .wrap, .gradio-container .contain { min-width: 0; }
+
+.gradio-container :is(td, th) { border-color: var(--border-color-primary) !important; }
 #speedup .figure { font-size: 3.25rem; font-weight: 700; line-height: 1.1; color: var(--primary-600); }
 .dark #speedup .figure { color: var(--primary-400); }
-#speedup { text-align: center; min-height: 6.5rem; }
-#speedup .caption, .facts .quiet { color: var(--body-text-color-subdued); }
+#speedup { text-align: center; min-height: 10.5rem; }
+#distribution { min-height: 9.5rem; }
+.answer { min-height: 9.5rem; }
+#speedup .caption, .quiet { color: var(--body-text-color-subdued); }
 .facts table { width: 100%; border-collapse: collapse; }
-.facts table, .facts tr, .facts td { border: 0 !important; }
+.facts table, .facts tr, .facts td, .facts th { border: 0 !important; }
 #model table { width: auto; }
 #model .html-container, #quality .html-container { padding: 0; }
-.facts td { padding: .2rem .6rem .2rem 0 !important; vertical-align: baseline; }
-.facts td:first-child { color: var(--body-text-color-subdued); white-space: nowrap; }
+.facts td, .facts th { padding: .2rem .6rem .2rem 0 !important; vertical-align: baseline; text-align: left; }
+.facts th { color: var(--body-text-color-subdued); white-space: nowrap; font-weight: 400; }
+.cm-content span { color: inherit !important; }
 .facts .latency { font-size: 1.35rem; font-weight: 600; }
 """
 
 
-@dataclass(frozen=True)
-class PageInfo:
-    """What the page says whatever the text: the model, and on what each engine runs."""
-
-    choice: Choice
-    bundle: Bundle
-    task: BundleTask
-    pytorch: Execution
-    onnx: Execution
+MENDED = """
+<script>
+function mend() {
+  // The tab bar's hidden copy, which Gradio measures, can be reached by keyboard though nobody sees it.
+  for (const copy of document.querySelectorAll(".tab-container[aria-hidden=true]")) copy.inert = true;
+  for (const more of document.querySelectorAll(".overflow-menu > button:not([aria-label])"))
+    more.setAttribute("aria-label", "More tabs");
+  // A name on what has no role is read to nobody.
+  for (const empty of document.querySelectorAll("div.empty[aria-label]:not([role])")) empty.setAttribute("role", "img");
+  // Code that is wider than a phone is scrolled by keyboard too.
+  for (const code of document.querySelectorAll(".cm-scroller[tabindex='-1']")) code.tabIndex = 0;
+  // A message is a button around a button; the outer one only folds it.
+  for (const header of document.querySelectorAll(".toast-header[role=button]")) {
+    header.removeAttribute("role");
+    header.removeAttribute("tabindex");
+  }
+}
+new MutationObserver(mend).observe(document, { childList: true, subtree: true });
+</script>
+"""
+"""What axe-core finds serious in Gradio 6.17's own components."""
 
 
 @dataclass(frozen=True)
@@ -93,152 +87,155 @@ class PageStyle:
 
     theme: gr.themes.Base
     css: str
+    head: str
 
 
 def page_style() -> PageStyle:
-    """Theme and CSS. The fonts are the system's: a page for machines without network fetches none."""
+    """Theme, CSS and script. The fonts are the system's: a page for machines without network fetches none."""
     fonts = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Roboto", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "Consolas", "monospace")]
-    return PageStyle(theme=gr.themes.Soft(primary_hue="indigo", font=fonts, font_mono=mono), css=CSS)
+    theme = gr.themes.Soft(primary_hue="indigo", font=fonts, font_mono=mono)
+    # The theme's own colours reach a contrast of 2.4 to 4.5; 4.5 is the least that WCAG 2 AA allows.
+    theme.set(
+        block_label_text_color="*primary_700",
+        block_label_text_color_dark="white",
+        block_title_text_color="*primary_700",
+        block_info_text_color="*neutral_600",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        checkbox_label_background_fill_selected="*primary_600",
+        checkbox_label_background_fill_selected_dark="*primary_600",
+        color_accent="*primary_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
+    return PageStyle(theme=theme, css=CSS, head=MENDED)
 
 
-def build_page(compare: Callable[[str, str], Comparison], info: PageInfo) -> gr.Blocks:
-    """Build the page around a comparison.
+def build_page(stage: Stage, opened: Opened, share: ShareState) -> gr.Blocks:
+    """Build the page.
 
     Args:
-        compare: classifies and measures one text, whose second sentence is empty where the task has single
-            ones; a `PromptfoldError` of it is shown to the visitor.
-        info: what the page says whatever the text.
+        stage: the adapters and their engines.
+        opened: what the page starts with, running already.
+        share: whether there is a public link, once that is known.
     """
+    stops = StopButtons()
 
-    def ask(sentence1: str, sentence2: str) -> Comparison:
-        try:
-            return compare(sentence1, sentence2)
-        except PromptfoldError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    @facing_visitors
+    def choose(adapter: str, onnx: str, pytorch: str) -> list[Any]:
+        setup = stage.setup(adapter, onnx, pytorch)
+        if setup.onnx not in stage.bundle(setup.adapter).precisions:
+            # The adapter before may have had a graph that this one lacks.
+            setup = stage.setup(adapter, FP32, pytorch)
+        with stage.measuring:  # an engine that loads is as bad for a burst as one that runs
+            now = stage.open(setup)
+        return [*common(now), *compare_tab.refresh(now)]
 
-    def compare_endpoint(sentence1: str, sentence2: str = "") -> dict:
-        """Classify a text with both engines and measure both, one after the other.
+    def common(now: Opened) -> list[Any]:
+        return [
+            gr.Dropdown(choices=precision_choices(now.bundle.precisions), value=now.setup.onnx),
+            model_facts(now),
+            quality_words(now.choice),
+        ]
 
-        Args:
-            sentence1: the first sentence, or the only one
-            sentence2: the second sentence, where the task is about pairs
-        """
-        return ask(sentence1, sentence2).as_json()
-
-    def show(sentence1: str, sentence2: str) -> tuple:
-        comparison = ask(sentence1, sentence2)
-        if comparison.notice:
-            gr.Warning(comparison.notice)
-        return (
-            comparison.pytorch.probabilities,
-            _facts(info.pytorch, comparison.pytorch, comparison.runs),
-            comparison.onnx.probabilities,
-            _facts(info.onnx, comparison.onnx, comparison.runs),
-            _speedup(comparison, info),
-        )
-
-    bundle, task = info.bundle, info.task.task
-    n_labels = min(len(task.labels), LABELS_SHOWN)
-    first, second = _box_labels(task)
-    with gr.Blocks(title="promptfold", analytics_enabled=False) as page:
+    with gr.Blocks(title="promptfold", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(
             "# promptfold\n"
-            f"One P-tuned model, two engines: a frozen transformer with its {bundle.virtual_tokens} learned virtual "
-            "tokens on the left in PyTorch, as PEFT runs it, on the right with the prompt folded into one ONNX graph."
+            "One P-tuned model, two engines: a frozen transformer with its learned virtual tokens in PyTorch, as PEFT "
+            "runs it, and with the prompt folded into one ONNX graph."
         )
-        gr.HTML(model_facts(bundle, task), elem_id="model", elem_classes="facts")
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                sentence1 = gr.Textbox(label=first, lines=3, placeholder="Write a sentence …")
-                sentence2 = gr.Textbox(label=second, lines=3, placeholder="… and another one.", visible=task.is_pair)
-                button = gr.Button("Compare", variant="primary")
-                if task == MRPC:
-                    gr.Examples(
-                        [[example.sentence1, example.sentence2] for example in EXAMPLES],
-                        [sentence1, sentence2],
-                        label="Examples: click one, then Compare",
-                        example_labels=[example.name for example in EXAMPLES],
-                        cache_examples=False,
-                        api_visibility="private",
-                    )
-            with gr.Column(scale=3, min_width=300):
-                speedup = gr.HTML(_empty_speedup(task), elem_id="speedup")
-                with gr.Row():
-                    with gr.Column(min_width=240):
-                        pytorch_label = gr.Label(
-                            label="PyTorch (PEFT)", num_top_classes=n_labels, elem_id="pytorch-answer"
-                        )
-                        pytorch_facts = gr.HTML(_facts(info.pytorch), elem_id="pytorch-facts", elem_classes="facts")
-                    with gr.Column(min_width=240):
-                        onnx_label = gr.Label(label="ONNX Runtime", num_top_classes=n_labels, elem_id="onnx-answer")
-                        onnx_facts = gr.HTML(_facts(info.onnx), elem_id="onnx-facts", elem_classes="facts")
-
-        outputs = [pytorch_label, pytorch_facts, onnx_label, onnx_facts, speedup]
-        # One queue for whatever measures, so that no two bursts overlap.
-        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "engines"}
+            selectors = Selectors(
+                adapter=gr.Dropdown(list(stage.choices), value=opened.choice.name, label="Adapter", min_width=200),
+                onnx=gr.Dropdown(
+                    precision_choices(opened.bundle.precisions),
+                    value=opened.setup.onnx,
+                    label="ONNX Runtime",
+                    min_width=200,
+                ),
+                pytorch=gr.Dropdown(
+                    [(words, mode) for mode, words in PYTORCH_MODES.items()],
+                    value=opened.setup.pytorch,
+                    label="PyTorch",
+                    visible=stage.has_pytorch,
+                    min_width=200,
+                ),
+            )
+        model = gr.HTML(model_facts(opened), elem_id="model", elem_classes="facts")
+        build_share_box(share, page)
+        with gr.Tabs():
+            with gr.Tab("Compare"):
+                compare_tab = build_compare_tab(stage, selectors, opened, stops)
+                quality = gr.HTML(quality_words(opened.choice), elem_id="quality")
+            with gr.Tab("Latency lab"):
+                build_lab_tab(stage, selectors)
+            with gr.Tab("Score a file"):
+                build_score_tab(stage, selectors)
+            with gr.Tab("The prompt") as prompt_tab:
+                build_prompt_tab(stage, selectors, prompt_tab)
+            with gr.Tab("Use it"):
+                build_use_tab(stage, page)
         gr.on(
-            [button.click, sentence1.submit, sentence2.submit],
-            show,
-            [sentence1, sentence2],
-            outputs,
+            # Not "change", which a new value from here would set off again.
+            [selectors.adapter.input, selectors.onnx.input, selectors.pytorch.input],
+            choose,
+            selectors.inputs,
+            [selectors.onnx, model, quality, *compare_tab.outputs],
             api_visibility="private",
-            # The full progress animation, in a browser on the same two cores, cost both engines a fifth.
-            show_progress="minimal",
-            show_progress_on=speedup,
-            **one_at_a_time,
+            show_progress_on=model,
+            **ONE_AT_A_TIME,
         )
-        gr.Markdown(
-            "**What is measured.** One forward pass of this text, token ids in, logits out, at batch size 1; "
-            "tokenising is the same for both and left out. Each engine has a process of its own with the same number "
-            f"of threads; they are asked one at a time, with a pause of {PAUSE_SECONDS} s and a warm-up before each "
-            "burst, so that neither disturbs the other.\n\n"
-            f"**How equal they are.** When this graph was exported, its logits differed from PEFT's by at most "
-            f"{info.task.max_logit_difference:.1e} over shapes and paddings that it was not traced with."
-        )
-        gr.HTML(
-            f"<p><b>How good the model is.</b> {quality(info.choice)} What the page compares is the engines: a text "
-            "that one of them gets wrong, the other gets wrong too.</p>",
-            elem_id="quality",
-        )
-        gr.api(compare_endpoint, api_name="compare", **one_at_a_time)
-    page.queue(max_size=QUEUE_SIZE)
+        page.unload(stops.goodbye)
+    # Not open: past the queue nobody would wait for a turn.
+    page.queue(max_size=QUEUE_SIZE, api_open=False)
     return page
 
 
-def _box_labels(task: Task) -> tuple[str, str]:
-    """Of the two text boxes; with the names of a task's columns where those say more."""
-    if not task.is_pair:
-        return "Sentence", ""
-    labels = ("Sentence 1", "Sentence 2")
-    if task.text_columns == ("sentence1", "sentence2"):
-        return labels
-    first, second = (f"{label}: {column}" for label, column in zip(labels, task.text_columns, strict=True))
-    return first, second
+def precision_choices(precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """For a dropdown: words for people, and the value behind them."""
+    return [(PRECISIONS[precision], precision) for precision in precisions]
 
 
-def model_facts(bundle: Bundle, task: Task) -> str:
-    """What the model is and what it tells apart."""
-    shown = ", ".join(f"<code>{html.escape(label)}</code>" for label in task.labels[:LABELS_SHOWN])
+def model_facts(opened: Opened) -> str:
+    """What the model is, what it tells apart, and what the chosen precision costs."""
+    bundle, task = opened.bundle, opened.task
+    shown = ", ".join(f"<code>{text(label)}</code>" for label in task.labels[:LABELS_SHOWN])
     if len(task.labels) > LABELS_SHOWN:
         shown += f" and {len(task.labels) - LABELS_SHOWN} more"
     texts = "pairs of sentences" if task.is_pair else "single sentences"
-    return _table(
+    method = METHODS.get(bundle.method, bundle.method)
+    return table(
         [
             # Of a folder its last part: where it lies on this machine is nobody's business.
-            ("Base model", html.escape(Path(bundle.base_model).name)),
-            ("Method", html.escape(_method(bundle.method))),
-            ("Task", f"{html.escape(task.name)}, {texts}"),
-            ("Labels", shown),
+            ("Base model", text(Path(bundle.base_model).name)),
+            ("Method", text(f"{method}, {bundle.virtual_tokens} virtual tokens")),
+            ("Task", f"{text(task.name)}, {texts}: {shown}"),
+            ("ONNX graph", text(graph_words(opened.graph, opened.bundle_task.number, opened))),
         ]
     )
 
 
-def _method(method: str) -> str:
-    return METHODS.get(method, method)
+def graph_words(graph: GraphFile, task_number: int, opened: Opened) -> str:
+    """How far a graph is from PEFT's forward pass, as measured when it was exported."""
+    if graph.precision == FP32:
+        return (
+            f"fp32, logits at most {opened.bundle_task.max_logit_difference:.1e} from PEFT's, over shapes and paddings "
+            "that were not traced"
+        )
+    if not graph.gates:
+        return (
+            f"{graph.precision}: what it costs in quality was not measured here. python -m export with "
+            "--validation-file measures it."
+        )
+    gate = graph.gates[task_number]
+    return f"{graph.precision}, on {gate.n_rows} labelled rows: {gate}"
 
 
-def quality(choice: Choice) -> str:
+def quality_words(choice: Choice) -> str:
     """Scores, beside those of answers that need no prompt and of the other adapters that ship, as HTML."""
     adapter = choice.adapter
     name, baseline = max(adapter.baselines.items(), key=lambda item: item[1].key)
@@ -247,9 +244,11 @@ def quality(choice: Choice) -> str:
         f"The best answer that needs no learned prompt ({name}) has {baseline}: the model's "
         f"{_gap(adapter.scores, baseline)}.",
         *(_against(adapter, rival) for rival in choice.rivals),
+        "What the page compares is the engines: a text that one of them gets wrong, the other gets wrong too.",
     ]
     # The names of baselines hold labels in backticks, as their model card wants them.
-    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(" ".join(sentences)))
+    words = re.sub("`([^`]*)`", r"<code>\1</code>", text(" ".join(sentences)))
+    return f"<p><b>How good the model is.</b> {words}</p>"
 
 
 def _gap(scores: Scores, other: Scores) -> str:
@@ -266,68 +265,8 @@ def _against(adapter: Adapter, rival: Adapter) -> str:
     name, value = next(iter(adapter.scores.values.items()))
     other = rival.scores.values[name]
     points = 100 * (value - other)
+    mine, others = (METHODS.get(method, method) for method in (adapter.method, rival.method))
     return (
-        f"{_method(adapter.method)}: {METRICS[name]} {100 * value:.1f}, against {100 * other:.1f} of "
-        f"{_method(rival.method)} ({rival.folder.name}), which ships too: {abs(points):.1f} points "
-        f"{'more' if points >= 0 else 'less'}."
-    )
-
-
-def _facts(execution: Execution, answer: Answer | None = None, runs: int = 0) -> str:
-    """Latency, if measured, and on what an engine runs."""
-    rows = []
-    if answer is not None:
-        latency = answer.latency
-        rows.append(
-            (
-                "Latency",
-                f'<span class="latency">{latency.median_ms:.2f} ms</span> median<br>'
-                f'{latency.p95_ms:.2f} ms p95 <span class="quiet">of {runs} runs</span>',
-            )
-        )
-        logits = ", ".join(f"{logit:+.4f}" for logit in answer.logits)
-        rows.append(("Logits", html.escape(logits)))
-    note = f' <span class="quiet">({html.escape(execution.note)})</span>' if execution.note else ""
-    threads = "thread" if execution.threads == 1 else "threads"
-    rows += [
-        ("Runs on", f"{html.escape(execution.provider)}{note}"),
-        ("Threads", f"{execution.threads} {threads}"),
-        ("Precision", html.escape(execution.precision)),
-        ("Engine", html.escape(execution.engine)),
-    ]
-    return _table(rows)
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, both HTML."""
-    cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>"
-
-
-def _empty_speedup(task: Task) -> str:
-    wanted = "Give two sentences" if task.is_pair else "Write a sentence"
-    return f'<div class="figure">–</div><div class="caption">{wanted} and press Compare.</div>'
-
-
-def _speedup(comparison: Comparison, info: PageInfo) -> str:
-    """The one figure in large type, and what belongs beside it."""
-    factor = comparison.speedup
-    words = (
-        f"ONNX Runtime is {factor:.2f} times as fast as PyTorch"
-        if factor >= 1
-        else f"ONNX Runtime is slower: it takes {1 / factor:.2f} times as long as PyTorch"
-    )
-    agree = (
-        "both give the same label" if comparison.pytorch.label == comparison.onnx.label else "<b>the labels differ</b>"
-    )
-    unfair = (
-        ""
-        if info.pytorch.on_cuda == info.onnx.on_cuda
-        else "<br><b>They do not run on the same device, so this figure compares devices, not engines.</b>"
-    )
-    notice = f"<br>{html.escape(comparison.notice)}" if comparison.notice else ""
-    return (
-        f'<div class="figure">{factor:.2f}×</div>'
-        f'<div class="caption">{words} ({comparison.tokens} tokens, median of {comparison.runs} runs each)<br>'
-        f"{agree}; largest logit difference {comparison.max_logit_difference:.1e}{unfair}{notice}</div>"
+        f"{mine}: {METRICS[name]} {100 * value:.1f}, against {100 * other:.1f} of {others} ({rival.folder.name}), which "
+        f"ships too: {abs(points):.1f} points {'more' if points >= 0 else 'less'}."
     )

@@ -9,6 +9,7 @@ one by one; when it dies or hangs, the request fails with an `EngineError` and t
 """
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from export.bench_engines import peak_memory_mib
 from export.runtime import Execution
 from train.errors import EngineError, PromptfoldError
 
@@ -44,6 +46,60 @@ class BurstPlan:
     budget_seconds: float
 
 
+@dataclass(frozen=True)
+class Burst:
+    """What a burst measured, inside the engine's process.
+
+    Attributes:
+        latencies_ms: of each forward pass, in order.
+        memory_mib: largest resident size of the process so far, libraries included.
+    """
+
+    latencies_ms: tuple[float, ...]
+    memory_mib: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine that can answer.
+
+    Attributes:
+        execution: on what it runs.
+        load_seconds: from the start of its process to that moment, libraries included.
+        memory_mib: largest resident size of the process so far.
+    """
+
+    execution: Execution
+    load_seconds: float
+    memory_mib: float
+
+
+EAGER, COMPILED, BF16 = "eager", "compiled", "bf16"
+
+PYTORCH_MODES = {
+    EAGER: "fp32, eager: as in PEFT's tutorial",
+    COMPILED: "fp32, torch.compile",
+    BF16: "bf16, eager",
+}
+"""How the PyTorch side may run, with words for people."""
+
+
+@dataclass(frozen=True)
+class PromptLogits:
+    """A text with the prompt that was learned, and with others in its place.
+
+    Attributes:
+        learned: logits with the learned prompt; float32, shape = (n_batch, n_labels)
+        random: the same with random prompts, of which every vector is as long as the learned one;
+            float32, shape = (n_prompts, n_batch, n_labels)
+        none: with no prompt at all, and the same head.
+    """
+
+    learned: np.ndarray
+    random: np.ndarray
+    none: np.ndarray
+
+
 class Backend(Protocol):
     """What an engine does inside its process."""
 
@@ -54,47 +110,111 @@ class Backend(Protocol):
 
 
 class PyTorchBackend:
-    """The adapter as the PEFT tutorial runs it: `PeftModel.forward`, eager, fp32."""
+    """The adapter as the PEFT tutorial runs it, `PeftModel.forward`; on request compiled, or in bf16."""
 
-    def __init__(self, adapter_folder: Path, threads: int) -> None:
+    def __init__(self, adapter_folder: Path, threads: int, *, mode: str = EAGER) -> None:
+        """Load an adapter.
+
+        Args:
+            mode: one of `PYTORCH_MODES`.
+
+        Raises:
+            EngineError: `torch.compile` does not work on this machine.
+            PromptfoldError: as `load_adapter` and `load_peft_model` do.
+        """
         import torch
 
         from train.adapter import find_adapter_base, load_adapter, load_peft_model
 
         torch.set_num_threads(threads)
-        adapter = load_adapter(adapter_folder)
+        self._adapter = load_adapter(adapter_folder)
+        self._base = find_adapter_base(self._adapter)
         on_cuda = torch.cuda.is_available()
         self._device = torch.device("cuda" if on_cuda else "cpu")
-        self._model = load_peft_model(adapter.folder, find_adapter_base(adapter), adapter.labels).to(self._device)
+        model: Any = load_peft_model(self._adapter.folder, self._base, self._adapter.labels)
+        self._model = model.to(self._device, torch.bfloat16 if mode == BF16 else torch.float32)
+        self._run = self._compiled() if mode == COMPILED else self._model
         self.execution = Execution(
             engine=f"PyTorch {torch.__version__.partition('+')[0]}",
             provider=torch.cuda.get_device_name() if on_cuda else "CPU",
             on_cuda=on_cuda,
             threads=threads,
-            precision="fp32",
+            precision={EAGER: "fp32", COMPILED: "fp32, compiled", BF16: "bf16"}[mode],
             note="" if on_cuda else "PyTorch sees no GPU",
         )
 
+    def _compiled(self) -> Any:
+        """The model under `torch.compile`, for any length of text, compiled by a first run."""
+        import torch
+
+        # Beside two engines there is no core for a pool of compilers.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        run = torch.compile(self._model, dynamic=True)
+        ones = torch.ones((1, 8), dtype=torch.long, device=self._device)
+        inputs = {"input_ids": ones, "attention_mask": ones}
+        if getattr(self._model.config, "type_vocab_size", 1) > 1:
+            inputs["token_type_ids"] = torch.zeros_like(ones)
+        try:
+            with torch.inference_mode():
+                run(**inputs)
+        except Exception as cause:  # whatever the compiler, or the one that it calls, raises
+            reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+            raise EngineError(
+                f"torch.compile does not work here ({reason[:200]}). It needs a C++ compiler; choose another way for PyTorch."
+            ) from cause
+        return run
+
     def logits(self, arrays: Arrays) -> np.ndarray:
         """See `Backend`; the copy back to the CPU waits until the GPU is done."""
+        return self._logits(self._run, arrays)
+
+    def _logits(self, run: Any, arrays: Arrays) -> np.ndarray:
         import torch
 
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
-            return self._model(**tensors).logits.float().cpu().numpy()
+            return run(**tensors).logits.float().cpu().numpy()
+
+    def prompt_logits(self, arrays: Arrays, n_random: int, seed: int) -> PromptLogits:
+        """What the learned prompt does to a text: the same with random prompts, and with none.
+
+        Args:
+            n_random: how many random prompts.
+            seed: of the random numbers.
+        """
+        import torch
+
+        # The number of a prompt's parameters is the same in every setup of PEFT: one table.
+        table: torch.Tensor = self._model.prompt_encoder["default"].embedding.weight
+        learned = self.logits(arrays)
+        before = table.detach().clone()
+        # Of P-Tuning v2 a row holds a key and a value for each layer, and keys are longer than values.
+        parts = before.view(len(before), -1, self._model.active_peft_config.token_dim)
+        generator = torch.Generator().manual_seed(seed)
+        randoms = []
+        with torch.no_grad():
+            try:
+                for _ in range(n_random):
+                    noise = torch.randn(parts.shape, generator=generator).to(parts)
+                    noise *= parts.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+                    table.copy_(noise.view_as(before))
+                    randoms.append(self.logits(arrays))
+            finally:
+                table.copy_(before)
+        return PromptLogits(learned, np.stack(randoms), self._logits(self._model.base_model, arrays))
 
 
-def make_pytorch_backend(folder: Path, threads: int) -> Backend:
+def make_pytorch_backend(folder: Path, threads: int, *, mode: str = EAGER) -> Backend:
     """Load an adapter folder into PyTorch."""
-    return PyTorchBackend(folder, threads)
+    return PyTorchBackend(folder, threads, mode=mode)
 
 
-def make_onnx_backend(folder: Path, threads: int, *, task: str | None = None) -> Backend:
+def make_onnx_backend(folder: Path, threads: int, *, task: str | None = None, precision: str | None = None) -> Backend:
     """Load a bundle folder into ONNX Runtime, for one task where it holds several."""
     from export.bundle import load_bundle
     from export.runtime import OnnxClassifier
 
-    return OnnxClassifier(load_bundle(folder), task=task, threads=threads)
+    return OnnxClassifier(load_bundle(folder), task=task, precision=precision, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -114,17 +234,23 @@ def _serve(connection: Connection, make_backend: Callable[[Path, int], Backend],
     except PromptfoldError as error:
         connection.send(_Reply(error=error))
         return
-    connection.send(_Reply(value=backend.execution))
+    connection.send(_Reply(value=(backend.execution, peak_memory_mib())))
     while True:
         try:
-            arrays, plan = connection.recv()
+            work, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(_Reply(value=_burst(backend, arrays, plan) if plan else backend.logits(arrays)))
+        try:
+            value = _burst(backend, *arguments) if work == "burst" else getattr(backend, work)(*arguments)
+        except PromptfoldError as error:
+            # Of the request, not of the engine: it goes on.
+            connection.send(_Reply(error=error))
+        else:
+            connection.send(_Reply(value=value))
 
 
-def _burst(backend: Backend, arrays: Arrays, plan: BurstPlan) -> tuple[float, ...]:
-    """Latency of each forward pass of a burst in ms, after a warm-up."""
+def _burst(backend: Backend, arrays: Arrays, plan: BurstPlan) -> Burst:
+    """Time forward passes, after a warm-up."""
     for _ in range(WARM_UP_RUNS):
         backend.logits(arrays)
     latencies_ms: list[float] = []
@@ -133,7 +259,7 @@ def _burst(backend: Backend, arrays: Arrays, plan: BurstPlan) -> tuple[float, ..
         start = time.perf_counter()
         backend.logits(arrays)
         latencies_ms.append(1000 * (time.perf_counter() - start))
-    return tuple(latencies_ms)
+    return Burst(tuple(latencies_ms), peak_memory_mib())
 
 
 class Engine:
@@ -161,6 +287,7 @@ class Engine:
         self._arguments = (make_backend, folder, threads)
         self._request_timeout_seconds = request_timeout_seconds
         self._lock = threading.Lock()
+        self._is_closed = False
         self._start()
 
     def _start(self) -> None:
@@ -170,17 +297,18 @@ class Engine:
         self._process = context.Process(
             target=_serve, args=(remote, *self._arguments), name=f"promptfold-{self.name}", daemon=True
         )
+        self._started = time.perf_counter()
         self._process.start()
         # Only the process holds its end now, so its death is seen as an end of file.
         remote.close()
-        self._execution: Execution | None = None
+        self._loaded: Loaded | None = None
 
     @property
     def pid(self) -> int | None:
         """The process's number."""
         return self._process.pid
 
-    def wait_until_ready(self) -> Execution:
+    def wait_until_ready(self) -> Loaded:
         """Wait until the backend is loaded and return on what it runs.
 
         Raises:
@@ -189,38 +317,60 @@ class Engine:
         with self._lock:
             return self._wait_until_ready()
 
-    def _wait_until_ready(self) -> Execution:
-        if self._execution is None:
-            self._execution = self._receive(START_TIMEOUT_SECONDS)
-        return self._execution
+    def _wait_until_ready(self) -> Loaded:
+        if self._loaded is None:
+            execution, memory_mib = self._receive(START_TIMEOUT_SECONDS)
+            self._loaded = Loaded(execution, time.perf_counter() - self._started, memory_mib)
+        return self._loaded
 
     def logits(self, arrays: Arrays) -> np.ndarray:
         """One forward pass: token ids in, logits out, as `Backend.logits`.
 
         Raises:
             EngineError: the process died or did not answer in time.
+            PromptfoldError: the backend refuses the arrays.
         """
-        return self._request(arrays, None)
+        logits: np.ndarray = self._request("logits", dict(arrays))
+        return logits
 
-    def burst(self, arrays: Arrays, plan: BurstPlan) -> tuple[float, ...]:
-        """Latency of each forward pass of a burst in ms, measured inside the engine's process after a warm-up.
+    def burst(self, arrays: Arrays, plan: BurstPlan) -> Burst:
+        """Latency of each forward pass of a burst, measured inside the engine's process after a warm-up.
 
         Raises:
             EngineError: the process died or did not answer in time.
         """
-        return self._request(arrays, plan)
+        burst: Burst = self._request("burst", dict(arrays), plan)
+        return burst
 
-    def _request(self, arrays: Arrays, plan: BurstPlan | None) -> Any:
+    def prompt_logits(self, arrays: Arrays, n_random: int, seed: int) -> PromptLogits:
+        """As `PyTorchBackend.prompt_logits`; of a PyTorch engine only.
+
+        Raises:
+            EngineError: the process died or did not answer in time.
+        """
+        value: PromptLogits = self._request("prompt_logits", dict(arrays), n_random, seed)
+        return value
+
+    def _request(self, work: str, *arguments: Any) -> Any:
         with self._lock:
-            if not self._process.is_alive():
+            if self._is_closed:
+                raise EngineError(f"The {self.name} engine was stopped to make room for others. Try again.")
+            if self._is_dead():
                 self._stop()
                 self._start()
             self._wait_until_ready()
             try:
-                self._connection.send((dict(arrays), plan))
+                self._connection.send((work, arguments))
             except OSError as cause:
                 raise self._dead() from cause
             return self._receive(self._request_timeout_seconds)
+
+    def _is_dead(self) -> bool:
+        """Whether the process has ended since the last request."""
+        if not self._process.is_alive():
+            return True
+        # A process that was killed may still be counted as alive; the end of its pipe is seen first.
+        return self._loaded is not None and self._connection.poll()
 
     def _receive(self, timeout_seconds: float) -> Any:
         try:
@@ -254,4 +404,5 @@ class Engine:
     def close(self) -> None:
         """Stop the process; harmless when it is stopped already."""
         # No lock: a burst that is still running must not hold up the end.
+        self._is_closed = True
         self._stop()

@@ -1,16 +1,15 @@
 """One text, two engines: what they answer, how long it takes, and how far apart they are."""
 
-import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from demo.backends import BurstPlan, Engine
+from demo.stage import Opened, Setup, Stage
 from export.predict import softmax
-from export.runtime import TextTokenizer
 from train.errors import TextError
 from train.tasks import Task
 
@@ -20,17 +19,47 @@ MAX_CHARACTERS = 10_000
 PAUSE_SECONDS = 0.4
 """Idle time before each burst: after 0.3 s no thread pool of the other engine spins any more."""
 
+ROUNDS = 4
+"""Bursts of each engine, in turn: a speed-up a round, so that its spread can be told."""
+
 MIN_RUNS, MAX_RUNS = 5, 50
-BURST_BUDGET_SECONDS = 2.0
-"""How long PyTorch's burst goes on, within these bounds; ONNX Runtime gets the same number of runs."""
+BURST_BUDGET_SECONDS = 0.5
+"""How long PyTorch's burst of a round goes on, within these bounds; ONNX Runtime gets the same number of runs."""
+
+DISTURBED = 1.5
+"""Rounds whose speed-ups are further apart than this, largest over smallest, were not measured on a quiet machine."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one forward pass at batch size 1, tokenisation excluded, over a warm burst."""
+    """Of one forward pass at batch size 1, tokenisation excluded, over warm bursts.
 
-    median_ms: float
-    p95_ms: float
+    Attributes:
+        runs_ms: every timed pass, in order.
+        memory_mib: largest resident size of the engine's process.
+    """
+
+    runs_ms: tuple[float, ...]
+    memory_mib: float
+
+    @property
+    def median_ms(self) -> float:
+        """The middle one."""
+        return float(np.median(self.runs_ms))
+
+    @property
+    def p95_ms(self) -> float:
+        """Below which 95 % lie."""
+        return float(np.percentile(self.runs_ms, 95))
+
+    @property
+    def p99_ms(self) -> float:
+        """Below which 99 % lie."""
+        return float(np.percentile(self.runs_ms, 99))
+
+    def as_json(self) -> dict[str, float]:
+        """For the endpoint."""
+        return {"median": self.median_ms, "p95": self.p95_ms, "p99": self.p99_ms}
 
 
 @dataclass(frozen=True)
@@ -41,118 +70,183 @@ class Answer:
         label: the most probable class.
         probabilities: of every class, in the order of the logits.
         logits: in the same order.
-        latency: how long a forward pass takes.
+        latency: how long a forward pass takes; None until that is measured.
     """
 
     label: str
     probabilities: dict[str, float]
     logits: tuple[float, ...]
-    latency: Latency
+    latency: Latency | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For the endpoint."""
-        return {
-            "label": self.label,
-            "probabilities": self.probabilities,
-            "latency_ms": {"median": self.latency.median_ms, "p95": self.latency.p95_ms},
-        }
+        value = {"label": self.label, "probabilities": self.probabilities}
+        return value | {"latency_ms": self.latency.as_json()} if self.latency else value
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both answers.
+    """Both answers, and what was measured so far.
 
     Attributes:
-        pytorch, onnx: the answers.
-        max_logit_difference: largest absolute difference of a logit between them.
-        speedup: PyTorch's median latency over ONNX Runtime's.
-        runs: timed forward passes of each engine.
+        setup: the adapter and how the engines run.
+        onnx: its answer.
+        pytorch: its answer; None where the page runs without PyTorch.
+        round_speedups: of each round PyTorch's median latency over ONNX Runtime's.
         tokens: length of the text in tokens, prompt excluded.
-        cut: whether the text was longer than the model allows and lost its end.
+        cut: where the text was longer than the model allows, what became of it, in words; else empty.
     """
 
-    pytorch: Answer
+    setup: Setup
     onnx: Answer
-    max_logit_difference: float
-    speedup: float
-    runs: int
+    pytorch: Answer | None
+    round_speedups: tuple[float, ...]
     tokens: int
-    cut: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """For the endpoint ``/compare``; ``notice`` is there only when there is something to tell."""
-        value = {
-            "pytorch": self.pytorch.as_json(),
-            "onnx": self.onnx.as_json(),
-            "max_logit_difference": self.max_logit_difference,
-            "speedup": self.speedup,
-            "runs": self.runs,
-        }
-        return value | {"notice": self.notice} if self.cut else value
+    cut: str
 
     @property
-    def notice(self) -> str:
-        """What a visitor should know about the text; empty when it was read whole."""
-        if not self.cut:
-            return ""
-        return f"The text was cut to the {self.tokens} tokens that the model can read beside its prompt."
+    def runs(self) -> int:
+        """Timed forward passes of each engine."""
+        return len(self.onnx.latency.runs_ms) if self.onnx.latency else 0
 
+    @property
+    def max_logit_difference(self) -> float | None:
+        """Largest absolute difference of a logit between the engines; None where there is one engine."""
+        if self.pytorch is None:
+            return None
+        return float(np.abs(np.subtract(self.pytorch.logits, self.onnx.logits)).max())
 
-class Comparer:
-    """Runs texts through both engines, one at a time: nothing may run beside a timed burst."""
+    @property
+    def speedup(self) -> float | None:
+        """PyTorch's median latency over ONNX Runtime's, over all rounds; None until both are measured."""
+        if self.pytorch is None or self.pytorch.latency is None or self.onnx.latency is None:
+            return None
+        return self.pytorch.latency.median_ms / self.onnx.latency.median_ms
 
-    def __init__(self, tokenize: TextTokenizer, task: Task, *, pytorch: Engine, onnx: Engine) -> None:
-        """Put two engines side by side.
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether something else must have used the machine meanwhile."""
+        speedups = self.round_speedups
+        return len(speedups) > 1 and max(speedups) / min(speedups) > DISTURBED
 
-        Args:
-            tokenize: both engines get the very same token ids.
-            task: says how many sentences a text has, and its labels.
-        """
-        self._tokenize = tokenize
-        self._task = task
-        self._pytorch = pytorch
-        self._onnx = onnx
-        self._lock = threading.Lock()
-
-    def compare(self, sentence1: str, sentence2: str = "") -> Comparison:
-        """Classify a text with both engines and measure both.
-
-        Args:
-            sentence2: of a pair; empty where the task has single texts.
-
-        Raises:
-            TextError: a sentence is empty, too long or not valid Unicode, or there is one too many.
-            EngineError: an engine died or did not answer.
-        """
-        encoded = self._tokenize([self._sentences(sentence1, sentence2)])
-        arrays = encoded.arrays
-        with self._lock:
-            pytorch_logits = self._pytorch.logits(arrays)[0]
-            onnx_logits = self._onnx.logits(arrays)[0]
-
-            time.sleep(PAUSE_SECONDS)
-            pytorch_ms = self._pytorch.burst(arrays, BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS))
-            runs = len(pytorch_ms)
-            time.sleep(PAUSE_SECONDS)
-            onnx_ms = self._onnx.burst(arrays, BurstPlan(runs, runs, BURST_BUDGET_SECONDS))
-        pytorch_latency, onnx_latency = _latency(pytorch_ms), _latency(onnx_ms)
-        return Comparison(
-            pytorch=_answer(self._task.labels, pytorch_logits, pytorch_latency),
-            onnx=_answer(self._task.labels, onnx_logits, onnx_latency),
-            max_logit_difference=float(np.max(np.abs(pytorch_logits - onnx_logits))),
-            speedup=pytorch_latency.median_ms / onnx_latency.median_ms,
-            runs=runs,
-            tokens=int(arrays["input_ids"].shape[1]),
-            cut=encoded.cut[0],
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a visitor should know about this comparison."""
+        disturbed = (
+            "The rounds differ widely: something else used this machine meanwhile. Compare again for a better figure."
         )
+        return tuple(filter(None, (self.cut, disturbed if self.is_disturbed else "")))
 
-    def _sentences(self, sentence1: str, sentence2: str) -> tuple[str, ...]:
-        """A text as it may be tokenised."""
-        if self._task.is_pair:
-            return _check_sentence(sentence1, "Sentence 1"), _check_sentence(sentence2, "Sentence 2")
-        if sentence2:
-            raise TextError("This model reads one sentence. Leave sentence 2 empty.")
-        return (_check_sentence(sentence1, "The sentence"),)
+    def as_json(self) -> dict[str, Any]:
+        """For the endpoint ``/compare``; ``notices`` are there only when there is something to tell."""
+        value: dict[str, Any] = {
+            "adapter": self.setup.adapter,
+            "precision": self.setup.onnx,
+            "onnx": self.onnx.as_json(),
+            "runs": self.runs,
+            "tokens": self.tokens,
+        }
+        if self.pytorch is not None:
+            value |= {
+                "pytorch_mode": self.setup.pytorch,
+                "pytorch": self.pytorch.as_json(),
+                "max_logit_difference": self.max_logit_difference,
+            }
+        if self.round_speedups:
+            value |= {
+                "speedup": self.speedup,
+                "speedup_range": [min(self.round_speedups), max(self.round_speedups)],
+            }
+        return value | {"notices": list(self.notices)} if self.notices else value
+
+
+def compare(
+    stage: Stage, opened: Opened, sentence1: str, sentence2: str = "", *, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Comparison]:
+    """Classify a text with both engines and measure both.
+
+    Args:
+        opened: from ``stage.open``.
+        sentence2: of a pair; empty where the task has single texts.
+        stopped: asked before each burst; once it says yes, nothing more is measured.
+
+    Yields:
+        the answers as soon as they are there, then the same again with what each round adds.
+
+    Raises:
+        TextError: a sentence is empty, too long or not valid Unicode, or there is one too many.
+        EngineError: an engine died or did not answer.
+    """
+    sentences = check_text(opened.task, sentence1, sentence2)
+    encoded = opened.tokenize([sentences])
+    arrays = encoded.arrays
+    labels = opened.task.labels
+    with stage.measuring:
+        onnx = _answer(labels, opened.onnx.logits(arrays)[0])
+        pytorch = _answer(labels, opened.pytorch.logits(arrays)[0]) if opened.pytorch else None
+    comparison = Comparison(
+        setup=opened.setup,
+        onnx=onnx,
+        pytorch=pytorch,
+        round_speedups=(),
+        tokens=int(arrays["input_ids"].shape[1]),
+        cut=_cut(opened, sentences) if encoded.cut[0] else "",
+    )
+    yield comparison
+    for _ in range(ROUNDS):
+        if stopped():
+            return
+        with stage.measuring:
+            if opened.pytorch is None:
+                burst = _burst(opened.onnx, arrays)
+                comparison = replace(comparison, onnx=_with_runs(comparison.onnx, burst))
+            else:
+                slow = _burst(opened.pytorch, arrays)
+                if stopped():
+                    return
+                # The same number of runs for both, or the rarest runs of the faster one would be rarer.
+                fast = _burst(opened.onnx, arrays, runs=len(slow.runs_ms))
+                assert comparison.pytorch is not None
+                comparison = replace(
+                    comparison,
+                    pytorch=_with_runs(comparison.pytorch, slow),
+                    onnx=_with_runs(comparison.onnx, fast),
+                    round_speedups=(*comparison.round_speedups, slow.median_ms / fast.median_ms),
+                )
+        yield comparison
+
+
+def _burst(engine: Engine, arrays: dict[str, np.ndarray], *, runs: int | None = None) -> Latency:
+    time.sleep(PAUSE_SECONDS)
+    burst = engine.burst(arrays, BurstPlan(runs or MIN_RUNS, runs or MAX_RUNS, BURST_BUDGET_SECONDS))
+    return Latency(burst.latencies_ms, burst.memory_mib)
+
+
+def _with_runs(answer: Answer, latency: Latency) -> Answer:
+    """An answer with one more burst."""
+    before = answer.latency.runs_ms if answer.latency else ()
+    return replace(answer, latency=replace(latency, runs_ms=before + latency.runs_ms))
+
+
+def _answer(labels: tuple[str, ...], logits: np.ndarray) -> Answer:
+    return Answer(
+        label=labels[int(np.argmax(logits))],
+        probabilities={label: float(p) for label, p in zip(labels, softmax(logits), strict=True)},
+        logits=tuple(float(logit) for logit in logits),
+    )
+
+
+def check_text(task: Task, sentence1: object, sentence2: object) -> tuple[str, ...]:
+    """A visitor's text as it may be tokenised: one sentence, or two, as the task has them.
+
+    Raises:
+        TextError: a sentence is empty, too long or not valid Unicode, or there is one too many.
+    """
+    if task.is_pair:
+        return _check_sentence(sentence1, "Sentence 1"), _check_sentence(sentence2, "Sentence 2")
+    if sentence2:
+        raise TextError("This model reads one sentence. Leave sentence 2 empty.")
+    return (_check_sentence(sentence1, "The sentence"),)
 
 
 def _check_sentence(text: object, name: str) -> str:
@@ -172,14 +266,19 @@ def _check_sentence(text: object, name: str) -> str:
     return text
 
 
-def _latency(latencies_ms: Sequence[float]) -> Latency:
-    return Latency(median_ms=float(np.median(latencies_ms)), p95_ms=float(np.percentile(latencies_ms, 95)))
+CONTEXT_CHARACTERS = 24
+"""So much of a text is shown before the place where it was cut."""
 
 
-def _answer(labels: tuple[str, ...], logits: np.ndarray, latency: Latency) -> Answer:
-    return Answer(
-        label=labels[int(np.argmax(logits))],
-        probabilities={label: float(p) for label, p in zip(labels, softmax(logits), strict=True)},
-        logits=tuple(float(logit) for logit in logits),
-        latency=latency,
-    )
+def _cut(opened: Opened, sentences: Sequence[str]) -> str:
+    """Where each sentence was cut, in words."""
+    parts = []
+    read = opened.tokenize.characters_read(tuple(sentences))
+    for number, (sentence, end) in enumerate(zip(sentences, read, strict=True), start=1):
+        if end < len(sentence.rstrip()):
+            name = f"Sentence {number}" if len(sentences) > 1 else "The sentence"
+            parts.append(
+                f"{name} was cut after “…{sentence[max(0, end - CONTEXT_CHARACTERS) : end]}”: {end:,} of its "
+                f"{len(sentence):,} characters were read."
+            )
+    return f"The model reads {opened.bundle.max_length} tokens beside its prompt. " + " ".join(parts)

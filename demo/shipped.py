@@ -1,5 +1,6 @@
-"""Which adapter the page shows: the one that was named, or the best of those that ship with it."""
+"""Which adapters the page shows: those that were named, and those that ship with it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,39 +16,57 @@ class Choice:
     """An adapter, and what it can be measured against.
 
     Attributes:
-        adapter: what the page shows.
+        name: on the page; of two folders of one name the later one's has a number.
+        adapter: the adapter.
         rivals: other adapters beside it that were scored on the same task and as many rows, best first. There are
             none for an adapter that does not ship: on which rows that was scored is not known.
     """
 
+    name: str
     adapter: Adapter
     rivals: tuple[Adapter, ...]
 
 
-def choose_adapter(named: Path | None, *, shipped: Path = SHIPPED) -> Choice:
-    """Load the adapter that was named, or else the shipped one with the best score on validation.
+def choose_adapters(named: Sequence[Path] = (), *, shipped: Path = SHIPPED) -> tuple[Choice, ...]:
+    """Load the adapters that were named, in their order, and then those that ship, best first on validation.
+
+    The page starts with the first.
 
     Args:
-        named: an adapter's folder.
-        shipped: a folder of adapters. Of those that are equally good the first by name is chosen.
+        named: adapters' folders.
+        shipped: a folder of adapters. Of those that are equally good the first by name comes first.
 
     Raises:
-        AdapterError: the one that was named cannot be loaded, or none of those that ship.
+        AdapterError: one that was named cannot be loaded, or none was and none of those that ship can be.
     """
-    if named is not None:
-        adapter = load_adapter(named)
-        if named.resolve().parent != shipped.resolve():
-            return Choice(adapter, ())
-        others = [other for other in _load_all(shipped) if other.folder.name != named.resolve().name]
-    else:
-        others = _load_all(shipped)
-        if not others:
-            raise AdapterError(f"{shipped} holds no adapter that can be loaded. Name one with --adapter.")
-        # Of equals max takes the first.
-        adapter = max(others, key=lambda other: other.scores.key)
-        others.remove(adapter)
-    rivals = [other for other in others if (other.task, other.n_validation) == (adapter.task, adapter.n_validation)]
-    return Choice(adapter, tuple(sorted(rivals, key=lambda other: other.scores.key, reverse=True)))
+    # sorted() is stable, so equals stay in the order of their names.
+    others = sorted(_load_all(shipped), key=lambda adapter: adapter.scores.key, reverse=True)
+    wanted = [load_adapter(folder) for folder in named]
+    if not wanted and not others:
+        raise AdapterError(f"{shipped} holds no adapter that can be loaded. Name one with --adapter.")
+    taken = {adapter.folder.resolve() for adapter in wanted}
+    wanted += [adapter for adapter in others if adapter.folder.resolve() not in taken]
+    choices: list[Choice] = []
+    names: list[str] = []
+    for adapter in wanted:
+        name = base = adapter.folder.resolve().name
+        while name in names:
+            name = f"{base} ({names.count(base) + sum(other.startswith(f'{base} (') for other in names) + 1})"
+        names.append(name)
+        choices.append(Choice(name, adapter, _rivals(adapter, others, shipped)))
+    return tuple(choices)
+
+
+def _rivals(adapter: Adapter, shipped: Sequence[Adapter], folder: Path) -> tuple[Adapter, ...]:
+    """The other adapters that ship, if this one does too."""
+    if adapter.folder.resolve().parent != folder.resolve():
+        return ()
+    return tuple(
+        other
+        for other in shipped
+        if other.folder.resolve() != adapter.folder.resolve()
+        and (other.task, other.n_validation) == (adapter.task, adapter.n_validation)
+    )
 
 
 def _load_all(folder: Path) -> list[Adapter]:

@@ -105,12 +105,13 @@ def serve(flags: list[str], cache: Path, environment: dict[str, str] | None = No
 
 
 def exists(pid: int) -> bool:
-    """Whether a process still runs (a zombie does not)."""
+    """Whether a process still runs (a zombie does not, once the last of its threads has ended)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
     except OSError:
         return False
-    return state != "Z"
+    return state != "Z" or threads > 1
 
 
 def wait_until_gone(pid: int) -> None:

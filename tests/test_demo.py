@@ -12,7 +12,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,30 @@ from gradio_client.exceptions import AppError
 from scipy.special import softmax
 
 from demo.__main__ import DEFAULT_PORT, find_port, main
-from demo.app import model_facts, quality
-from demo.backends import WARM_UP_RUNS, Arrays, Backend, BurstPlan, Engine, make_onnx_backend, make_pytorch_backend
-from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, Comparer
-from demo.shipped import SHIPPED, Choice, choose_adapter
+from demo.app import model_facts, quality_words
+from demo.backends import (
+    BF16,
+    COMPILED,
+    EAGER,
+    WARM_UP_RUNS,
+    Arrays,
+    Backend,
+    BurstPlan,
+    Engine,
+    make_onnx_backend,
+    make_pytorch_backend,
+)
+from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, ROUNDS, Comparison, Latency, compare
+from demo.shipped import SHIPPED, Choice, choose_adapters
+from demo.stage import Opened, Setup, Stage
 from export.__main__ import main as export_main
 from export.bundle import load_bundle
-from export.runtime import Execution, bundle_tokenizer
+from export.runtime import Execution, OnnxClassifier, bundle_tokenizer
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Data, flip_bit, make_pairs, peft_logits, write_jsonl
 from tests.server import exists, serve, wait_until_gone
 from train.__main__ import main as train_main
 from train.adapter import load_adapter
-from train.errors import AdapterError, EngineError, TextError, UsageError
+from train.errors import AdapterError, EngineError, PromptfoldError, TextError, UsageError
 from train.tasks import Scores
 
 Folders = Callable[[str], Path]
@@ -44,24 +57,40 @@ PAIR = ("word1 word2 word3 word4", "word4 word3 word2 word1 word9")
 MOODS = ("bad", "good", "so-so")
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Both real engines, each in its process, and all that the page does with them."""
+
+    stage: Stage
+    opened: Opened
+
+    def steps(self, *sentences: Any, stopped: Callable[[], bool] = lambda: False) -> list[Comparison]:
+        """Everything that a visitor is shown, in order."""
+        return list(compare(self.stage, self.opened, *sentences, stopped=stopped))
+
+    def compare(self, *sentences: Any) -> Comparison:
+        """What stands there in the end."""
+        return self.steps(*sentences)[-1]
+
+
 @contextmanager
-def both_engines(adapter_folder: Path, bundle_folder: Path) -> Iterator[Comparer]:
-    """Both real engines, each in its process."""
-    pytorch = Engine("PyTorch", make_pytorch_backend, adapter_folder, threads=1)
-    onnx = Engine("ONNX Runtime", make_onnx_backend, bundle_folder, threads=1)
-    loaded = load_bundle(bundle_folder)
+def both_engines(
+    adapter_folder: Path, bundle_folder: Path, *, onnx: str = "fp32", pytorch: str = EAGER, has_pytorch: bool = True
+) -> Iterator[Pair]:
+    """A stage with one adapter, opened."""
+    choices = choose_adapters([adapter_folder])
+    stage = Stage(choices, bundles=[bundle_folder], threads=1, has_pytorch=has_pytorch)
     try:
-        yield Comparer(bundle_tokenizer(loaded), loaded.find_task().task, pytorch=pytorch, onnx=onnx)
+        yield Pair(stage, stage.open(stage.setup(choices[0].name, onnx, pytorch)))
     finally:
-        pytorch.close()
-        onnx.close()
+        stage.close()
 
 
 @pytest.fixture(scope="module")
-def comparer(adapter: Folders, bundle: Folders) -> Iterator[Comparer]:
+def comparer(adapter: Folders, bundle: Folders) -> Iterator[Pair]:
     """On the tiny BERT."""
-    with both_engines(adapter("bert"), bundle("bert")) as comparer:
-        yield comparer
+    with both_engines(adapter("bert"), bundle("bert")) as pair:
+        yield pair
 
 
 def make_mood_adapter(folder: Path, base_folder: Path) -> Path:
@@ -133,29 +162,80 @@ def connect(url: str) -> Iterator[Client]:
         client.close()
 
 
-def test_both_engines_give_pefts_probabilities(comparer: Comparer, adapter: Folders, base_model: Folders) -> None:
+def test_both_engines_give_pefts_probabilities(comparer: Pair, adapter: Folders, base_model: Folders) -> None:
     comparison = comparer.compare(*PAIR)
     expected = golden_probabilities(PAIR, adapter("bert"), base_model("bert"))
     labels = ("not_equivalent", "equivalent")
+    assert comparison.pytorch is not None
     for answer in (comparison.pytorch, comparison.onnx):
         assert tuple(answer.probabilities) == labels
         assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
         assert answer.label == labels[int(expected.argmax())]
-        assert 0 < answer.latency.median_ms <= answer.latency.p95_ms
+        assert answer.latency is not None
+        assert 0 < answer.latency.median_ms <= answer.latency.p95_ms <= answer.latency.p99_ms
+        assert len(answer.latency.runs_ms) == comparison.runs
+        assert answer.latency.memory_mib > 10
     difference = np.abs(np.subtract(comparison.pytorch.logits, comparison.onnx.logits)).max()
     assert comparison.max_logit_difference == pytest.approx(difference)
+    assert comparison.max_logit_difference is not None
     assert comparison.max_logit_difference < 1e-4
-    assert comparison.speedup == pytest.approx(comparison.pytorch.latency.median_ms / comparison.onnx.latency.median_ms)
-    assert MIN_RUNS <= comparison.runs <= MAX_RUNS
+    medians = [np.median(answer.latency.runs_ms) for answer in (comparison.pytorch, comparison.onnx) if answer.latency]
+    assert comparison.speedup == pytest.approx(medians[0] / medians[1])
+    assert len(comparison.round_speedups) == ROUNDS
+    assert ROUNDS * MIN_RUNS <= comparison.runs <= ROUNDS * MAX_RUNS
     assert not comparison.cut
 
 
-def test_a_text_over_the_limit_is_cut_and_the_caller_told(comparer: Comparer) -> None:
-    comparison = comparer.compare(" ".join(["word1"] * 100), "word2")
-    assert comparison.cut
-    assert comparison.tokens == POSITIONS - VIRTUAL_TOKENS
-    assert f"cut to the {POSITIONS - VIRTUAL_TOKENS} tokens" in comparison.as_json()["notice"]
-    assert "notice" not in comparer.compare(*PAIR).as_json()
+def test_the_answers_are_there_before_anything_is_measured_and_every_round_adds_to_the_figures(comparer: Pair) -> None:
+    steps = comparer.steps(*PAIR)
+    assert [len(step.round_speedups) for step in steps] == list(range(ROUNDS + 1))
+    assert steps[0].onnx.latency is None
+    assert steps[0].speedup is None
+    assert "latency_ms" not in steps[0].onnx.as_json()
+    assert steps[0].onnx.logits == steps[-1].onnx.logits
+    assert [step.runs for step in steps] == sorted({step.runs for step in steps})
+
+
+def test_a_visitor_who_stops_keeps_what_was_measured(comparer: Pair) -> None:
+    answers = iter([False, False, False, True])  # asked before each burst: stops before ONNX Runtime's second
+    steps = comparer.steps(*PAIR, stopped=lambda: next(answers))
+    assert len(steps) == 2
+    last = steps[-1]
+    assert len(last.round_speedups) == 1
+    assert last.pytorch is not None
+    assert last.pytorch.latency is not None
+    assert last.onnx.latency is not None
+    assert len(last.pytorch.latency.runs_ms) == len(last.onnx.latency.runs_ms)
+    assert len(comparer.steps(*PAIR, stopped=lambda: True)) == 1
+
+
+def test_rounds_that_differ_widely_are_marked(comparer: Pair) -> None:
+    comparison = comparer.compare(*PAIR)
+    quiet = replace(comparison, round_speedups=(1.5, 1.6, 1.7, 2.2))
+    assert not quiet.is_disturbed
+    assert quiet.notices == ()
+    disturbed = replace(comparison, round_speedups=(1.5, 1.6, 1.7, 2.3))
+    assert "something else used this machine" in disturbed.as_json()["notices"][0]
+
+
+def test_the_percentiles_are_numpys() -> None:
+    runs_ms = tuple(float(number) for number in range(1, 101))
+    latency = Latency(runs_ms, memory_mib=1.0)
+    assert latency.as_json() == {"median": 50.5, "p95": pytest.approx(95.05), "p99": pytest.approx(99.01)}
+
+
+def test_a_text_over_the_limit_is_cut_and_the_caller_told_where(comparer: Pair) -> None:
+    long = " ".join(["word1"] * 100)
+    comparison = comparer.steps(long, "word2", stopped=lambda: True)[0]
+    limit = POSITIONS - VIRTUAL_TOKENS
+    assert comparison.tokens == limit
+    # Three special tokens and the other sentence's one; a word is five letters and a space.
+    read = 6 * (limit - 4) - 1
+    assert comparison.as_json()["notices"] == [
+        f"The model reads {limit} tokens beside its prompt. Sentence 1 was cut after “…{long[read - 24 : read]}”: "
+        f"{read} of its 599 characters were read."
+    ]
+    assert "notices" not in comparer.steps(*PAIR, stopped=lambda: True)[0].as_json()
 
 
 @pytest.mark.parametrize(
@@ -169,14 +249,12 @@ def test_a_text_over_the_limit_is_cut_and_the_caller_told(comparer: Comparer) ->
         (None, "word1", "Sentence 1 is no text"),
     ],
 )
-def test_a_sentence_that_cannot_be_read_is_named(
-    sentence1: str, sentence2: str, words: str, comparer: Comparer
-) -> None:
+def test_a_sentence_that_cannot_be_read_is_named(sentence1: str, sentence2: str, words: str, comparer: Pair) -> None:
     with pytest.raises(TextError, match=words):
         comparer.compare(sentence1, sentence2)
 
 
-def test_the_longest_sentence_allowed_is_read(comparer: Comparer) -> None:
+def test_the_longest_sentence_allowed_is_read(comparer: Pair) -> None:
     assert comparer.compare("x " * (MAX_CHARACTERS // 2), "word1").cut
 
 
@@ -191,6 +269,7 @@ def test_a_single_sentence_with_three_labels_is_classified_by_both_engines_as_by
     expected = golden_moods(sentence, folder, base_model(family))
     with both_engines(folder, tmp_path / "bundle") as comparer:
         comparison = comparer.compare(sentence)
+        assert comparison.pytorch is not None
         for answer in (comparison.pytorch, comparison.onnx):
             assert tuple(answer.probabilities) == MOODS
             assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
@@ -209,6 +288,7 @@ def test_both_engines_agree_with_peft_whatever_the_kind_of_model(
     expected = golden_probabilities(PAIR, folder, base_model(kind.removesuffix("-v2")), tokenizer=folder)
     with both_engines(folder, bundle(kind)) as comparer:
         comparison = comparer.compare(*PAIR)
+    assert comparison.pytorch is not None
     for answer in (comparison.pytorch, comparison.onnx):
         assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
 
@@ -219,10 +299,14 @@ def test_the_engines_run_in_two_processes_of_their_own(adapter: Folders, bundle:
         Engine("ONNX Runtime", make_onnx_backend, bundle("bert"), threads=1),
     ]
     try:
-        executions = [engine.wait_until_ready() for engine in engines]
+        loaded = [engine.wait_until_ready() for engine in engines]
+        executions = [each.execution for each in loaded]
         assert len({os.getpid(), *(engine.pid for engine in engines)}) == 3
         assert [execution.engine.rpartition(" ")[0] for execution in executions] == ["PyTorch", "ONNX Runtime"]
         assert [execution.threads for execution in executions] == [1, 1]
+        assert all(each.load_seconds > 0 for each in loaded)
+        # PyTorch's libraries alone take more.
+        assert loaded[0].memory_mib > loaded[1].memory_mib > 10
         # The process that is to serve fast does not carry the other engine around.
         maps = Path(f"/proc/{engines[1].pid}/maps").read_text()
         assert "libonnxruntime" in maps or "onnxruntime_pybind11_state" in maps
@@ -297,9 +381,11 @@ def test_a_burst_is_warmed_up_bounded_and_measured_run_by_run(tmp_path: Path) ->
     engine = Engine("recording", make_recording_backend, tmp_path, threads=1)
     quick, slow = {"seconds": np.array(0.0)}, {"seconds": np.array(0.05)}
     try:
-        assert len(engine.burst(quick, BurstPlan(min_runs=2, max_runs=9, budget_seconds=60))) == 9
+        burst = engine.burst(quick, BurstPlan(min_runs=2, max_runs=9, budget_seconds=60))
+        assert len(burst.latencies_ms) == 9
+        assert burst.memory_mib > 1
         assert engine.logits(quick)[0, 0] == WARM_UP_RUNS + 9 + 1
-        latencies_ms = engine.burst(slow, BurstPlan(min_runs=2, max_runs=9, budget_seconds=0))
+        latencies_ms = engine.burst(slow, BurstPlan(min_runs=2, max_runs=9, budget_seconds=0)).latencies_ms
         assert len(latencies_ms) == 2
         assert min(latencies_ms) >= 50  # it slept that long; milliseconds, not seconds
     finally:
@@ -375,6 +461,9 @@ def places(
         (["--adapter", "{adapter}", "--port", "{taken}"], "is in use on 127.0.0.1"),
         (["--port", "70000"], "give a number from 1 to 65535"),
         (["--port", "http"], "invalid int value"),
+        (["--engine", "gpu"], "--engine gpu: choose one of both, onnx"),
+        (["--auth", "nobody"], "--auth"),
+        (["--auth-file", "{tmp}/none"], "--auth-file"),
         (["--host", "192.0.2.1"], "this machine has no such address"),
         (["--host", "no.such.host.invalid"], "there is no such address"),
         (["--bogus"], "--help"),
@@ -414,7 +503,7 @@ def shipped(adapter: Folders, mood_adapter: Folders, tmp_path: Path) -> Path:
     copy_with_scores(adapter("electra"), folder / "worst", 0.6)
     broken = copy_with_scores(adapter("bert"), folder / "broken", 0.99)
     flip_bit(broken / "adapter_model.safetensors", 999)
-    shutil.copytree(mood_adapter("bert"), folder / "moods")
+    copy_with_scores(mood_adapter("bert"), folder / "moods", 0.65)
     (folder / "no adapter").mkdir()
     (folder / "README.md").write_text("adapters")
     return folder
@@ -424,46 +513,53 @@ def names(adapters: tuple[Any, ...]) -> list[str]:
     return [adapter.folder.name for adapter in adapters]
 
 
-def test_without_a_flag_the_best_adapter_that_ships_is_shown(
+def test_without_a_flag_the_adapters_that_ship_are_shown_best_first(
     shipped: Path, adapter: Folders, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    choice = choose_adapter(None, shipped=shipped)
-    assert choice.adapter.folder.name == "better"
-    assert names(choice.rivals) == ["plain", "worst"]  # of the same task, best first
+    choices = choose_adapters(shipped=shipped)
+    assert [choice.name for choice in choices] == ["better", "plain", "moods", "worst"]
+    assert names(choices[0].rivals) == ["plain", "worst"]  # of the same task, best first
+    assert choices[2].rivals == ()
     printed = capsys.readouterr().out
     assert re.fullmatch(r"left out: .*broken/adapter_model\.safetensors is damaged.*\n", printed)
 
     copy_with_scores(adapter("bert"), shipped / "as good as better", 0.775)
-    assert choose_adapter(None, shipped=shipped).adapter.folder.name == "as good as better"
+    assert choose_adapters(shipped=shipped)[0].name == "as good as better"
 
 
-def test_an_adapter_that_was_named_is_shown_or_refused_but_never_replaced(shipped: Path, adapter: Folders) -> None:
-    choice = choose_adapter(shipped / "plain", shipped=shipped)
-    assert choice.adapter.folder.name == "plain"
-    assert names(choice.rivals) == ["better", "worst"]
-    with pytest.raises(AdapterError, match="is damaged"):
-        choose_adapter(shipped / "broken", shipped=shipped)
-    with pytest.raises(AdapterError, match="is no adapter"):
-        choose_adapter(shipped / "no adapter", shipped=shipped)
+def test_adapters_that_were_named_come_first_or_are_refused_but_never_replaced(shipped: Path, adapter: Folders) -> None:
+    own = adapter("bert")
+    choices = choose_adapters([shipped / "plain", own], shipped=shipped)
+    assert [choice.name for choice in choices] == ["plain", own.name, "better", "moods", "worst"]
+    assert names(choices[0].rivals) == ["better", "worst"]
     # On which rows a visitor's own was scored is not known.
-    assert choose_adapter(adapter("bert"), shipped=shipped).rivals == ()
+    assert choices[1].rivals == ()
+    for folder, words in ((shipped / "broken", "is damaged"), (shipped / "no adapter", "is no adapter")):
+        with pytest.raises(AdapterError, match=words):
+            choose_adapters([own, folder], shipped=shipped)
+
+
+def test_folders_of_one_name_are_told_apart(shipped: Path, adapter: Folders, tmp_path: Path) -> None:
+    paths = [shutil.copytree(adapter("bert"), tmp_path / str(number) / "plain") for number in range(2)]
+    choices = choose_adapters(paths, shipped=shipped)
+    assert [choice.name for choice in choices] == ["plain", "plain (2)", "better", "plain (3)", "moods", "worst"]
 
 
 def test_where_no_adapter_ships_the_user_is_told_to_name_one(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"holds no adapter that can be loaded\. Name one with --adapter"):
-        choose_adapter(None, shipped=tmp_path)
+        choose_adapters(shipped=tmp_path)
 
 
 def test_the_adapters_that_ship_can_all_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
-    choice = choose_adapter(None)
-    assert sorted([choice.adapter.folder.name, *names(choice.rivals)]) == ["minilm-mrpc", "minilm-mrpc-v2"]
+    choices = choose_adapters()
+    assert sorted(choice.name for choice in choices) == ["minilm-mrpc", "minilm-mrpc-v2"]
     assert capsys.readouterr().out == ""
     scores = {
         path.name: json.loads((path / "training.json").read_text())["validation"]["accuracy"]
         for path in SHIPPED.iterdir()
     }
-    assert scores[choice.adapter.folder.name] == max(scores.values())
+    assert scores[choices[0].name] == max(scores.values())
 
 
 def readable(markup: str) -> str:
@@ -472,25 +568,155 @@ def readable(markup: str) -> str:
 
 
 def test_the_page_says_how_good_the_adapter_is_beside_the_baselines_and_the_others(shipped: Path) -> None:
-    best = readable(quality(choose_adapter(None, shipped=shipped)))
+    choices = {choice.name: choice for choice in choose_adapters(shipped=shipped)}
+    best = readable(quality_words(choices["better"]))
     assert "On 40 validation rows: accuracy 77.5, F1 50.0." in best
     assert "(always equivalent) has accuracy 70.0, F1 80.0: the model's accuracy is 7.5 points above it." in best
     assert "P-Tuning v2: accuracy 77.5, against 71.1 of P-Tuning (plain), which ships too: 6.4 points more." in best
-    worst = readable(quality(choose_adapter(shipped / "worst", shipped=shipped)))
+    worst = readable(quality_words(choices["worst"]))
     assert "the model's accuracy is 10.0 points BELOW it." in worst
     assert "P-Tuning: accuracy 60.0, against 77.5 of P-Tuning v2 (better), which ships too: 17.5 points less." in worst
     equal = replace(load_adapter(shipped / "plain"), scores=Scores({"accuracy": 0.7, "f1": 0.1}))
-    assert "the model's accuracy is no better." in readable(quality(Choice(equal, ())))
+    assert "the model's accuracy is no better." in readable(quality_words(Choice("equal", equal, ())))
 
 
-def test_the_page_names_the_method_the_task_and_at_most_ten_labels(bundle: Folders) -> None:
-    loaded = load_bundle(bundle("bert-v2"))
-    task = loaded.find_task().task
-    facts = readable(model_facts(loaded, task))
-    for words in ("P-Tuning v2", "mrpc, pairs of sentences", "not_equivalent, equivalent"):
+def test_the_page_names_the_method_the_task_the_graph_and_at_most_ten_labels(adapter: Folders, bundle: Folders) -> None:
+    with both_engines(adapter("bert-v2"), bundle("bert-v2")) as pair:
+        opened = pair.opened
+    facts = readable(model_facts(opened))
+    for words in (
+        f"P-Tuning v2, {VIRTUAL_TOKENS} virtual tokens",
+        "mrpc, pairs of sentences: not_equivalent, equivalent",
+        f"logits at most {opened.bundle_task.max_logit_difference:.1e} from PEFT's",
+    ):
         assert words in facts
-    many = replace(task, labels=tuple(f"<{number}>" for number in range(30)))
-    assert "<8>, <9> and 20 more" in readable(model_facts(loaded, many))
+    many = replace(opened.task, labels=tuple(f"<{number}>" for number in range(30)))
+    assert "<8>, <9> and 20 more" in readable(
+        model_facts(replace(opened, bundle_task=replace(opened.bundle_task, task=many)))
+    )
+
+
+def test_int8_runs_where_it_is_chosen_and_the_page_says_what_it_costs(
+    adapter: Folders, bundle_in: Callable[[str, str], Path]
+) -> None:
+    folder = bundle_in("bert", "int8")
+    with both_engines(adapter("bert"), folder, onnx="int8") as pair:
+        (gate,) = pair.opened.graph.gates
+        assert f"int8, on 40 labelled rows: {gate}" in readable(model_facts(pair.opened))
+        comparison = pair.compare(*PAIR)
+        assert pair.opened.onnx.wait_until_ready().execution.precision == "int8"
+    assert comparison.as_json()["precision"] == "int8"
+    assert comparison.max_logit_difference is not None
+    assert 1e-5 < comparison.max_logit_difference < 1  # rounded, and the same model
+
+
+def test_an_ungated_graph_is_never_taken_unasked_and_never_praised(adapter: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    missing = copy_without_validation_file(adapter("bert"), tmp_path / "adapter")
+    assert export_main([str(missing), "--out", str(out), "--ungated"]) == 0
+    loaded = load_bundle(out)
+    assert loaded.precisions == ("fp32", "int8")
+    assert loaded.graphs[1].gates == ()
+    assert OnnxClassifier(loaded, use_cuda=False).execution.precision == "fp32"
+    assert OnnxClassifier(loaded, precision="int8", use_cuda=False).execution.precision == "int8"
+    with both_engines(missing, out, onnx="int8", has_pytorch=False) as pair:
+        assert "what it costs in quality was not measured" in readable(model_facts(pair.opened))
+
+
+def copy_without_validation_file(source: Path, target: Path) -> Path:
+    """An adapter as it comes to another machine, where the rows that it was validated on do not lie."""
+    shutil.copytree(source, target)
+    path = target / "training.json"
+    training = json.loads(path.read_text())
+    training["config"]["validation_file"] = "/nowhere/validation.jsonl"
+    path.write_text(json.dumps(training))
+    return target
+
+
+@pytest.mark.parametrize(("mode", "precision"), [(BF16, "bf16"), (COMPILED, "fp32, compiled")])
+def test_pytorch_runs_in_each_of_its_ways(
+    mode: str, precision: str, adapter: Folders, bundle: Folders, base_model: Folders
+) -> None:
+    expected = golden_probabilities(PAIR, adapter("bert"), base_model("bert"))
+    with both_engines(adapter("bert"), bundle("bert"), pytorch=mode) as pair:
+        assert pair.opened.pytorch is not None
+        assert pair.opened.pytorch.wait_until_ready().execution.precision == precision
+        comparison = pair.compare(*PAIR)
+        # Another length than it was compiled with.
+        assert pair.compare("word1", "word2").pytorch is not None
+    assert comparison.pytorch is not None
+    assert list(comparison.pytorch.probabilities.values()) == pytest.approx(
+        expected, abs=0.02 if mode == BF16 else 1e-5
+    )
+    assert comparison.as_json()["pytorch_mode"] == mode
+
+
+def test_where_there_is_no_compiler_torch_compile_is_refused_in_words(adapter: Folders, tmp_path: Path) -> None:
+    environment = {"CXX": str(tmp_path / "no compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        engine = Engine("PyTorch", partial(make_pytorch_backend, mode=COMPILED), adapter("bert"), threads=1)
+        try:
+            with pytest.raises(EngineError, match=r"torch\.compile does not work here .* It needs a C\+\+ compiler"):
+                engine.wait_until_ready()
+        finally:
+            engine.close()
+
+
+def test_without_pytorch_only_onnx_runtime_answers_and_is_measured(
+    adapter: Folders, bundle: Folders, base_model: Folders
+) -> None:
+    with both_engines(adapter("bert"), bundle("bert"), has_pytorch=False) as pair:
+        comparison = pair.compare(*PAIR)
+    expected = golden_probabilities(PAIR, adapter("bert"), base_model("bert"))
+    assert list(comparison.onnx.probabilities.values()) == pytest.approx(expected, abs=1e-5)
+    assert set(comparison.as_json()) == {"adapter", "precision", "onnx", "runs", "tokens"}
+    assert comparison.runs >= ROUNDS * MIN_RUNS
+
+
+def test_engines_are_started_when_wanted_and_the_longest_unwanted_are_stopped(
+    adapter: Folders, bundle: Folders
+) -> None:
+    kinds = ("bert", "electra", "roberta")
+    choices = choose_adapters([adapter(kind) for kind in kinds])
+    stage = Stage(choices, bundles=[bundle(kind) for kind in kinds], threads=1, has_pytorch=False, max_engines=2)
+    try:
+        first = stage.open(Setup(choices[0].name)).onnx
+        assert stage.open(Setup(choices[0].name)).onnx is first
+        second = stage.open(Setup(choices[1].name)).onnx
+        stage.open(Setup(choices[0].name))
+        third = stage.open(Setup(choices[2].name)).onnx
+        pids = [engine.pid for engine in (first, second, third)]
+        assert [pid is not None and exists(pid) for pid in pids] == [True, False, True]
+    finally:
+        stage.close()
+    assert not [pid for pid in pids if pid is not None and exists(pid)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (("nobody", "fp32", "eager"), "There is no adapter 'nobody' here. Choose one of"),
+        ((None, "fp32", "eager"), "There is no adapter 'None' here"),
+        (("bert", "int4", "eager"), "There is no precision 'int4' here. Choose one of fp32, fp16, int8"),
+        (("bert", "fp32", ["x" * 1000]), "There is no way for PyTorch"),
+        (("bert", "int8", "eager"), "holds no int8 graph, only fp32"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(
+    chosen: tuple[Any, Any, Any], words: str, adapter: Folders, bundle: Folders, tmp_path: Path
+) -> None:
+    only_fp32 = tmp_path / "bundle"
+    assert export_main([str(adapter("bert")), "--out", str(only_fp32), "--precision", "fp32"]) == 0
+    stage = Stage(choose_adapters([adapter("bert")]), bundles=[only_fp32], threads=1)
+    try:
+        with pytest.raises(PromptfoldError) as caught:
+            stage.open(stage.setup(*chosen))
+        assert words in str(caught.value)
+        assert len(str(caught.value)) < 600
+    finally:
+        stage.close()
 
 
 def test_without_a_port_the_first_free_one_is_taken() -> None:
@@ -519,13 +745,24 @@ def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
 
         with connect(url) as client:
             endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-            assert list(endpoints) == ["/compare"]
+            assert list(endpoints) == ["/compare", "/latency", "/score_file", "/prompt", "/prompt_effect"]
             result = client.predict(*PAIR, api_name="/compare")
-            assert set(result) == {"pytorch", "onnx", "max_logit_difference", "speedup", "runs"}
+            assert set(result) - {"notices"} == {
+                "adapter",
+                "precision",
+                "pytorch_mode",
+                "pytorch",
+                "onnx",
+                "max_logit_difference",
+                "speedup",
+                "speedup_range",
+                "runs",
+                "tokens",
+            }
             expected = golden_probabilities(PAIR, adapter("bert"), base_model("bert"))
             for engine in ("pytorch", "onnx"):
                 assert set(result[engine]) == {"label", "probabilities", "latency_ms"}
-                assert set(result[engine]["latency_ms"]) == {"median", "p95"}
+                assert set(result[engine]["latency_ms"]) == {"median", "p95", "p99"}
                 assert list(result[engine]["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
             assert json.loads(json.dumps(result)) == result
 
@@ -574,7 +811,8 @@ def test_a_page_for_single_sentences_has_one_box_and_an_endpoint_that_needs_no_s
             with pytest.raises(AppError, match="reads one sentence"):
                 client.predict("word1", "word2", api_name="/compare")
         boxes = {props["label"]: props["visible"] for props in shown if "lines" in props}
-        assert boxes == {"Sentence": True, "": False}
+        assert boxes["Sentence"]
+        assert not boxes["Second sentence"]
         texts = {
             props["elem_id"]: readable(props["value"])
             for props in shown
@@ -628,7 +866,7 @@ def test_a_share_link_that_cannot_be_made_is_explained_and_the_page_goes_on(
         url = server.wait_for_url()
         server.wait_for(r"no public link: .*The local address works")
         with connect(url) as client:
-            assert client.predict(*PAIR, api_name="/compare")["runs"] >= MIN_RUNS
+            assert client.predict(*PAIR, api_name="/compare")["runs"] >= ROUNDS * MIN_RUNS
         assert "Traceback" not in server.output
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gradio_client import Client
 
-from demo.app import EXAMPLES
 from demo.shipped import SHIPPED
+from demo.tab_compare import EXAMPLES
 from export.__main__ import main as export_main
 from export.bundle import load_bundle
 from export.runtime import OnnxClassifier
