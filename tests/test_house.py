@@ -101,7 +101,7 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
     assert [config.model for config in train_commands] == ["roberta-large", "minilm", "minilm", "minilm", "smollm2"]
     demo_commands = [parse_demo(words) for words in readme_commands("demo")]
     assert len(demo_commands) == 2
-    counts = {"export": 1, "export.bench": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}
+    counts = {"export": 3, "export.bench": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}
     for module, count in counts.items():
         assert len(readme_commands(module)) == count, module
     known = (
@@ -118,14 +118,20 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
     assert set(re.findall(r"python -m ([\w.]+)", README)) <= set(known)
 
 
-def test_the_readmes_export_command_and_the_pipeline_on_its_bundle_run(
+def test_the_readmes_export_commands_and_the_pipeline_on_the_bundle_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    (words,) = readme_commands("export")
+    words, *signing = readme_commands("export")
     out = words.index("--out") + 1
     written, words[out] = words[out], str(tmp_path / "bundle")
     assert export_main(words) == 0
+    make_keys = re.search(r"^    (openssl .*)$", README, flags=re.MULTILINE)
+    assert make_keys is not None
+    subprocess.run(["bash", "-ec", make_keys[1]], cwd=tmp_path, capture_output=True, check=True)
+    keys = {f"{name}.pem": str(tmp_path / f"{name}.pem") for name in ("private", "public")}
+    for command in signing:
+        assert export_main([keys.get(word, words[out] if word == written else word) for word in command]) == 0
     printed = run_block(python_block("pipeline("), {written: words[out]})
     answer = ast.literal_eval(printed)
     assert answer["label"] in {"equivalent", "not_equivalent"}
