@@ -53,6 +53,7 @@ CSS = """
 #model .html-container, #quality .html-container { padding: 0; }
 .facts td, .facts th { padding: .2rem .6rem .2rem 0 !important; vertical-align: baseline; text-align: left; }
 .facts th { color: var(--body-text-color-subdued); white-space: nowrap; font-weight: 400; }
+#score-file .download-link { color: var(--body-text-color); }
 .cm-content span { color: inherit !important; }
 .facts .latency { font-size: 1.35rem; font-weight: 600; }
 """

@@ -31,7 +31,10 @@ MAX_BODY_BYTES = MAX_BYTES + 100_000
 
 API = "/gradio_api"
 
-FOR_STRANGERS = ("/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
+STARTUP = f"{API}/startup-events"
+"""What `gr.Blocks.launch` itself asks for, once, without a login; it tells nothing."""
+
+FOR_STRANGERS = ("/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", STARTUP)
 FOLDERS_FOR_STRANGERS = ("/static/", "/assets/", "/svelte/")
 """What the form for a password is made of. Behind a password nothing else is shown to whoever has not given it."""
 
@@ -43,7 +46,6 @@ API_ROUTES = (
     "/app_id",
     "/user",
     "/login_check",
-    "/startup-events",
     "/theme.css",
     "/queue/join",
     "/queue/data",
@@ -193,7 +195,7 @@ def _refusal(scope: "Scope", path: str, *, is_stranger: bool) -> _Refusal | None
     if below is None:
         is_known = path in ROUTES or path.startswith(FOLDERS_FOR_STRANGERS)
     else:
-        is_known = below in API_ROUTES or below.startswith(API_FOLDERS)
+        is_known = path == STARTUP or below in API_ROUTES or below.startswith(API_FOLDERS)
         # Gradio would send a visitor on to any address that is put there.
         is_known = is_known and not re.match(r"/file=\s*[a-z][a-z0-9+.-]+:", below, re.IGNORECASE)
     if not is_known:

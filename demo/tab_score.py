@@ -3,7 +3,7 @@
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ class _Job:
     setup: Setup
     upload: Upload
     path: Path
-    begun: threading.Event
-    cancelled: threading.Event
+    begun: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+_Jobs = dict[int, _Job]
 
 
 def build_score_tab(stage: Stage, selectors: Selectors) -> None:
@@ -78,71 +81,89 @@ def build_score_tab(stage: Stage, selectors: Selectors) -> None:
         download = gr.DownloadButton("Download the labelled file", interactive=False, min_width=200)
     status = gr.HTML(_status("Choose a file, then press Label the file."), min_height=STATUS_HEIGHT)
     results = gr.HTML("", elem_id="score-results", min_height=RESULTS_HEIGHT)
-    # What is in it is made anew for each file and goes with the session; a first value would be copied.
-    job = gr.State(None)
+    # A visitor's jobs by number. An event that waits gets the state of its turn, but the number of its start: so it
+    # leaves alone what the visitor, having cancelled it, asked for since.
+    jobs = gr.State({})
+    number = gr.Number(0, visible=False)
 
-    @facing_visitors
-    def prepare(adapter: str, onnx: str, pytorch: str, file: str | None, *columns: str) -> list[Any]:
-        setup = stage.setup(adapter, onnx, pytorch)
-        wanted = _Job(setup, _read(stage, setup, file, *columns), Path(str(file)), threading.Event(), threading.Event())
-        empty = gr.DownloadButton(value=None, interactive=False)
-        return [
-            wanted,
-            _status(f"{wanted.upload.name}: waiting for a turn and for the engines …"),
-            "",
-            empty,
-            *_buttons(runs=True),
-        ]
-
-    def label(wanted: _Job | None) -> Iterator[list[Any]]:
-        # What was cancelled while it waited leaves its place in the queue to whatever the visitor asked for since.
-        if wanted is None or wanted.begun.is_set():
-            return
-        wanted.begun.set()
-        over = [None, *_buttons(runs=False), None]
-        same = [gr.skip()] * len(over)
+    def prepare(jobs: _Jobs, number: int, *chosen: Any) -> list[Any]:
+        file, *columns = chosen[3:]
         try:
-            for now in label_upload(stage, wanted.setup, wanted.upload, cancelled=wanted.cancelled):
-                if now.result is None:
-                    yield [*same, _progress(now), gr.skip(), gr.skip()]
-                else:
-                    written = gr.DownloadButton(value=_write(now.result, download.GRADIO_CACHE), interactive=True)
-                    yield [*over, _progress(now), _results(now.result), written]
-            if wanted.cancelled.is_set():
-                yield [*over, _status(CANCELLED), gr.skip(), gr.skip()]
+            setup = stage.setup(*chosen[:3])
+            jobs[number + 1] = _Job(setup, _read(stage, setup, file, *columns), Path(file))
         except PromptfoldError as error:
-            # No gr.Error: it would leave the rows that were counted so far standing as if more were to come.
-            gr.Warning(str(error), title="The file was not labelled")
-            yield [*over, _status(f"{error} Nothing was kept."), gr.skip(), gr.skip()]
-        finally:
-            # Also where the visitor has gone: Gradio closes this generator then.
-            wanted.path.unlink(missing_ok=True)
+            return [*[gr.skip()] * 4, _refused(error), gr.skip(), gr.skip()]
+        waiting = _status(f"{Path(file).name}: waiting for a turn and for the engines …")
+        return [jobs, number + 1, *_buttons(runs=True), waiting, "", gr.DownloadButton(value=None, interactive=False)]
 
-    def cancel(wanted: _Job | None) -> list[Any]:
-        if wanted is None:
-            return [gr.skip()] * 5
-        wanted.cancelled.set()
-        if wanted.begun.is_set():
-            # It says so itself, after the last of what it says.
-            return [gr.skip(), gr.skip(), gr.Button(interactive=False), gr.skip(), gr.skip()]
-        wanted.path.unlink(missing_ok=True)
-        return [None, *_buttons(runs=False), None, _status(CANCELLED)]
+    def label(jobs: _Jobs, number: int) -> Iterator[list[Any]]:
+        yield from _label(stage, jobs, number, download.GRADIO_CACHE)
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     buttons = [start_button, cancel_button]
-    run = [job, *buttons, file, status]
     prepared = start_button.click(
         prepare,
-        [*selectors.inputs, file, text_columns, label_column],
-        [job, *buttons, status, results, download],
+        [jobs, number, *selectors.inputs, file, text_columns, label_column],
+        [jobs, number, *buttons, status, results, download],
         queue=False,
         **quiet,
     )
-    labelled = prepared.success(label, job, [*run, results, download], trigger_mode="multiple", **quiet, **SCORE_QUEUE)
+    labelled = prepared.success(
+        label,
+        [jobs, number],
+        [*buttons, file, status, results, download],
+        trigger_mode="multiple",
+        **quiet,
+        **SCORE_QUEUE,
+    )
     labelled.failure(lambda: _buttons(runs=False), None, buttons, queue=False, **quiet)
     # Not with Gradio's "cancels": what was under way to the browser would come after what is said here.
-    cancel_button.click(cancel, job, run, queue=False, **quiet)
+    cancel_button.click(_cancel, [jobs, number], [*buttons, file, status], queue=False, **quiet)
     _build_endpoint(stage)
+
+
+def _label(stage: Stage, jobs: _Jobs, number: int, folder: str) -> Iterator[list[Any]]:
+    """Values of both buttons, the file, the status, the results and the download, as a file is labelled.
+
+    Args:
+        folder: for what is labelled.
+    """
+    job = jobs.get(number)
+    if job is None:
+        # Gradio would empty every component if nothing were said at all.
+        yield [gr.skip()] * 6
+        return
+    job.begun.set()
+    over = [*_buttons(runs=False), None]
+    try:
+        for now in label_upload(stage, job.setup, job.upload, cancelled=job.cancelled):
+            if now.result is None:
+                yield [*[gr.skip()] * 3, _progress(now), gr.skip(), gr.skip()]
+            else:
+                written = gr.DownloadButton(value=_write(now.result, folder), interactive=True)
+                yield [*over, _progress(now), _results(now.result), written]
+        if job.cancelled.is_set():
+            yield [*over, _status(CANCELLED), gr.skip(), gr.skip()]
+    except PromptfoldError as error:
+        yield [*over, _refused(error), gr.skip(), gr.skip()]
+    finally:
+        # Also where the visitor has gone: Gradio closes this generator then.
+        job.path.unlink(missing_ok=True)
+        jobs.pop(number, None)
+
+
+def _cancel(jobs: _Jobs, number: int) -> list[Any]:
+    """Values of both buttons, the file and the status."""
+    job = jobs.get(number)
+    if job is None:
+        return [gr.skip()] * 4
+    job.cancelled.set()
+    if job.begun.is_set():
+        # It says so itself, after the last of what it says.
+        return [gr.skip(), gr.Button(interactive=False), gr.skip(), gr.skip()]
+    job.path.unlink(missing_ok=True)
+    jobs.pop(number, None)
+    return [*_buttons(runs=False), None, _status(CANCELLED)]
 
 
 def _build_endpoint(stage: Stage) -> None:
@@ -202,6 +223,11 @@ def _buttons(*, runs: bool) -> list[Any]:
     return [gr.Button(interactive=not runs), gr.Button(interactive=runs)]
 
 
+def _refused(error: PromptfoldError) -> str:
+    """What went wrong, as a status; no gr.Error, which would lay itself over the results of the file before."""
+    return f'{_status("")}<p role="alert"><b>{text(error)}</b></p>'
+
+
 def _write(scored: Scored, folder: str) -> str:
     """Into Gradio's own folder, which it serves, and empties where the page has ``delete_cache``."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -218,7 +244,7 @@ def _progress(now: Progress) -> str:
 
 def _status(words: str, fraction: float = 0.0) -> str:
     bar = f'<progress max="1" value="{fraction:.4f}" aria-label="Part that is done" style="width:100%"></progress>'
-    return f'{bar}<p role="status">{text(words)}</p>'
+    return bar + (f'<p role="status">{text(words)}</p>' if words else "")
 
 
 def _results(scored: Scored) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-START_TIMEOUT_SECONDS = 180
+START_TIMEOUT_SECONDS = 400
 
 
 class Server:

@@ -128,7 +128,7 @@ def test_the_readmes_export_commands_and_the_pipeline_on_the_bundle_run(
     assert export_main(words) == 0
     make_keys = re.search(r"^    (openssl .*)$", README, flags=re.MULTILINE)
     assert make_keys is not None
-    subprocess.run(["bash", "-ec", make_keys[1]], cwd=tmp_path, capture_output=True, check=True)
+    subprocess.run(make_keys[1], shell=True, cwd=tmp_path, capture_output=True, check=True)  # noqa: S602 -- the README's own
     keys = {f"{name}.pem": str(tmp_path / f"{name}.pem") for name in ("private", "public")}
     for command in signing:
         assert export_main([keys.get(word, words[out] if word == written else word) for word in command]) == 0
