@@ -50,6 +50,11 @@ POSITIONS = 48
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshot", type=Path, help="where the browser test keeps its picture of the page")
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="ten times as many faults in test_faults.py (half an hour), 50 visitors for two minutes in test_load.py",
+    )
 
 
 def make_tokenizer(folder: Path, family: str) -> None:
