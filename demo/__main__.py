@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.console import Parser, run_main, say
 from train.errors import UsageError
@@ -149,7 +149,7 @@ def _serve(config: DemoConfig) -> None:
     from demo.shipped import choose_adapters
     from demo.stage import Stage
 
-    port = find_port(config.host, config.port)
+    find_port(config.host, config.port)  # before anything slow is done
     accounts = parse_auth(config.auth, config.auth_file)
     root_path = parse_root_path(config.root_path)
     stage = Stage(choose_adapters(config.adapters), bundles=config.bundles, has_pytorch=config.engine != "onnx")
@@ -170,28 +170,22 @@ def _serve(config: DemoConfig) -> None:
         # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
         warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
         style = page_style()
-        try:
-            page.launch(
-                server_name=config.host,
-                server_port=port,
-                root_path=root_path,
-                # Gradio awaits a coroutine function; its type says less.
-                auth=accounts.login if accounts else None,  # type: ignore[arg-type]
-                theme=style.theme,
-                css=style.css,
-                head=style.head,
-                prevent_thread_lock=True,
-                quiet=True,
-                ssr_mode=False,
-                # Behind a password its tools could be listed but not called.
-                mcp_server=accounts is None,
-                # The link is made below; GRADIO_SHARE shall not make another.
-                share=False,
-                footer_links=["api"],
-                **launch_options(),
-            )
-        except OSError as cause:
-            raise UsageError(f"The page cannot listen on {config.host}:{port} ({cause}). Try --port.") from cause
+        # Gradio awaits a coroutine function; its type says less.
+        login: Any = accounts.login if accounts else None
+        _launch(
+            page,
+            config,
+            # Anew: while the engines loaded, somebody else may have taken the one that was free.
+            find_port(config.host, config.port),
+            root_path=root_path,
+            auth=login,
+            theme=style.theme,
+            css=style.css,
+            head=style.head,
+            # Behind a password its tools could be listed but not called.
+            mcp_server=accounts is None,
+            **launch_options(),
+        )
         say(f"the page is at {page.local_url}  (Ctrl-C stops it)")
         if config.share:
             if accounts is None:
@@ -200,6 +194,28 @@ def _serve(config: DemoConfig) -> None:
         threading.Event().wait()
     finally:
         stage.close()
+
+
+def _launch(page: "gr.Blocks", config: DemoConfig, port: int, **options: Any) -> None:
+    """Serve the page.
+
+    Raises:
+        UsageError: it cannot listen there.
+    """
+    try:
+        page.launch(
+            server_name=config.host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            # The link is made by `_share`; GRADIO_SHARE shall not make another.
+            share=False,
+            footer_links=["api"],
+            **options,
+        )
+    except OSError as cause:
+        raise UsageError(f"The page cannot listen on {config.host}:{port} ({cause}). Try --port.") from cause
 
 
 def _share(page: "gr.Blocks", share: "ShareState") -> None:

@@ -126,9 +126,9 @@ class Stage:
         self._engines: OrderedDict[_Key, Engine] = OrderedDict()
         for folder in bundles:
             bundle = load_bundle(folder)
+            self._take_bundle(bundle)
             # Whoever made it: its graph is tried where it can harm nobody, before an engine keeps it.
             try_bundle(bundle)
-            self._take_bundle(bundle)
 
     def _take_bundle(self, bundle: Bundle) -> None:
         names = [name for name, choice in self.choices.items() if bundle.task_of(choice.adapter.sha256) is not None]

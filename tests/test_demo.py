@@ -441,13 +441,15 @@ def places(
     adapter: Folders, bundle: Folders, taken_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
     """What the braces in a test's flags stand for."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return {
+    values = {
         "tmp": str(tmp_path),
         "adapter": str(adapter("bert")),
         "other_bundle": str(bundle("electra")),
         "taken": str(taken_port),
     }
+    # After what makes those: it may fill caches of its own.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return values
 
 
 @pytest.mark.parametrize(
@@ -730,6 +732,42 @@ def test_without_a_port_the_first_free_one_is_taken() -> None:
         assert find_port("127.0.0.1", None) > first
         with pytest.raises(UsageError, match="is in use"):
             find_port("127.0.0.1", first)
+
+
+def test_a_port_that_is_taken_while_the_engines_load_is_left_for_the_next(
+    adapter: Folders, bundle: Folders, tmp_path: Path
+) -> None:
+    with (
+        socket.socket() as listener,
+        serve(["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))], tmp_path) as server,
+    ):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.wait_for("starting the engines")
+        taken = find_port("127.0.0.1", None)  # as the page has just done
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        url = server.wait_for_url()
+        assert not url.endswith(f":{taken}/")
+        with connect(url) as client:
+            assert client.predict(*PAIR, api_name="/compare")["runs"] >= ROUNDS * MIN_RUNS
+        assert "Traceback" not in server.output
+
+
+def test_without_pytorch_nothing_imports_it(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
+    """Neither the page nor its engine: here whoever imports torch or transformers fails."""
+    for name in ("torch", "transformers"):
+        (tmp_path / "traps" / name).mkdir(parents=True)
+        (tmp_path / "traps" / name / "__init__.py").write_text("raise SystemExit('somebody imported it')")
+    flags = ["--engine", "onnx", "--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))]
+    with serve(flags, tmp_path / "cache", {"PYTHONPATH": str(tmp_path / "traps")}) as server:
+        with connect(server.wait_for_url()) as client:
+            answer = client.predict(*PAIR, api_name="/compare")
+            learned = client.predict(api_name="/prompt")
+        assert "somebody imported it" not in server.output
+        assert len(server.children()) == 1
+    assert "pytorch" not in answer
+    assert answer["onnx"]["label"] in {"equivalent", "not_equivalent"}
+    assert learned["nearest_words"]
 
 
 def test_the_page_exports_once_serves_the_endpoint_and_leaves_no_process(
