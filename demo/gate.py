@@ -62,6 +62,7 @@ to states into a folder, and prints what a visitor asks of its custom components
 
 BUSY = f"The page is busy: {QUEUE_SIZE} visitors are waiting already. Try again in a minute."
 
+_NO_ENDPOINTS = rb'\1{"named_endpoints":{},"unnamed_endpoints":{}}\2'
 _API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
 
 
@@ -152,8 +153,9 @@ class _Answer:
     async def _send_changed(self, start: "MutableMapping[str, Any]", body: bytes) -> None:
         kept = [pair for pair in start["headers"] if pair[0] not in {b"content-length", b"retry-after"}]
         if self._hides_endpoints:
-            # Gradio puts them into the page that asks for the password too.
-            body = _API_INFO.sub(rb"\1null\2", body)
+            # Gradio puts them into the page that asks for the password too. Left out, its script would ask for them, be
+            # refused, and show nothing at all.
+            body = _API_INFO.sub(_NO_ENDPOINTS, body)
         else:
             body = json.dumps({"detail": BUSY}).encode()
             kept.append((b"retry-after", b"60"))

@@ -257,6 +257,11 @@ class OnnxClassifier:
         missing = [name for name in self.bundle.text_inputs if name not in arrays]
         if missing:
             raise TextError(f"The batch lacks {', '.join(missing)}. Make it with the bundle's own tokenizer.")
+        for name in {*self.bundle.text_inputs, *({TASK_IDS} & set(arrays))}:
+            if arrays[name].dtype != np.int64:
+                raise TextError(
+                    f"{name} holds {arrays[name].dtype}, not int64. Make it with the bundle's own tokenizer."
+                )
         ids = arrays["input_ids"]
         if ids.ndim != 2 or not ids.size:
             raise TextError(f"input_ids of shape {ids.shape} hold no text. Give at least one text of one token.")

@@ -302,7 +302,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(page: Page, tmp_path: 
     open_tab(page, "Score a file")
     page.locator("#score-file input[type=file]").set_input_files(wrong)
     page.get_by_role("button", name="Label the file").click()
-    refusal = page.locator(".toast-body, #score-results").get_by_text("pairs.csv").first
+    refusal = page.get_by_role("alert").get_by_text("pairs.csv").first
     expect(refusal).to_be_visible(timeout=TIMEOUT_MS)
     # Where it lies on the server is nobody's business.
     assert "/" not in (refusal.text_content() or "")

@@ -178,7 +178,6 @@ def test_a_whole_batch_with_one_wrong_array_is_answered_or_refused(
     answer_or_refuse(classifier, whole_batch(shape) | {which: wrong})
 
 
-@pytest.mark.xfail(strict=True, reason="OnnxClassifier._check looks at shapes and values, not at the kind of numbers")
 @trying
 @given(which=st.sampled_from(["input_ids", "attention_mask", "token_type_ids"]), dtype=dtypes)
 def test_a_batch_of_another_kind_than_whole_numbers_is_answered_or_refused(

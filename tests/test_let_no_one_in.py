@@ -20,6 +20,7 @@ import psutil
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AuthenticationError
+from playwright.sync_api import expect, sync_playwright
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -29,6 +30,7 @@ from demo.gate import API, MAX_BODY_BYTES, Gate, launch_options
 from demo.scorefile import MAX_BYTES
 from tests.conftest import ON_CPU, ROOT, Data, make_pairs, write_jsonl
 from tests.server import Server, serve
+from tests.test_browser import CHROMIUM
 
 Folders = Callable[[str], Path]
 
@@ -100,8 +102,12 @@ def page(adapter: Folders, bundle: Folders, tmp_path_factory: pytest.TempPathFac
     """The page without a password."""
     folder = tmp_path_factory.mktemp("watched") / "watch"
     flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))]
-    with serve(flags, folder.parent, watching(folder)) as server:
+    temporary = folder.parent / "temporary"
+    temporary.mkdir()
+    with serve(flags, folder.parent, watching(folder) | {"TMPDIR": str(temporary)}) as server:
         yield Watched(server, server.wait_for_url().rstrip("/"), folder / "reached")
+        assert list(temporary.glob("promptfold-page-*")) != []
+    assert list(temporary.glob("promptfold-page-*")) == [], "what visitors brought is gone with the page"
 
 
 @dataclass(frozen=True)
@@ -337,7 +343,7 @@ def test_a_file_that_was_labelled_is_gone_and_the_same_file_of_another_visitor_i
             assert "event: complete" in said
             assert client.get(f"{page.url}{API}/file={path}").status_code == 403
             assert not Path(path).exists()
-    # Of this page alone, and gone with it: see the end of the next test.
+    # Of this page alone, and closed to other users of this machine.
     assert Path(both[0]).parent.parent.name.startswith("promptfold-page-")
     assert Path(both[0]).parent.parent.stat().st_mode & 0o077 == 0
 
@@ -431,9 +437,31 @@ def routes_of_gradio() -> list[str]:
     return sorted(found | {API + path for path in found if not path.startswith(API)})
 
 
-def test_behind_a_password_nothing_but_the_login_answers_a_stranger(
-    adapter: Folders, bundle: Folders, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def closed_page(adapter: Folders, bundle: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The page behind a password."""
+    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert")), "--auth", "ann:secret"]
+    with serve(flags, tmp_path_factory.mktemp("cache"), ON_CPU) as server:
+        server.wait_for_url()
+        yield server
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium, as tests/test_browser.py says")
+def test_a_visitor_logs_in(closed_page: Server) -> None:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(closed_page.wait_for_url())
+        expect(page.locator("input[type=password]")).to_be_visible(timeout=30_000)
+        assert "score_file" not in page.content()
+        page.locator("input").first.fill("ann")
+        page.locator("input[type=password]").fill("secret")
+        page.get_by_role("button", name="Login").click()
+        expect(page.locator("#sentence1 textarea")).to_be_visible(timeout=30_000)
+        browser.close()
+
+
+def test_behind_a_password_nothing_but_the_login_answers_a_stranger(closed_page: Server) -> None:
     routes = routes_of_gradio()
     for known in (
         "/config",
@@ -444,83 +472,81 @@ def test_behind_a_password_nothing_but_the_login_answers_a_stranger(
         f"{API}/info",
     ):
         assert known in routes
-    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert")), "--auth", "ann:secret"]
-    with serve(flags, tmp_path, ON_CPU) as server:
-        url = server.wait_for_url().rstrip("/")
-        shown = {"/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
-        # Gradio's own start asks for it.
-        shown |= {f"{API}/startup-events"}
-        forms = {"/static/a", "/assets/a", "/svelte/a"}
-        more = [path for _, path in CLOSED] + [
-            f"{API}/mcp/",
-            f"{API}/mcp/sse",
-            f"{API}/mcp/schema",
-            f"{API}/call/compare",
-            f"{API}/call/v2/compare",
-            f"{API}/call/compare/a",
-            f"{API}/run/compare",
-            f"{API}/file=/etc/passwd",
-            f"{API}/file=https://evil.example",
-            "/file=/etc/passwd",
-            "//config",
-            "/./config",
-            "/static/%2e%2e/config",
-            "/CONFIG",
-            "/config/",
-            "/config;a=1",
-            "/login/../config",
-        ]
-        with httpx.Client(timeout=30) as client:
-            for path in [*routes, *more]:
-                if path in shown | forms:
-                    continue
-                # A stranger may ask for what the form is made of; beyond these folders there is nothing.
-                accepted = {403, 404, 405} if path.startswith("/static/%2e") else {401}
-                body = {"data": [*PAIR, "", "", ""], "session_hash": "a", "fn_index": 0, "event_id": "a"}
-                for method, cookie in (
-                    ("GET", ""),
-                    ("POST", ""),
-                    ("DELETE", "access-token-a=b; access-token-unsecure-a="),
-                ):
-                    answer = client.request(method, url + path, json=body, headers={"Cookie": cookie})
-                    assert answer.status_code in accepted, (method, path, answer.text[:200])
-            upload = client.post(f"{url}{API}/upload", files={"files": ("a.csv", b"a")})
-            assert upload.status_code == 401
+    url = closed_page.wait_for_url().rstrip("/")
+    shown = {"/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
+    # Gradio's own start asks for it.
+    shown |= {f"{API}/startup-events"}
+    forms = {"/static/a", "/assets/a", "/svelte/a"}
+    more = [path for _, path in CLOSED] + [
+        f"{API}/mcp/",
+        f"{API}/mcp/sse",
+        f"{API}/mcp/schema",
+        f"{API}/call/compare",
+        f"{API}/call/v2/compare",
+        f"{API}/call/compare/a",
+        f"{API}/run/compare",
+        f"{API}/file=/etc/passwd",
+        f"{API}/file=https://evil.example",
+        "/file=/etc/passwd",
+        "//config",
+        "/./config",
+        "/static/%2e%2e/config",
+        "/CONFIG",
+        "/config/",
+        "/config;a=1",
+        "/login/../config",
+    ]
+    with httpx.Client(timeout=30) as client:
+        for path in [*routes, *more]:
+            if path in shown | forms:
+                continue
+            # A stranger may ask for what the form is made of; beyond these folders there is nothing.
+            accepted = {403, 404, 405} if path.startswith("/static/%2e") else {401}
+            body = {"data": [*PAIR, "", "", ""], "session_hash": "a", "fn_index": 0, "event_id": "a"}
+            for method, cookie in (
+                ("GET", ""),
+                ("POST", ""),
+                ("DELETE", "access-token-a=b; access-token-unsecure-a="),
+            ):
+                answer = client.request(method, url + path, json=body, headers={"Cookie": cookie})
+                assert answer.status_code in accepted, (method, path, answer.text[:200])
+        upload = client.post(f"{url}{API}/upload", files={"files": ("a.csv", b"a")})
+        assert upload.status_code == 401
 
-            for path in ("/static/../config", "/static/%2e%2e/config", "/static//config", "/assets/..%2f..%2fconfig"):
-                assert b"components" not in ask(url, path)
-            form = client.get(url)
-            assert form.status_code == 200
-            for words in ("score_file", "sentence1", "prompt_effect", "Latency lab"):
-                assert words not in form.text
-            assert "auth_required" in form.text
-            wrong = client.post(f"{url}/login", data={"username": "ann", "password": "wrong"})
-            assert wrong.status_code == 400
-            assert client.get(f"{url}/config").status_code == 401
+        for path in ("/static/../config", "/static/%2e%2e/config", "/static//config", "/assets/..%2f..%2fconfig"):
+            assert b"components" not in ask(url, path)
+        form = client.get(url)
+        assert form.status_code == 200
+        for words in ("score_file", "sentence1", "prompt_effect", "Latency lab"):
+            assert words not in form.text
+        assert "auth_required" in form.text
+        wrong = client.post(f"{url}/login", data={"username": "ann", "password": "wrong"})
+        assert wrong.status_code == 400
+        assert client.get(f"{url}/config").status_code == 401
 
-        with pytest.raises(AuthenticationError):
-            Client(url, verbose=False)
-        known = Client(url, auth=("ann", "secret"), verbose=False)
-        try:
-            assert known.predict(*PAIR, api_name="/compare")["onnx"]["label"]
-        finally:
-            known.close()
+    with pytest.raises(AuthenticationError):
+        Client(url, verbose=False)
+    known = Client(url, auth=("ann", "secret"), verbose=False)
+    try:
+        assert known.predict(*PAIR, api_name="/compare")["onnx"]["label"]
+    finally:
+        known.close()
 
-        with httpx.Client(timeout=30) as client:
-            assert client.post(f"{url}/login", data={"username": "ann", "password": "secret"}).status_code == 200
-            # Over plain HTTP the other cookie, which wants TLS, does not count.
-            cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items() if "unsecure" in name)
-            mine = {"Cookie": cookie}
-            assert client.get(f"{url}{API}/info", headers=mine).status_code == 200
-            assert "score_file" in client.get(url, headers=mine).text
-            elsewhere = mine | {"Host": "page.example", "Origin": EVIL, "Sec-Fetch-Site": "cross-site"}
-            for path in ("/config", f"{API}/info", f"{API}/queue/data?session_hash=a"):
-                answer = client.get(url + path, headers=elsewhere | {"Sec-Fetch-Mode": "cors"})
-                assert answer.status_code == 403
-                assert answer.json() == {"detail": "This page does not answer to scripts of other sites."}
-            client.get(f"{url}/logout", headers=mine)
-            assert client.get(f"{url}/config", headers=mine).status_code == 401
-        assert "Traceback" not in server.output
+    with httpx.Client(timeout=30) as client:
+        assert client.post(f"{url}/login", data={"username": "ann", "password": "secret"}).status_code == 200
+        # Over plain HTTP the other cookie, which wants TLS, does not count.
+        cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items() if "unsecure" in name)
+        mine = {"Cookie": cookie}
+        assert client.get(f"{url}{API}/info", headers=mine).status_code == 200
+        assert "score_file" in client.get(url, headers=mine).text
+        elsewhere = mine | {"Host": "page.example", "Origin": EVIL, "Sec-Fetch-Site": "cross-site"}
+        for path in ("/config", f"{API}/info", f"{API}/queue/data?session_hash=a"):
+            answer = client.get(url + path, headers=elsewhere | {"Sec-Fetch-Mode": "cors"})
+            assert answer.status_code == 403
+            assert answer.json() == {"detail": "This page does not answer to scripts of other sites."}
+        client.get(f"{url}/logout", headers=mine)
+        assert client.get(f"{url}/config", headers=mine).status_code == 401
+    assert "Traceback" not in closed_page.output
 
 
 def test_the_gate_reads_paths_as_the_router_does() -> None:
