@@ -114,7 +114,7 @@ def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> Non
             raise UsageError(
                 f"{folder} holds an interrupted run. Add --resume to go on with it, or --overwrite to start anew."
             )
-        if not record.is_file() and any(path != partial for path in folder.iterdir()):
+        if not folder.is_dir() or (not record.is_file() and any(path != partial for path in folder.iterdir())):
             raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
     try:
         if folder.exists():
@@ -213,7 +213,7 @@ def saving(folder: Path) -> Iterator[None]:
         trouble = write_trouble(cause)
         if trouble is None:
             raise
-        for path in _numbered(folder):
+        for path in _numbered(folder) if folder.is_dir() else ():
             if not (path / _COMPLETE).is_file():
                 shutil.rmtree(path, ignore_errors=True)
         raise UsageError(

@@ -1,6 +1,7 @@
 """Labelled data: read from the hub or from a file, checked, and turned into token ids."""
 
 import csv
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,11 @@ def _load_file(file: Path, split: str) -> "Dataset":
             return readers[file.suffix](str(plain), keep_in_memory=True, cache_dir=cache)
     except (DatasetsError, pyarrow.ArrowException, OSError, ValueError, csv.Error) as cause:
         reason = cause.__cause__ or cause
+        if isinstance(reason, OSError) and reason.errno in _DISK_IS_FULL:
+            raise DataError(
+                f"{name} cannot be read: its copy in the temporary folder {tempfile.gettempdir()} finds no space "
+                f"({reason.strerror}). Free some, or name another folder by the environment variable TMPDIR."
+            ) from cause
         raise DataError(f"{name} cannot be read as {file.suffix[1:]} ({reason}).") from cause
 
 

@@ -130,6 +130,10 @@ def fit(
     import torch
     from transformers import DataCollatorWithPadding, set_seed
 
+    if is_main_process():
+        with saving(checkpoints):
+            # The Trainer would, outside of what is watched below.
+            checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, seed, checkpoints, log_folder)
     set_seed(seed)
     special = set(tokenizer.all_special_ids)
