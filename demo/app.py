@@ -54,6 +54,8 @@ CSS = """
 .facts td, .facts th { padding: .2rem .6rem .2rem 0 !important; vertical-align: baseline; text-align: left; }
 .facts th { color: var(--body-text-color-subdued); white-space: nowrap; font-weight: 400; }
 #score-file .download-link { color: var(--body-text-color); }
+/* The frame that pulses while a handler streams would be drawn all through the bursts, by the cores that they measure. */
+.gradio-container .generating { animation: none !important; }
 .cm-content span { color: inherit !important; }
 .facts .latency { font-size: 1.35rem; font-weight: 600; }
 """
