@@ -161,6 +161,15 @@ class Stage:
                 raise UsageError(f"There is no {what} {str(value)[:80]!r} here. Choose one of {', '.join(allowed)}.")
         return Setup(str(adapter), str(onnx), str(pytorch))
 
+    def setup_or_default(self, adapter: str, onnx: str, pytorch: str) -> Setup:
+        """The same of an endpoint's caller, for whom an empty text is what the page starts with.
+
+        Raises:
+            UsageError: there is no such choice.
+        """
+        default = self.default()
+        return self.setup(adapter or default.adapter, onnx or default.onnx, pytorch or default.pytorch)
+
     def bundle(self, name: str) -> Bundle:
         """The bundle of an adapter, exported into the cache where there is none yet, which takes a while.
 

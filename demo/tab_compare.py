@@ -97,8 +97,7 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
             precision: of the ONNX graph: fp32, fp16 or int8; empty for fp32
             pytorch: how PyTorch runs: eager, compiled or bf16; empty for eager
         """
-        default = stage.default()
-        setup = stage.setup(adapter or default.adapter, precision or default.onnx, pytorch or default.pytorch)
+        setup = stage.setup_or_default(adapter, precision, pytorch)
         *_, last = compare_engines(stage, stage.open(setup), sentence1, sentence2)
         return last.as_json()
 
@@ -106,7 +105,7 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
         stops.stop(str(request.session_hash))
 
     def refresh(now: Opened) -> list[Any]:
-        first, second = _box_labels(now.task)
+        first, second = box_labels(now.task)
         n_labels = min(len(now.task.labels), LABELS_SHOWN)
         labels = [gr.Label(value=None, num_top_classes=n_labels) for _ in range(1 + stage.has_pytorch)]
         return [
@@ -121,7 +120,7 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
 
     task = opened.task
     n_labels = min(len(task.labels), LABELS_SHOWN)
-    first, second = _box_labels(task)
+    first, second = box_labels(task)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             sentence1 = gr.Textbox(label=first, lines=3, placeholder="Write a sentence …", elem_id="sentence1")
@@ -198,7 +197,7 @@ def _results(comparison: Comparison, opened: Opened, *, is_over: bool = False) -
     ]
 
 
-def _box_labels(task: Task) -> tuple[str, str]:
+def box_labels(task: Task) -> tuple[str, str]:
     """Of the two text boxes; with the names of a task's columns where those say more."""
     if not task.is_pair:
         return "Sentence", "Second sentence"

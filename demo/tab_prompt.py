@@ -28,7 +28,7 @@ from demo.prompt import (
 )
 from demo.shipped import Choice
 from demo.stage import Setup, Stage
-from demo.tab_compare import EXAMPLES
+from demo.tab_compare import EXAMPLES, box_labels
 from export.bundle import FP32
 from train.adapter import Adapter
 from train.config import P_TUNING_V2
@@ -209,11 +209,9 @@ class _TextBoxes:
 
 
 def _text_boxes(task: Task) -> _TextBoxes:
+    labels = box_labels(task)
     if not task.is_pair:
-        return _TextBoxes(("Sentence", "Second sentence"), ("", ""))
-    labels = ("Sentence 1", "Sentence 2")
-    if task.text_columns != ("sentence1", "sentence2"):
-        labels = (f"Sentence 1: {task.text_columns[0]}", f"Sentence 2: {task.text_columns[1]}")
+        return _TextBoxes(labels, ("", ""))
     return _TextBoxes(labels, (EXAMPLES[0].sentence1, EXAMPLES[0].sentence2))
 
 

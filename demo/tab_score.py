@@ -187,8 +187,7 @@ def _build_endpoint(stage: Stage) -> None:
             precision: of the ONNX graph: fp32, fp16 or int8; empty for fp32
             pytorch: how PyTorch runs: eager, compiled or bf16; empty for eager
         """
-        default = stage.default()
-        setup = stage.setup(adapter or default.adapter, precision or default.onnx, pytorch or default.pytorch)
+        setup = stage.setup_or_default(adapter, precision, pytorch)
         upload = _read(stage, setup, file, text_columns, label_column)
         try:
             *_, last = label_upload(stage, setup, upload, cancelled=threading.Event())
