@@ -10,10 +10,14 @@ import random
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -844,6 +848,80 @@ def test_no_damage_changes_an_answer_without_a_word(
         damaged.damage(kind.record, flip(generator))
     assert damaged.outcomes["refused"] > FLIPS
     kind.load(damaged.folder)  # all damages are undone
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder's files and writes nothing to the terminal."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def content_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+DOWNLOADER = """
+import pathlib, sys, urllib.request
+address, folder, *names = sys.argv[1:]
+for name in names:
+    to = pathlib.Path(folder, name)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(f"{address}/{name}") as answer, to.open("wb") as file:
+        while True:
+            print(end=".", flush=True)
+            sys.stdin.read(1)
+            if not (chunk := answer.read(16384)):
+                break
+            file.write(chunk)
+            file.flush()
+"""
+"""Writes to the final names, as the simplest of tools do, and waits before each piece until it may go on."""
+
+
+@pytest.mark.parametrize("kind", [ADAPTERS, BUNDLES], ids=["adapter", "bundle"])
+def test_a_download_killed_at_any_time_is_refused_until_it_is_done_again(
+    kind: Kind, adapter: Folders, bundle: Folders, tmp_path: Path, soak: int
+) -> None:
+    source = (adapter if kind is ADAPTERS else bundle)("bert")
+    names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+    # What decides no answer comes first: the folder would be whole without it.
+    names.sort(key=lambda name: name not in kind.unhashed)
+    n_unhashed = sum(name in kind.unhashed for name in names)
+    moments = sum(-(-(source / name).stat().st_size // 16384) + 1 for name in names)
+    whole = {name: content_of(source / name) for name in names[n_unhashed:]}
+    generator, refusals = random.Random(f"download {kind.record}"), 0  # noqa: S311 -- test data
+    handler = partial(QuietHandler, directory=str(source))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for trial in range(KILLS * soak):
+            rest = names[n_unhashed:]
+            generator.shuffle(rest)
+            names[n_unhashed:] = rest
+            to = tmp_path / str(trial)
+            # One in each of as many equal spans, so that they lie everywhere.
+            pieces = int(moments * (trial + generator.random()) / (KILLS * soak))
+            words = [sys.executable, "-c", DOWNLOADER, f"http://127.0.0.1:{server.server_port}", str(to), *names]
+            with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as download:
+                assert download.stdin is not None
+                assert download.stdout is not None
+                for _ in range(pieces):
+                    assert download.stdout.read(1) == b"."
+                    download.stdin.write(b" ")
+                    download.stdin.flush()
+                assert download.stdout.read(1) == b"."
+                download.kill()
+            if {name: content_of(to / name) for name in names[n_unhashed:]} == whole:
+                kind.load(to)
+            else:
+                refusals += 1
+                with pytest.raises(kind.error, match=re.escape(str(to))):
+                    kind.load(to)
+            subprocess.run(words, input=b" " * moments, stdout=subprocess.DEVNULL, check=True)
+            kind.load(to)
+            assert all(content_of(to / name) == content_of(source / name) for name in names)
+        server.shutdown()
+    assert refusals >= 0.8 * KILLS * soak
 
 
 def set_deep(record: dict[str, Any], keys: tuple[str | int, ...], value: object) -> None:
