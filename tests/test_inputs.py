@@ -13,10 +13,13 @@ import httpx
 import numpy as np
 import pyarrow
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pyarrow import parquet
+from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 
 from demo.compare import MAX_CHARACTERS, check_text
 from demo.gate import API, MAX_BODY_BYTES
@@ -504,6 +507,29 @@ def test_any_address_is_answered(parts: list[str], start: str, visitor: httpx.Cl
     assert answer.status_code < 500, path
     if path[:2] != "/?" and path != "/":  # the page itself holds the code of its "Use it" tab
         assert "Traceback" not in answer.text
+
+
+def test_whatever_schemathesis_makes_of_an_endpoint_is_answered(page: Server) -> None:
+    schema = schemathesis.openapi.from_url(f"{page.wait_for_url().rstrip('/')}{API}/openapi.json")
+    asked = set()
+    for found in schema.get_all_operations():
+        assert isinstance(found, Ok), found
+        operation = found.ok()
+
+        # Its own pytest plugin uses a name that pytest 9 no longer has.
+        @settings(over_http)
+        @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
+        def ask(case: schemathesis.Case) -> None:
+            answer = case.call(timeout=2 * HANG_SECONDS)
+            assert answer.status_code < 500, answer.text[:500]
+            if not case.operation.path.endswith(
+                "/upload"
+            ):  # which gives the place where the file lies, as a name for it
+                assert not INSIDE.search(answer.text), answer.text[:500]
+
+        ask()
+        asked.add(operation.path.rpartition("/")[2])
+    assert asked >= {*ENDPOINTS, "upload"}
 
 
 def test_after_all_that_the_page_answers(page: Server, visitor: httpx.Client) -> None:
