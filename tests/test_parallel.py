@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +23,8 @@ Folders = Callable[[str], Path]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
 ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+    # With --cpu it would start one process, whatever their number; where there is no GPU, these two run on the CPU.
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
     *("--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no", "-m", "train"),
 ]
 EPOCHS = 3
@@ -46,9 +49,15 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def check_reported_once(log: str, out: Path) -> None:
-    """Each line stands there once, and not once for each process."""
+    """Two processes trained, and each line stands there once, not once for each of them."""
     last = f"epoch {EPOCHS}/{EPOCHS}  training loss"
-    for words in ("64 training and 40 validation rows", "learning ", last, f"{out}: seed 0, epoch "):
+    for words in (
+        "2 processes share each batch",
+        "64 training and 40 validation rows",
+        "learning ",
+        last,
+        f"{out}: seed 0, epoch ",
+    ):
         assert log.count(words) == 1, log
 
 
@@ -96,6 +105,34 @@ def test_accelerate_launch_gives_the_logits_of_one_process(base_model: Folders, 
     log = (tmp_path / "log").read_text()
     check_reported_once(log, double)
     assert largest_difference((single, double), base_model("roberta"), "roberta") < 1e-5
+
+
+def machine(rank: int, host: str, port: int) -> list[str]:
+    """What the README says to run on each of two machines, but for what is trained."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^ +(accelerate launch .*--num_machines 2.*) -m train", readme, flags=re.MULTILINE)
+    values = {"RANK": str(rank), "HOST": host, "PORT": str(port)}
+    _, _, *words = (values.get(word, word) for word in command.split())
+    return [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "train"]
+
+
+def test_two_machines_that_meet_by_an_address_give_the_logits_of_one_process(
+    base_model: Folders, data: Data, tmp_path: Path
+) -> None:
+    """Each has a launcher of its own, and they know nothing of each other but the address."""
+    single, double = tmp_path / "single", tmp_path / "double"
+    assert main(flags(base_model("bert"), data, single)) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    processes = [
+        start([*machine(rank, "127.0.0.1", port), *flags(base_model("bert"), data, double)], log)
+        for rank, log in enumerate(logs)
+    ]
+    assert [process.wait() for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
+    check_reported_once("".join(log.read_text() for log in logs), double)
+    assert largest_difference((single, double), base_model("bert"), "bert") < 1e-5
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_written(

@@ -152,6 +152,8 @@ def fit(
         trainable = sum(tensor.numel() for tensor in classifier.parameters() if tensor.requires_grad)
         total = sum(tensor.numel() for tensor in classifier.parameters())
         say(f"learning {trainable:,} of {total:,} parameters, seed {seed}")
+        if process_count() > 1:
+            say(f"{process_count()} processes share each batch")
 
     checkpoint = from_main_process(newest_checkpoint(checkpoints) if is_main_process() else None)
     if checkpoint is not None and not checkpoint.is_dir():
