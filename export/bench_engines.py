@@ -429,7 +429,8 @@ def measure(job: Job) -> Measured:
     predictions: dict[str, list[int]] = {}
     for name in job.cells:
         batches = [loaded.arrange(batch) for batch in inputs.cells[name]]
-        cells[name], logits = _time_passes(loaded.run, batches, job.plan)
+        passes = time_passes(loaded.run, batches, job.plan)
+        cells[name], logits = passes.timed, passes.logits
         if name in inputs.rows:
             order = np.concatenate(inputs.rows[name])
             classes = np.empty(len(order), np.int64)
@@ -451,10 +452,21 @@ def measure(job: Job) -> Measured:
     )
 
 
-def _time_passes(
-    run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], plan: Plan
-) -> tuple[Timed, list[np.ndarray]]:
-    """Time passes over the batches of a cell; with the logits of the first one."""
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Passes over the batches of a cell.
+
+    Attributes:
+        timed: how long they took.
+        logits: of the first one; of each batch float32, shape = (n_batch, n_labels)
+    """
+
+    timed: Timed
+    logits: list[np.ndarray]
+
+
+def time_passes(run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], plan: Plan) -> Passes:
+    """Time passes over the batches of a cell."""
 
     def one_pass() -> tuple[float, list[np.ndarray]]:
         start = time.perf_counter()
@@ -473,7 +485,7 @@ def _time_passes(
     end = time.perf_counter() + plan.budget_seconds
     while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
         latencies_ms.append(one_pass()[0])
-    return Timed(first_run_ms, tuple(latencies_ms)), logits
+    return Passes(Timed(first_run_ms, tuple(latencies_ms)), logits)
 
 
 def peak_memory_mib() -> float:

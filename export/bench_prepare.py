@@ -338,11 +338,11 @@ def _inputs(
     for shape in config.all_shapes:
         name, texts = str(shape), shape.batch_size
         cells.append(Cell(name, f"{texts} × {shape.length} tokens", texts, (shape,)))
-        batches[name] = [_random_batch(generator, shape, bundle)]
+        batches[name] = [random_batch(generator, shape, bundle)]
     expected: list[int] = []
     if config.file is None:
         shape = Shape(1, min(60, bundle.max_length))
-        calibration = [_random_batch(generator, shape, bundle) for _ in range(RANDOM_ROWS)]
+        calibration = [random_batch(generator, shape, bundle) for _ in range(RANDOM_ROWS)]
     else:
         from export.predict import in_batches
         from export.runtime import bundle_tokenizer
@@ -364,14 +364,14 @@ def _inputs(
             shapes = tuple(Shape(*batch["input_ids"].shape) for batch in batches[name])
             cells.append(Cell(name, f"{len(numbers)} rows of {config.file.name}, {what}", len(numbers), shapes))
         calibration = [tokenize([text]).arrays for text in texts_of_file[:CALIBRATION_ROWS]]
-    check = _random_batch(generator, Shape(3, min(24, bundle.max_length)), bundle)
+    check = random_batch(generator, Shape(3, min(24, bundle.max_length)), bundle)
     if not is_decoder:
         # PEFT's decoder pads on the other side, where its positions are other ones.
         check["attention_mask"] = np.tril(check["attention_mask"], k=check["attention_mask"].shape[1] // 2)
     return cells, Inputs(batches, rows, calibration, check, np.zeros(0)), expected
 
 
-def _random_batch(generator: np.random.Generator, shape: Shape, bundle: Bundle) -> Batch:
+def random_batch(generator: np.random.Generator, shape: Shape, bundle: Bundle) -> Batch:
     """Full rows of random ids, none of them padding's, which some models number differently."""
     size = (shape.batch_size, shape.length)
     ids = generator.integers(0, bundle.vocabulary_size, size)
