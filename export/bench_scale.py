@@ -235,8 +235,7 @@ def with_tasks(bundle: Bundle, n_tasks: int, folder: Path) -> Bundle:
     shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns(source.name, FILES.manifest))
     onnx.save(model, folder / source.name)
     tasks = [manifest["tasks"][number % len(bundle.tasks)] | {"name": f"task-{number}"} for number in range(n_tasks)]
-    graphs = [record | {"gates": []} for record in manifest["graphs"]]
-    finish_bundle(folder, content_of(manifest) | {"tasks": tasks, "graphs": graphs})
+    finish_bundle(folder, content_of(manifest) | {"tasks": tasks})
     return load_bundle(folder)
 
 
