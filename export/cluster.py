@@ -75,6 +75,7 @@ def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iter
         EngineError: nothing answers there, or Ray cannot be started.
     """
     ray = import_ray()
+    _reread_lock()
     if address is not None:
         _reach(address)
     folder = _short_folder() if address is None else None

@@ -430,8 +430,29 @@ class OutFolder:
                 f"--out {self.place} holds something that is no output of --engine ray. Choose a new or an empty folder."
             )
 
+    def refuse_another_run(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse to go on with what lies there where it was not this very run.
+
+        Raises:
+            UsageError: it was another one, or its record is damaged.
+        """
+        if not self._holds_run():
+            return
+        with self._writing():
+            content = self._read(self._RUN)
+        try:
+            before = json.loads(content)
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise UsageError(
+                f"{self.place.name(self._path(self._RUN))} holds no JSON object. Start anew: leave --resume out and add "
+                "--overwrite."
+            )
+        refuse_another_run(self.place, before, fingerprint)
+
     def prepare(self, fingerprint: Mapping[str, Any], *, resume: bool) -> "OutFolder":
-        """Make the folder, or check that the run in it is this very one; an older output ends here.
+        """Make the folder; an older output or, without ``resume``, an older run in it ends here.
 
         Args:
             fingerprint: what decides the output's bytes. Plain JSON.
@@ -440,33 +461,21 @@ class OutFolder:
             The folder as the workers need it
 
         Raises:
-            UsageError: with ``resume``, it was another run or its record is damaged; or nothing can be written there.
+            UsageError: nothing can be written there.
         """
         content = json.dumps(fingerprint, sort_keys=True).encode()
-        folder = OutFolder(self.place, hashlib.sha256(content).hexdigest())
-        with self._writing():
-            is_there = self.place.filesystem.get_file_info(self._path(self._RUN)).is_file
-            if resume and is_there:
-                refuse_another_run(Path(str(self.place)), self._read_run(), fingerprint)
-            else:
+        if not (resume and self._holds_run()):
+            with self._writing():
                 # Records bear the name of their run, so this one never takes an older one's. _SUCCESS goes before the
                 # parts, and _run.json is there by then: at no moment half an output counts as whole or as nobody's.
                 self._put(self._RUN, content)
                 self._delete(lambda name: name == self._SUCCESS)
                 self._delete(lambda name: name != self._RUN)
-        return folder
+        return OutFolder(self.place, hashlib.sha256(content).hexdigest())
 
-    def _read_run(self) -> dict[str, Any]:
-        try:
-            before = json.loads(self._read(self._RUN))
-        except ValueError as cause:
-            before = cause
-        if not isinstance(before, dict):
-            raise UsageError(
-                f"{self.place.name(self._path(self._RUN))} holds no JSON object. Start anew: leave --resume out and add "
-                "--overwrite."
-            )
-        return before
+    def _holds_run(self) -> bool:
+        with self._writing():
+            return bool(self.place.filesystem.get_file_info(self._path(self._RUN)).is_file)
 
     def find(self, block: Block) -> FoundPart | None:
         """The part of a block that this run has written before and whose every byte is there, or None."""

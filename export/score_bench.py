@@ -29,7 +29,48 @@ from train.tasks import Task
 ROOT = Path(__file__).parent.parent
 """The repository, from which the command is started."""
 
-WORDS = ["the", "company", "said", "it", "will", "buy", "shares", "of", "stock", "in", "new", "york", "on", "monday", "after", "market", "close", "and", "sell", "them", "for", "more", "money", "next", "year", "while", "police", "found", "no", "one", "at", "home", "who", "knew", "what", "happened", "to", "that", "old", "man"]
+WORDS = [
+    "the",
+    "company",
+    "said",
+    "it",
+    "will",
+    "buy",
+    "shares",
+    "of",
+    "stock",
+    "in",
+    "new",
+    "york",
+    "on",
+    "monday",
+    "after",
+    "market",
+    "close",
+    "and",
+    "sell",
+    "them",
+    "for",
+    "more",
+    "money",
+    "next",
+    "year",
+    "while",
+    "police",
+    "found",
+    "no",
+    "one",
+    "at",
+    "home",
+    "who",
+    "knew",
+    "what",
+    "happened",
+    "to",
+    "that",
+    "old",
+    "man",
+]
 
 FILES = 8
 GROUP_ROWS = 50_000

@@ -111,7 +111,7 @@ class _Job:
         task: with the data set's columns.
         is_labelled: whether the rows have labels.
         options: as the user gave them.
-        threads: of a worker.
+        threads: of a worker; how many is known once the cluster is.
     """
 
     data_set: DataSet
@@ -124,7 +124,7 @@ class _Job:
     task: Task
     is_labelled: bool
     options: ScoreOptions
-    threads: int
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,18 @@ def score_data_set(config: RayScoreConfig) -> RayLabelled:
     columns = data_set.schema.names
     check_columns(data_set.name(0), columns, task, needs_labels=config.label_column is not None)
     refuse_clash(source, columns, task, all_probabilities=config.all_probabilities)
+    job = _plan(config, bundle, task, data_set, folder)
+    fingerprint = _fingerprint(job)
+    if config.resume:
+        folder.refuse_another_run(fingerprint)
     with ray_cluster(config.address) as cluster:
         layout = _lay_out(cluster, config)
-        job = _plan(config, bundle, task, data_set, folder, threads=layout.threads)
         _inspect(job)
-        fingerprint = _fingerprint(job)
-        job = replace(job, folder=folder.prepare(fingerprint, resume=config.resume))
-        labelled = _label(job, layout, bundle)
+        folder = folder.prepare(fingerprint, resume=config.resume)
+        labelled = _label(replace(job, folder=folder, threads=layout.threads), layout, bundle)
         if find_data_set(source, out).fingerprint != data_set.fingerprint:
             raise DataError(f"{source} changed while it was read. Start anew with --overwrite.")
-        _finish(job.folder, fingerprint, labelled)
+        _finish(folder, fingerprint, labelled)
     return labelled.summary
 
 
@@ -224,8 +226,6 @@ def _plan(
     task: Task,
     data_set: DataSet,
     folder: OutFolder,
-    *,
-    threads: int,
 ) -> _Job:
     return _Job(
         data_set=data_set,
@@ -243,7 +243,6 @@ def _plan(
                 name: getattr(config, name) for name in (item.name for item in fields(ScoreOptions))
             }  # without the places
         ),
-        threads=threads,
     )
 
 
