@@ -410,9 +410,9 @@ class OutFolder:
         from pyarrow import fs
 
         with self._writing():
-            kind = self.place.filesystem.get_file_info(self.place.path).type
-            there = {PurePosixPath(info.path).name for info in self._files(recursive=False)}
-        if kind == fs.FileType.File:
+            is_file = self.place.filesystem.get_file_info(self.place.path).type == fs.FileType.File
+            there = set() if is_file else {PurePosixPath(info.path).name for info in self._files(recursive=False)}
+        if is_file:
             raise UsageError(f"--out {self.place} is a file. --engine ray writes a folder of Parquet files: name one.")
         if self._SUCCESS in there:
             if not overwrite:

@@ -36,6 +36,9 @@ Rows = list[dict[str, Any]]
 
 LABELS = MRPC.labels
 
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+"""On every machine of the cluster; the endpoint goes from the command to the workers."""
+
 CLUSTER = """
 import sys
 from export.cluster import ray_cluster
@@ -49,7 +52,7 @@ with ray_cluster(num_cpus=2) as cluster:
 def address() -> Iterator[str]:
     """A cluster in a process of its own, so that commands can come and go; the token keeps everybody else out."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (ON_CPU | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}).items():
+        for name, value in (ON_CPU | S3_KEYS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}).items():
             patch.setenv(name, value)
         command = [sys.executable, "-c", CLUSTER]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -176,18 +179,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[fs.S3FileSystem]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    # Of the workers too, which were started without them: only the endpoint goes along with the file system.
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name, value in (("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s"), ("AWS_REGION", "us-east-1")):
+    for name, value in S3_KEYS.items():
         monkeypatch.setenv(name, value)
-    filesystem = fs.S3FileSystem(
-        access_key="k",
-        secret_key="s",
-        region="us-east-1",
-        endpoint_override=f"{host}:{port}",
-        scheme="http",
-        allow_bucket_creation=True,
-    )
+    filesystem = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
     filesystem.create_dir("data")
     yield filesystem
     server.stop()
@@ -233,7 +228,7 @@ def test_a_task_of_several_from_s3_to_s3(
     words = ray_words(shared, "s3://data/pairs", "s3://data/labelled", "--task", "other", "--address", address)
     assert "s3://data/labelled is there already" in refusal(words)
     words[2] = "s3://data/nothing"
-    assert "s3://data/nothing: there is no such file or folder" in refusal(words)
+    assert "s3://data/nothing: there is no such file or folder" in refusal([*words, "--overwrite"])
 
 
 # Killed.
