@@ -67,7 +67,7 @@ def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iter
     SIGTERM ends the block by `SystemExit`, so that nothing stays behind; Ctrl-C by `KeyboardInterrupt`, as ever.
 
     Args:
-        address: HOST:PORT, ``ray://HOST:PORT`` or "auto"; None to start a cluster.
+        address: HOST:PORT of its head or "auto"; None to start a cluster.
         num_cpus: how many CPUs one that is started may use; by default all that this process may.
 
     Raises:
@@ -110,8 +110,8 @@ def _reach(address: str) -> None:
     """Refuse an address at which nothing listens: Ray itself would try for minutes."""
     if address == "auto":
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
         raise UsageError(f'--address {address}: give HOST:PORT of a Ray cluster\'s head, or "auto".')
     try:
         trouble = _greet(host, int(port))
@@ -164,6 +164,7 @@ def _connect(ray: Any, address: str | None, num_cpus: int | None, folder: Path |
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address is None:
         settings |= {
+            "address": "local",  # whatever RAY_ADDRESS says
             "num_cpus": num_cpus or _usable_cores(),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_MIB * MIB,

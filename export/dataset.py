@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -262,7 +263,7 @@ def _read_footer(place: Place, info: "fs.FileInfo") -> _Footer:
         with place.filesystem.open_input_file(info.path) as stream, open_parquet(stream, name) as opened:
             metadata = opened.metadata
             sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-            starts = tuple(sum(sizes[:index]) for index in range(len(sizes)))
+            starts = tuple(accumulate(sizes[:-1], initial=0)) if sizes else ()
             schema = opened.schema_arrow
     except (pyarrow.ArrowException, OSError) as cause:
         raise unreadable_parquet(name, 0, cause) from cause

@@ -37,6 +37,7 @@ from export.labelling import (
     refuse_clash,
 )
 from export.memory import peak_memory_mib
+from export.parts import pairs_met
 from export.predict import count_pairs, score_counts
 from export.runtime import CPU, OnnxClassifier, best_precision
 from export.strangers import try_bundle
@@ -238,11 +239,8 @@ def _plan(
         engine=_engine(),
         task=task,
         is_labelled=not config.no_labels and task.label_column in data_set.schema.names,
-        options=ScoreOptions(
-            **{
-                name: getattr(config, name) for name in (item.name for item in fields(ScoreOptions))
-            }  # without the places
-        ),
+        # Without the places, which have their own entries.
+        options=ScoreOptions(**{item.name: getattr(config, item.name) for item in fields(ScoreOptions)}),
     )
 
 
@@ -349,7 +347,7 @@ class _Labeller:
             )
             sink = pyarrow.BufferOutputStream()
             write_parquet(sink, chunk, labelled.added, chunk.arrow.schema)
-            counts = [[int(i), int(j), int(labelled.counts[i, j])] for i, j in np.argwhere(labelled.counts)]
+            counts = pairs_met(labelled.counts)
             found = job.folder.add(block, sink.getvalue(), texts_cut=labelled.texts_cut, counts=counts)
         return _Outcome(
             number=block.number,
