@@ -86,7 +86,7 @@ def parse_place(text: str, flag: str) -> Place:
             raise UsageError(f"{flag} {text}: give a path, or {S3}BUCKET/KEY.")
         return Place(fs.LocalFileSystem(), Path(text).absolute().as_posix(), "")
     path = text.removeprefix(S3).rstrip("/")
-    if not path or path.startswith("/"):
+    if not path or path.startswith("/") or _WILDCARD.search(path.partition("/")[0]):
         raise UsageError(f"{flag} {text}: give {S3}BUCKET/KEY.")
     # Workers on other machines get the endpoint with the file system; keys they find as every AWS program does.
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
@@ -185,7 +185,7 @@ def find_data_set(place: Place, out: Place) -> DataSet:
 
     Raises:
         DataError: there are none, one cannot be read or has other columns than the first, or none has rows.
-        UsageError: one of them lies in the output.
+        UsageError: the output would lie among them.
     """
     import pyarrow
 
@@ -193,9 +193,8 @@ def find_data_set(place: Place, out: Place) -> DataSet:
         found = _list(place)
     except (OSError, pyarrow.ArrowException) as cause:
         raise DataError(f"--in {place} cannot be read ({first_line(cause)}).") from cause
-    inside = [info.path for info in found if out.scheme == place.scheme and info.path.startswith(f"{out.path}/")]
-    if inside:
-        raise UsageError(f"--out {out} holds {place.name(inside[0])}, which is read. Choose another folder.")
+    if out.scheme == place.scheme and _lists(place, f"{out.path}/{part_name(0)}"):
+        raise UsageError(f"--out {out} lies where --in {place} is read. Choose another folder.")
     with ThreadPoolExecutor(_LISTING_THREADS) as threads:
         # In order, so that of several broken files always the first is named.
         opened = list(threads.map(lambda info: _read_footer(place, info), found))
@@ -210,6 +209,13 @@ def find_data_set(place: Place, out: Place) -> DataSet:
     if not data_set.rows:
         raise DataError(f"--in {place} has no rows. Give files with at least one text.")
     return data_set
+
+
+def _lists(place: Place, path: str) -> bool:
+    """Whether a file would be among those that a folder or a pattern stands for."""
+    # From the root on, so that a pattern stands for whole paths.
+    is_match = PurePosixPath("/", path).match(f"/{place.path.lstrip('/')}")
+    return path.startswith(f"{place.path}/") or (_WILDCARD.search(place.path) is not None and is_match)
 
 
 def _list(place: Place) -> "list[fs.FileInfo]":
@@ -231,9 +237,7 @@ def _list(place: Place) -> "list[fs.FileInfo]":
     for info in infos:
         below = PurePosixPath(info.path).relative_to(base or "/").parts
         is_hidden = any(part.startswith(("_", ".")) for part in below)
-        # From the root on, so that a pattern stands for whole paths.
-        matches = wildcard is None or PurePosixPath("/", info.path).match(f"/{place.path.lstrip('/')}")
-        if info.type == fs.FileType.File and matches and not is_hidden:
+        if info.type == fs.FileType.File and _lists(place, info.path) and not is_hidden:
             found.append(info)
     data = sorted((info for info in found if info.path.endswith(SUFFIX)), key=lambda info: str(info.path))
     if not data:

@@ -141,8 +141,7 @@ class _Outcome:
         n_bytes: of its part.
         texts_cut: as in `PartRecord`.
         counts: as in `PartRecord`.
-        worker: a name for the process.
-        peak_mib: its largest resident size so far.
+        peak_mib: the worker's largest resident size so far.
     """
 
     number: int
@@ -153,7 +152,6 @@ class _Outcome:
     n_bytes: int = 0
     texts_cut: int = 0
     counts: Sequence[Sequence[int]] = ()
-    worker: str = ""
     peak_mib: float = 0.0
 
     def error(self) -> PromptfoldError:
@@ -356,7 +354,6 @@ class _Labeller:
             n_bytes=found.n_bytes,
             texts_cut=found.record.texts_cut,
             counts=found.record.counts,
-            worker=f"{platform.node()}:{os.getpid()}",
             peak_mib=peak_memory_mib(),
         )
 

@@ -429,8 +429,11 @@ def test_no_row_is_labelled_by_another_model(
         ("--in {tmp}/empty.parquet --out {tmp}/new", "has no rows"),
         ("--in http://here/x --out {tmp}/new", "--in http://here/x: give a path, or s3://BUCKET/KEY"),
         ("--in s3:// --out {tmp}/new", "give s3://BUCKET/KEY"),
+        ("--in s3://*/x --out {tmp}/new", "give s3://BUCKET/KEY"),
         ("--in {in} --out {tmp}/done", "is there already, and whole. Add --overwrite"),
-        ("--in {tmp}/done/*.parquet --out {tmp}/done --overwrite", "which is read. Choose another folder"),
+        ("--in {tmp}/done/*.parquet --out {tmp}/done --overwrite", "is read. Choose another folder"),
+        ("--in {in} --out {in}/new", "is read. Choose another folder"),
+        ("--in {tmp}/i*/*/*.parquet --out {in}/new", "there is no such file"),
     ],
 )
 def test_a_wrong_flag_ends_with_one_sentence_and_costs_nothing(
