@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from export.memory import peak_memory_mib
+
 CPU, CUDA = "cpu", "cuda"
 
 PEFT, PLAIN, OPENVINO, OURS = "peft", "plain", "openvino", "ours"
@@ -486,20 +488,6 @@ def time_passes(run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], pl
     while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
         latencies_ms.append(one_pass()[0])
     return Passes(Timed(first_run_ms, tuple(latencies_ms)), logits)
-
-
-def peak_memory_mib() -> float:
-    """The largest resident size of this process so far."""
-    try:
-        # Linux's getrusage begins with what the parent had when it forked; this figure begins with the program.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-    except (OSError, IndexError, ValueError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Kilobytes, but bytes on macOS.
-        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def calibrate(job: Job) -> None:

@@ -41,6 +41,11 @@ class PartRecord:
     sha256: str
 
 
+def pairs_met(counts: np.ndarray) -> list[list[int]]:
+    """The counts of a `PartRecord` from what `count_pairs` gives."""
+    return [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
+
+
 class Parts:
     """The folder OUT.partial with the finished chunks."""
 
@@ -113,8 +118,7 @@ class Parts:
             write(new)
             sync_path(new)
             new.rename(path)
-            met = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
-            record = PartRecord(rows=rows, texts_cut=cut, counts=met, sha256=sha256_of_file(path))
+            record = PartRecord(rows=rows, texts_cut=cut, counts=pairs_met(counts), sha256=sha256_of_file(path))
             self._write_json(path.with_suffix(".json"), asdict(record))
         return record
 

@@ -11,20 +11,33 @@ Where the file holds true labels, the task's metrics are printed too; the last l
 one JSON document. Memory does not grow with the file: a first pass reads every row and refuses the first one
 that cannot be used, before anything is computed; the second labels chunk after chunk. Each finished chunk is
 kept in G.partial until the last is done (``--resume``). Needs neither torch nor transformers.
+
+With ``--engine ray`` a data set of many Parquet files is labelled on a cluster (`export.score_ray`).
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.bundle import FILES, load_bundle
+from export.labelling import (
+    CHUNK_ROWS,
+    NO_LABELS,
+    Labelled,
+    ScoreOptions,
+    check_columns,
+    check_texts,
+    label_chunk,
+    label_indices,
+    refuse_clash,
+)
 from export.parts import PartRecord, Parts
-from export.predict import Classified, classify, count_pairs, score_counts
+from export.predict import count_pairs, score_counts
 from export.runtime import OnnxClassifier
 from export.strangers import try_bundle
 from export.tables import Chunk, merge_types, parquet_schema, read_chunks, write_part
@@ -32,56 +45,23 @@ from train.console import Parser, names, run_main, say
 from train.data import FILE_TYPES
 from train.errors import DataError, UsageError
 from train.files import sha256_of_file
-from train.tasks import Scores, Task
+from train.tasks import Task
 
 if TYPE_CHECKING:
     import pyarrow
 
-CHUNK_ROWS = 8192
-"""Rows in memory at a time, and lost at most when a run is killed."""
 
-PREDICTION = "prediction"
-PROBABILITY = "probability"
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ScoreOptions):
     """What shall be labelled, and how.
 
     Attributes:
-        bundle: folder that `python -m export` wrote.
         source: the file to label.
         out: the file to write.
-        task: name of the task, where the bundle holds several.
-        text_columns: the file's, where they are not named as in training.
-        label_column: the same of its labels.
-        no_labels: whether to leave labels unread.
-        all_probabilities: whether to write the probability of every label.
-        batch_size: texts in one run of the graph.
-        chunk_rows: rows in memory at a time.
-        threads: on the CPU; None for all usable cores.
-        resume: whether to go on with what an interrupted run left.
-        overwrite: whether to replace an older output.
-        public_key: the bundle must be signed with its private key.
-        untrusted: whether to open the bundle in a process of its own first (`export.strangers.try_bundle`), and to run
-            on the CPU, as it did there.
     """
 
-    bundle: Path
     source: Path
     out: Path
-    task: str | None = None
-    text_columns: tuple[str, ...] = ()
-    label_column: str | None = None
-    no_labels: bool = False
-    all_probabilities: bool = False
-    batch_size: int = 32
-    chunk_rows: int = CHUNK_ROWS
-    threads: int | None = None
-    resume: bool = False
-    overwrite: bool = False
-    public_key: Path | None = None
-    untrusted: bool = False
 
 
 # The first pass: every row is looked at before anything is computed.
@@ -106,47 +86,6 @@ class Inspected:
     schema: "pyarrow.Schema | None"
 
 
-NO_LABELS = "add --no-labels"
-
-
-def label_indices(chunk: Chunk, task: Task, file: object, *, unread: str = NO_LABELS) -> list[int]:
-    """The class indices of a chunk's labels.
-
-    Args:
-        file: its name, for a complaint.
-        unread: what to do so that labels are left unread, for the same.
-
-    Raises:
-        DataError: a row has another one.
-    """
-    known = task.known_labels
-    indices: list[int] = []
-    for row, label in enumerate(chunk.column(task.label_column)):
-        index = None if label is None else known.get(str(label))
-        if index is None:
-            raise DataError(
-                f"{file}, {chunk.place(row)}: label {label!r:.80} in column {task.label_column!r} is none of task "
-                f"{task.name}'s ({task.label_choices}). Mend or drop the row, or {unread} to leave labels unread."
-            )
-        indices.append(index)
-    return indices
-
-
-def check_texts(chunk: Chunk, task: Task, file: object) -> None:
-    """Refuse a row without text.
-
-    Args:
-        file: its name, for a complaint.
-
-    Raises:
-        DataError: there is one.
-    """
-    for name in task.text_columns:
-        for row, text in enumerate(chunk.column(name)):
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{file}, {chunk.place(row)}: column {name!r} holds no text. Mend or drop the row.")
-
-
 def inspect_file(config: ScoreConfig, task: Task) -> Inspected:
     """Read the file once and refuse the first row that cannot be used.
 
@@ -166,7 +105,7 @@ def inspect_file(config: ScoreConfig, task: Task) -> Inspected:
         rows += len(chunk)
         columns = chunk.columns
         if is_first:
-            _check_columns(file, columns, task, needs_labels=config.label_column is not None)
+            check_columns(file, columns, task, needs_labels=config.label_column is not None)
         check_texts(chunk, task, file)
         was_labelled = task.label_column in types
         if wants_labels and (was_labelled or task.label_column in columns):
@@ -189,62 +128,7 @@ def inspect_file(config: ScoreConfig, task: Task) -> Inspected:
     )
 
 
-def _check_columns(file: Path, columns: Sequence[str], task: Task, *, needs_labels: bool) -> None:
-    wanted = dict.fromkeys(task.text_columns, "--text-columns")
-    if needs_labels:
-        wanted[task.label_column] = "--label-column"
-    for name, flag in wanted.items():
-        if name not in columns:
-            raise DataError(f"{file} has no column {name!r}; it has {', '.join(columns)}. Name the right one: {flag}.")
-
-
 # The second pass, and what surrounds both.
-
-
-def new_columns(classified: Classified, *, all_probabilities: bool) -> dict[str, list[Any]]:
-    """The columns that are added, by name."""
-    columns: dict[str, list[Any]] = {
-        PREDICTION: classified.predictions,
-        PROBABILITY: classified.best_probabilities.tolist(),
-    }
-    if all_probabilities:
-        columns |= {
-            name: classified.probabilities[:, index].tolist()
-            for index, name in enumerate(_probability_columns(classified.labels))
-        }
-    return columns
-
-
-def _probability_columns(labels: Iterable[str]) -> list[str]:
-    return [f"{PROBABILITY}_{label}" for label in labels]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """What a run did.
-
-    Attributes:
-        rows: in the file.
-        rows_resumed: how many of them an earlier run had labelled.
-        parts: in how many chunks.
-        seconds: spent on the others; loading the bundle and the first pass are left out.
-        texts_cut: how many texts were longer than the model reads and lost their end.
-        scores: where the file has labels.
-        max_length: how many tokens the model reads.
-    """
-
-    rows: int
-    rows_resumed: int
-    parts: int
-    seconds: float
-    texts_cut: int
-    scores: Scores | None
-    max_length: int
-
-    @property
-    def rows_per_second(self) -> float:
-        """Of the rows that this run labelled."""
-        return (self.rows - self.rows_resumed) / self.seconds
 
 
 def score_file(config: ScoreConfig) -> Labelled:
@@ -266,7 +150,7 @@ def score_file(config: ScoreConfig) -> Labelled:
     )
     before = _state(config.source)
     found = inspect_file(config, task)
-    _refuse_clash(config, found, task)
+    refuse_clash(config.source, found.columns, task, all_probabilities=config.all_probabilities)
     classifier = OnnxClassifier(
         bundle, task=config.task, threads=config.threads, use_cuda=False if config.untrusted else None
     )
@@ -291,13 +175,7 @@ def _check_files(config: ScoreConfig) -> None:
         _check_out(config)
     except OSError as cause:
         raise UsageError(f"--out {config.out} cannot be used ({cause.strerror or cause}). Choose another.") from cause
-    for flag, number in (("--batch-size", config.batch_size), ("--chunk-rows", config.chunk_rows)):
-        if number < 1:
-            raise UsageError(f"{flag} {number}: give a whole number of at least 1.")
-    if config.threads is not None and config.threads < 1:
-        raise UsageError(f"--threads {config.threads}: give a whole number of at least 1.")
-    if config.no_labels and config.label_column is not None:
-        raise UsageError("--no-labels and --label-column exclude each other. Give one of them.")
+    config.check()
 
 
 def _check_source(file: Path) -> None:
@@ -319,15 +197,6 @@ def _check_out(config: ScoreConfig) -> None:
         raise UsageError(f"--out {config.out} is the file that is read. Choose another name.")
     if os.path.lexists(config.out) and not config.overwrite:
         raise UsageError(f"--out {config.out} is there already. Add --overwrite to replace it, or choose another name.")
-
-
-def _refuse_clash(config: ScoreConfig, found: Inspected, task: Task) -> None:
-    names = [PREDICTION, PROBABILITY, *(_probability_columns(task.labels) if config.all_probabilities else ())]
-    taken = [name for name in names if name in found.columns]
-    if taken:
-        raise DataError(
-            f"{config.source} has a column {taken[0]!r} already, and one of that name would be added. Rename or drop it first."
-        )
 
 
 def _state(file: Path) -> tuple[int, int, int]:
@@ -398,32 +267,62 @@ class _Run:
         )
 
     def _label_chunk(self, number: int, chunk: Chunk, report: Callable[[int], object]) -> PartRecord:
-        texts = list(zip(*(chunk.column(name) for name in self.task.text_columns), strict=True))
-        classified = classify(self.classifier, texts, batch_size=self.config.batch_size, report=report)
-        expected = label_indices(chunk, self.task, self.config.source) if self.found.is_labelled else []
-        counts = count_pairs(self.task, expected, classified.indices if expected else [])
-        added = new_columns(classified, all_probabilities=self.config.all_probabilities)
+        labelled = label_chunk(
+            self.classifier,
+            chunk,
+            self.task,
+            self.config.source,
+            is_labelled=self.found.is_labelled,
+            batch_size=self.config.batch_size,
+            all_probabilities=self.config.all_probabilities,
+            report=report,
+        )
         return self.parts.add(
             number,
-            lambda path: write_part(path, chunk, added, columns=self.found.columns, schema=self.found.schema),
+            lambda path: write_part(path, chunk, labelled.added, columns=self.found.columns, schema=self.found.schema),
             rows=len(chunk),
-            cut=int(classified.cut.sum()),
-            counts=counts,
+            cut=labelled.texts_cut,
+            counts=labelled.counts,
         )
 
 
 def _command(argv: Sequence[str] | None) -> None:
     parser = Parser(
         prog="python -m export.score",
-        description="Label a CSV, JSON lines or Parquet file of any size with ONNX Runtime; the last line is JSON.",
+        description="Label a CSV, JSON lines or Parquet file of any size with ONNX Runtime, or a folder of Parquet files "
+        "on a Ray cluster; the last line is JSON.",
         epilog="example: python -m export.score bundles/minilm-mrpc --in pairs.csv --out labelled.parquet",
     )
     suffixes = ", ".join(FILE_TYPES)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `python -m export` wrote")
     parser.add_argument(
-        "--in", dest="source", type=Path, required=True, metavar="F", help=f"file to label ({suffixes})"
+        "--in",
+        dest="source",
+        required=True,
+        metavar="F",
+        help=f"file to label ({suffixes}); with --engine ray a .parquet file, a folder or a quoted pattern of them, or "
+        "s3://BUCKET/KEY",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="G", help=f"file to write ({suffixes})")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="G",
+        help=f"file to write ({suffixes}); with --engine ray a folder, or s3://BUCKET/KEY",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: one process on this machine; ray: Ray Data, on a cluster (default: local)",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="with --engine ray: of the cluster (default: start one on this machine)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="with --engine ray: processes that hold the model (default: one a CPU of the cluster)",
+    )
     parser.add_argument("--task", metavar="NAME", help="which task, where the bundle holds several")
     parser.add_argument(
         "--text-columns",
@@ -444,7 +343,9 @@ def _command(argv: Sequence[str] | None) -> None:
         default=CHUNK_ROWS,
         help=f"rows in memory at a time, and lost at most when the run is killed (default: {CHUNK_ROWS})",
     )
-    parser.add_argument("--threads", type=int, help="threads on the CPU (default: all usable cores)")
+    parser.add_argument(
+        "--threads", type=int, help="threads on the CPU, of each worker (default: all usable cores, shared out)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run left beside --out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older --out, or start an interrupted run anew"
@@ -460,34 +361,45 @@ def _command(argv: Sequence[str] | None) -> None:
         action="store_true",
         help="open the bundle in a process of its own first, under limits of memory and time, and run it on the CPU",
     )
-    config = ScoreConfig(**vars(parser.parse_args(argv)))
-
-    try:
-        labelled = score_file(config)
-    except KeyboardInterrupt:
-        if Parts(config.out).folder.is_dir():
-            print("What is done is kept: add --resume to go on.", file=sys.stderr)
-        raise
+    options = vars(parser.parse_args(argv))
+    out = str(options["out"])
+    labelled = _run_ray(options) if options.pop("engine") == "ray" else _run_local(options)
     say(
-        f"{config.out}: {labelled.rows} rows, {labelled.rows - labelled.rows_resumed} of them labelled in "
+        f"{out}: {labelled.rows} rows, {labelled.rows - labelled.rows_resumed} of them labelled in "
         f"{labelled.seconds:.1f} s ({labelled.rows_per_second:.0f} rows/s)"
     )
     if labelled.texts_cut:
         say(f"{labelled.texts_cut} texts are longer than {labelled.max_length} tokens and lost their end")
     if labelled.scores is not None:
         say(f"against the file's labels: {labelled.scores}")
-    say(
-        json.dumps(
-            {
-                "rows": labelled.rows,
-                "seconds": labelled.seconds,
-                "rows_per_second": labelled.rows_per_second,
-                "texts_cut": labelled.texts_cut,
-                "scores": labelled.scores.values if labelled.scores is not None else None,
-                "out": str(config.out),
-            }
-        )
-    )
+    say(json.dumps(labelled.document(out)))
+
+
+def _run_local(options: dict[str, Any]) -> Labelled:
+    for name in ("address", "workers"):
+        if options.pop(name) is not None:
+            raise UsageError(f"--{name} is for --engine ray. Leave it out, or add that.")
+    config = ScoreConfig(**options | {name: Path(options[name]) for name in ("source", "out")})
+    try:
+        return score_file(config)
+    except KeyboardInterrupt:
+        if Parts(config.out).folder.is_dir():
+            print(_KEPT, file=sys.stderr)
+        raise
+
+
+def _run_ray(options: dict[str, Any]) -> Labelled:
+    # With it comes Ray, which nothing else here needs.
+    from export.score_ray import RayScoreConfig, score_data_set
+
+    try:
+        return score_data_set(RayScoreConfig(**options))
+    except KeyboardInterrupt:
+        print(_KEPT, file=sys.stderr)
+        raise
+
+
+_KEPT = "What is done is kept: add --resume to go on."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from train.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow import parquet
 
 Row = dict[str, Any]
 
@@ -222,25 +223,56 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
 
 def _read_parquet(file: Path, chunk_rows: int) -> Iterator[Chunk]:
     import pyarrow
-    from pyarrow import parquet
 
     start = 0
     try:
-        # With buffer_size a row group is read piece by piece, however large it is.
-        with parquet.ParquetFile(
-            file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
-        ) as opened:
-            names = opened.schema_arrow.names
-            twice = _twice(names)
-            if twice:
-                raise DataError(f"{file} has two columns {twice[0]!r}. Rename one.")
-            for batch in opened.iter_batches(batch_size=chunk_rows):
-                batch.validate(full=True)  # Parquet's own reader takes any bytes for UTF-8
+        with open_parquet(file, file) as opened:
+            for batch in parquet_batches(opened, chunk_rows):
                 yield ArrowChunk(start, pyarrow.Table.from_batches([batch]))
                 start += len(batch)
     except (pyarrow.ArrowException, OSError) as cause:
-        after = f" after row {start}" if start else ""
-        raise DataError(f"{file} cannot be read as parquet{after} ({first_line(cause)}). Write it anew.") from cause
+        raise unreadable_parquet(file, start, cause) from cause
+
+
+def open_parquet(source: Any, file: object) -> "parquet.ParquetFile":
+    """Open a Parquet file so that a row group is read piece by piece, however large it is.
+
+    Args:
+        source: a path or an open file.
+        file: its name, for a complaint.
+
+    Raises:
+        DataError: two of its columns have one name.
+        pyarrow.ArrowException, OSError: it cannot be read.
+    """
+    from pyarrow import parquet
+
+    # The pieces are of buffer_size.
+    opened = parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+    twice = _twice(opened.schema_arrow.names)
+    if twice:
+        opened.close()
+        raise DataError(f"{file} has two columns {twice[0]!r}. Rename one.")
+    return opened
+
+
+def parquet_batches(
+    opened: "parquet.ParquetFile", batch_rows: int, row_groups: Sequence[int] | None = None
+) -> Iterator["pyarrow.RecordBatch"]:
+    """The rows of a Parquet file, or of some of its row groups, each proved to be what its type says.
+
+    Raises:
+        pyarrow.ArrowException, OSError: they cannot be read.
+    """
+    for batch in opened.iter_batches(batch_size=batch_rows, row_groups=row_groups):
+        batch.validate(full=True)  # Parquet's own reader takes any bytes for UTF-8
+        yield batch
+
+
+def unreadable_parquet(file: object, rows_read: int, cause: BaseException) -> DataError:
+    """The complaint about a Parquet file that cannot be read on."""
+    after = f" after row {rows_read}" if rows_read else ""
+    return DataError(f"{file} cannot be read as parquet{after} ({first_line(cause)}). Write it anew.")
 
 
 # Rows out.
@@ -341,7 +373,7 @@ def write_part(
     """
     if path.suffix == ".parquet":
         assert schema is not None
-        _write_parquet(path, chunk, added, schema)
+        write_parquet(path, chunk, added, schema)
         return
     rows = [
         {name: _plain(value) for name, value in row.items()} | dict(zip(added, values, strict=True))
@@ -410,7 +442,17 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _write_parquet(path: Path, chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "pyarrow.Schema") -> None:
+def write_parquet(sink: Any, chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "pyarrow.Schema") -> None:
+    """Write a chunk and the columns that are added to it as one Parquet row group.
+
+    Args:
+        sink: a path or an open file.
+        added: as for `write_part`.
+        schema: of the chunk's own columns.
+
+    Raises:
+        DataError: a value does not fit the schema.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -423,7 +465,7 @@ def _write_parquet(path: Path, chunk: Chunk, added: Mapping[str, Sequence[Any]],
         ) from cause
     for name, values in added.items():
         table = table.append_column(name, pyarrow.array(values))
-    parquet.write_table(table, path, row_group_size=len(table), write_page_checksum=True)
+    parquet.write_table(table, sink, row_group_size=len(table), write_page_checksum=True)
 
 
 def join_parts(parts: Sequence[Path], whole: Path) -> None:

@@ -182,11 +182,11 @@ def reading(folder: Path, kind: FolderKind) -> Iterator[None]:
         raise kind.error(f"{folder / kind.record} lacks {cause} or holds it in a wrong form. {kind.remedy}") from cause
 
 
-def refuse_another_run(folder: Path, before: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+def refuse_another_run(folder: object, before: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
     """Refuse to go on with an interrupted run that was not this very one.
 
     Args:
-        folder: where it lies.
+        folder: where it lies, for the complaint.
         before: its fingerprint.
         fingerprint: what decides the result now, under names that a message can show. Plain JSON.
 

@@ -1,0 +1,224 @@
+"""``python -m export.score_bench BUNDLE --rows N --workers 1,2``: what a million rows cost on a cluster that grows.
+
+Rows of a few common words are written as Parquet files, and ``python -m export.score --engine ray`` labels them, once
+for every number of workers, each time with a cluster of its own on this machine. Of each output every row is then held
+against its input: there must be exactly one, in order. Run it on an idle machine:
+
+    python -m export.score_bench bundles/minilm-mrpc --rows 20000 --workers 1,2
+
+Prints a table, and one JSON document as the last line. A worker has ``--threads`` threads, 1 by default, so that a
+second one is a second core; its time holds the start of the workers and the loading of their models.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from export.bundle import load_bundle
+from export.labelling import PREDICTION
+from train.console import Parser, names, run_main, say
+from train.errors import EngineError, UsageError
+from train.tasks import Task
+
+ROOT = Path(__file__).parent.parent
+"""The repository, from which the command is started."""
+
+WORDS = [
+    "the",
+    "company",
+    "said",
+    "it",
+    "will",
+    "buy",
+    "shares",
+    "of",
+    "stock",
+    "in",
+    "new",
+    "york",
+    "on",
+    "monday",
+    "after",
+    "market",
+    "close",
+    "and",
+    "sell",
+    "them",
+    "for",
+    "more",
+    "money",
+    "next",
+    "year",
+    "while",
+    "police",
+    "found",
+    "no",
+    "one",
+    "at",
+    "home",
+    "who",
+    "knew",
+    "what",
+    "happened",
+    "to",
+    "that",
+    "old",
+    "man",
+]
+
+FILES = 8
+GROUP_ROWS = 50_000
+"""Of a row group, as large as others would write it, so that blocks are parts of one."""
+
+ROW = "row"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run took.
+
+    Attributes:
+        workers: processes that held the model.
+        threads: of each.
+        rows: that were labelled.
+        seconds: for them.
+        rows_per_second: of all workers together.
+        core_seconds_per_million_rows: seconds times workers and threads, for a million rows: the cost.
+        peak_worker_mib: the largest resident size of a worker.
+        peak_driver_mib: the same of the command.
+    """
+
+    workers: int
+    threads: int
+    rows: int
+    seconds: float
+    rows_per_second: float
+    core_seconds_per_million_rows: float
+    peak_worker_mib: float
+    peak_driver_mib: float
+
+
+def write_rows(folder: Path, task: Task, rows: int, words: int) -> None:
+    """Write numbered rows of made-up sentences, a few files of them, without ever holding more than a row group.
+
+    Args:
+        words: of a sentence, on average.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    generator = random.Random(1)  # noqa: S311 -- no secret
+    schema = pyarrow.schema([*((name, pyarrow.string()) for name in task.text_columns), (ROW, pyarrow.int64())])
+    for file in range(FILES):
+        first, end = rows * file // FILES, rows * (file + 1) // FILES
+        with parquet.ParquetWriter(folder / f"rows-{file}.parquet", schema) as writer:
+            for start in range(first, end, GROUP_ROWS):
+                numbers = range(start, min(end, start + GROUP_ROWS))
+                columns = {
+                    name: [" ".join(generator.choices(WORDS, k=generator.randint(1, 2 * words - 1))) for _ in numbers]
+                    for name in task.text_columns
+                }
+                writer.write_table(pyarrow.table(columns | {ROW: list(numbers)}, schema=schema))
+
+
+def check_rows(out: Path, rows: int) -> None:
+    """Raise an `EngineError` where the output has not every row exactly once, in order and labelled."""
+    from pyarrow import parquet
+
+    position = 0
+    for path in sorted(out.glob("*.parquet")):
+        table = parquet.read_table(path, columns=[ROW, PREDICTION])
+        numbers = table.column(ROW).to_pylist()
+        if numbers != list(range(position, position + len(numbers))) or table.column(PREDICTION).null_count:
+            raise EngineError(f"{path}: rows are missing, doubled, in another order or without a label.")
+        position += len(numbers)
+    if position != rows:
+        raise EngineError(f"{out} holds {position} rows instead of {rows}.")
+
+
+def measure(bundle: Path, folder: Path, *, rows: int, workers: int, threads: int, flags: Sequence[str]) -> Cost:
+    """Label the rows in a folder.
+
+    Raises:
+        EngineError: the command failed, or its output is not what it should be.
+    """
+    out = folder / f"out-{workers}"
+    command = [
+        sys.executable,
+        "-m",
+        "export.score",
+        str(bundle.absolute()),
+        "--in",
+        str(folder / "in"),
+        "--out",
+        str(out),
+    ]
+    command += ["--engine", "ray", "--no-labels", "--workers", str(workers), "--threads", str(threads), *flags]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        raise EngineError(f"{' '.join(command)} ended with status {run.returncode}.")
+    document: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    check_rows(out, rows)
+    seconds = document["seconds"]
+    return Cost(
+        workers=document["workers"],
+        threads=document["threads"],
+        rows=rows,
+        seconds=seconds,
+        rows_per_second=document["rows_per_second"],
+        core_seconds_per_million_rows=seconds * document["workers"] * document["threads"] * 1e6 / rows,
+        peak_worker_mib=document["peak_worker_mib"],
+        peak_driver_mib=document["peak_driver_mib"],
+    )
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    parser = Parser(
+        prog="python -m export.score_bench", description="Measure export.score --engine ray on made-up rows."
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `python -m export` wrote")
+    parser.add_argument("--task", metavar="NAME", help="which task, where the bundle holds several")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows to label (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=5, help="words of a sentence, on average (default: %(default)s)")
+    parser.add_argument("--workers", type=names, default=("1", "2"), help="how many, one run each (default: 1,2)")
+    parser.add_argument("--threads", type=int, default=1, help="of each worker (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if options.rows < 1 or options.words < 1:
+        raise UsageError("--rows and --words: give whole numbers of at least 1.")
+    if not all(number.isdecimal() for number in options.workers):
+        raise UsageError("--workers: give whole numbers, with commas between them.")
+    bundle = load_bundle(options.bundle)
+    flags = ["--task", options.task] if options.task is not None else []
+    costs = []
+    with tempfile.TemporaryDirectory(prefix="score-bench-") as work:
+        folder = Path(work)
+        (folder / "in").mkdir()
+        write_rows(folder / "in", bundle.find_task(options.task).task, options.rows, options.words)
+        say(
+            f"{'workers':>7}{'threads':>9}{'rows/s':>9}{'core-seconds/million':>22}{'worker MiB':>12}{'driver MiB':>12}"
+        )
+        for workers in map(int, options.workers):
+            cost = measure(
+                options.bundle, folder, rows=options.rows, workers=workers, threads=options.threads, flags=flags
+            )
+            say(
+                f"{cost.workers:>7}{cost.threads:>9}{cost.rows_per_second:>9.0f}"
+                f"{cost.core_seconds_per_million_rows:>22,.0f}{cost.peak_worker_mib:>12.0f}{cost.peak_driver_mib:>12.0f}"
+            )
+            costs.append(asdict(cost))
+    say(json.dumps({"runs": costs}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run_main(_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
