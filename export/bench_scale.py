@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from export.bench_engines import Plan, peak_memory_mib, time_passes
+from export.bench_engines import Plan, time_passes
 from export.bench_prepare import Shape, random_batch
 from export.bundle import BUNDLE, FILES, TASK_IDS, Bundle, finish_bundle, load_bundle
+from export.memory import peak_memory_mib
 from export.runtime import OnnxClassifier, best_precision, usable_cores
 from train.console import Parser, names, say
 from train.errors import EngineError, UsageError
