@@ -1,9 +1,7 @@
 """``python -m demo``: open the page that compares PyTorch and ONNX Runtime. See ``--help``."""
 
-import errno
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -13,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.ports import check_port
+from export.ports import find_port as find_free_port
 from train.console import Parser, run_main, say
 from train.errors import UsageError
 
@@ -25,7 +25,6 @@ ENGINES = ("both", "onnx")
 """What ``--engine`` takes."""
 
 DEFAULT_PORT = 7860
-PORTS_TRIED = 100
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ def parse_config(argv: Sequence[str] | None) -> DemoConfig:
     flags = parser.parse_args(argv)
     flags.adapters, flags.bundles = tuple(flags.adapters), tuple(flags.bundles)
     config = DemoConfig(**vars(flags))
-    if config.port is not None and not 1 <= config.port <= 65535:
-        raise UsageError(f"--port {config.port}: give a number from 1 to 65535.")
+    check_port(config.port, "--port")
     if config.engine not in ENGINES:
         raise UsageError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}.")
     return config
@@ -97,33 +95,9 @@ def find_port(host: str, port: int | None) -> int:
     """The port to listen on, found before anything slow is done.
 
     Raises:
-        UsageError: the port is in use, none is free, or the host is not this machine's.
+        UsageError: as `export.ports.find_port`.
     """
-    candidates = [port] if port is not None else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED)
-    for candidate in candidates:
-        try:
-            family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # As a server does, so that a port whose last connections still linger counts as free.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, candidate))
-            return candidate
-        except socket.gaierror as cause:
-            raise UsageError(f"--host {host}: there is no such address. Try 127.0.0.1 or 0.0.0.0.") from cause
-        except PermissionError as cause:
-            raise UsageError(f"--port {candidate}: this user may not use it. Take one above 1023.") from cause
-        except OSError as cause:
-            if cause.errno != errno.EADDRINUSE:
-                raise UsageError(
-                    f"--host {host}: this machine has no such address. Try 127.0.0.1 or 0.0.0.0."
-                ) from cause
-            if port is not None:
-                raise UsageError(
-                    f"--port {port} is in use on {host}. Stop what listens there, or choose another --port."
-                ) from cause
-    raise UsageError(
-        f"The ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are all in use. Choose one with --port."
-    )
+    return find_free_port(host, port, first=DEFAULT_PORT)
 
 
 def run(config: DemoConfig) -> None:

@@ -10,11 +10,7 @@ import numpy as np
 from demo.backends import BurstPlan, Engine
 from demo.stage import Opened, Setup, Stage
 from export.predict import softmax
-from train.errors import TextError
-from train.tasks import Task
-
-MAX_CHARACTERS = 10_000
-"""Longest sentence in characters; no text near it fits the model's positions."""
+from export.texts import check_text
 
 PAUSE_SECONDS = 0.4
 """Idle time before each burst: after 0.3 s no thread pool of the other engine spins any more."""
@@ -234,36 +230,6 @@ def _answer(labels: tuple[str, ...], logits: np.ndarray) -> Answer:
         probabilities={label: float(p) for label, p in zip(labels, softmax(logits), strict=True)},
         logits=tuple(float(logit) for logit in logits),
     )
-
-
-def check_text(task: Task, sentence1: object, sentence2: object) -> tuple[str, ...]:
-    """A visitor's text as it may be tokenised: one sentence, or two, as the task has them.
-
-    Raises:
-        TextError: a sentence is empty, too long or not valid Unicode, or there is one too many.
-    """
-    if task.is_pair:
-        return _check_sentence(sentence1, "Sentence 1"), _check_sentence(sentence2, "Sentence 2")
-    if sentence2:
-        raise TextError("This model reads one sentence. Leave sentence 2 empty.")
-    return (_check_sentence(sentence1, "The sentence"),)
-
-
-def _check_sentence(text: object, name: str) -> str:
-    """A sentence as it may be tokenised; ``name`` is for complaints."""
-    if not isinstance(text, str):
-        raise TextError(f"{name} is no text. Give a sentence.")
-    if not text.strip():
-        raise TextError(f"{name} is empty. Write a sentence.")
-    if len(text) > MAX_CHARACTERS:
-        raise TextError(f"{name} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read. Shorten it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:
-        raise TextError(
-            f"{name} holds half a surrogate pair at character {cause.start + 1}, which is no valid Unicode. Remove it."
-        ) from cause
-    return text
 
 
 CONTEXT_CHARACTERS = 24

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from demo.backends import COMPILED, Engine
-from demo.compare import MAX_CHARACTERS
 from demo.stage import Opened, Setup, Stage
 from export.bundle import BUNDLE, FILES
 from export.predict import Classified, count_pairs, in_batches, score_counts
 from export.score import check_texts, label_indices
 from export.tables import ArrowChunk, Chunk, parquet_schema, read_chunks, write_part
+from export.texts import MAX_CHARACTERS
 from train.console import names
 from train.data import FILE_TYPES
 from train.errors import BundleError, DataError, EngineError, UsageError, first_line

@@ -2,7 +2,8 @@
 
 PromptfoldError
 ├── UsageError      a flag or an argument that cannot be used
-├── TextError       a sentence that cannot be classified (empty, too long, not valid Unicode)
+├── TextError       a sentence that cannot be classified (empty, not valid Unicode)
+│   └── LongTextError   … because it is too long
 ├── DataError       a data file that cannot be read, or rows in it that cannot be used
 ├── HubError        a model or data set that the Hugging Face hub did not give
 ├── ModelError      a base model that is missing, damaged or of an unsupported kind
@@ -27,6 +28,10 @@ class UsageError(PromptfoldError):
 
 class TextError(PromptfoldError):
     """A sentence that cannot be classified."""
+
+
+class LongTextError(TextError):
+    """A sentence that is too long to be classified."""
 
 
 class DataError(PromptfoldError):
