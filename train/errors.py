@@ -11,6 +11,7 @@ PromptfoldError
 ├── BundleError     a folder that is not a bundle, or a bundle that does not fit
 ├── ParityError     an exported graph whose logits differ from PyTorch's
 ├── PrecisionError  a graph in another precision that scores worse than the gate allows
+├── RequestError    a request to a served bundle that is refused
 └── EngineError     an engine process that died or did not answer in time
 
 Each message says what was wrong, where, and what to do next, so that it can be shown as it is: on the
@@ -60,6 +61,18 @@ class ParityError(PromptfoldError):
 
 class PrecisionError(PromptfoldError):
     """A graph in another precision that scores worse than the gate allows."""
+
+
+class RequestError(PromptfoldError):
+    """A request to a served bundle that is refused.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class EngineError(PromptfoldError):
