@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from demo.backends import BurstPlan, Engine
+from demo.backends import AnyEngine, BurstPlan, Served
 from demo.stage import Opened, Setup, Stage
 from export.predict import softmax
 from export.texts import check_text
@@ -67,16 +67,20 @@ class Answer:
         probabilities: of every class, in the order of the logits.
         logits: in the same order.
         latency: how long a forward pass takes; None until that is measured.
+        served: which of several replicas answered; None where there is one engine.
     """
 
     label: str
     probabilities: dict[str, float]
     logits: tuple[float, ...]
     latency: Latency | None = None
+    served: Served | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For the endpoint."""
-        value = {"label": self.label, "probabilities": self.probabilities}
+        value: dict[str, Any] = {"label": self.label, "probabilities": self.probabilities}
+        if self.served is not None:
+            value |= asdict(self.served)
         return value | {"latency_ms": self.latency.as_json()} if self.latency else value
 
 
@@ -178,7 +182,7 @@ def compare(
     arrays = encoded.arrays
     labels = opened.task.labels
     with stage.measuring:
-        onnx = _answer(labels, opened.onnx.logits(arrays)[0])
+        onnx = replace(_answer(labels, opened.onnx.logits(arrays)[0]), served=opened.onnx.served)
         pytorch = _answer(labels, opened.pytorch.logits(arrays)[0]) if opened.pytorch else None
     comparison = Comparison(
         setup=opened.setup,
@@ -212,7 +216,7 @@ def compare(
         yield comparison
 
 
-def _burst(engine: Engine, arrays: dict[str, np.ndarray], *, runs: int | None = None) -> Latency:
+def _burst(engine: AnyEngine, arrays: dict[str, np.ndarray], *, runs: int | None = None) -> Latency:
     time.sleep(PAUSE_SECONDS)
     burst = engine.burst(arrays, BurstPlan(runs or MIN_RUNS, runs or MAX_RUNS, BURST_BUDGET_SECONDS))
     return Latency(burst.latencies_ms, burst.memory_mib)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from demo.backends import COMPILED, Engine
+from demo.backends import COMPILED, AnyEngine
 from demo.stage import Opened, Setup, Stage
 from export.bundle import BUNDLE, FILES
 from export.predict import Classified, count_pairs, in_batches, score_counts
@@ -426,7 +426,7 @@ def label_upload(stage: Stage, setup: Setup, upload: Upload, *, cancelled: threa
     yield Progress(_engine(opened, side).name, len(texts), len(texts), 1.0, scored)
 
 
-def _engine(opened: Opened, side: str) -> Engine:
+def _engine(opened: Opened, side: str) -> AnyEngine:
     engine = opened.onnx if side == "onnx" else opened.pytorch
     assert engine is not None
     return engine

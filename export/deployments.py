@@ -136,8 +136,9 @@ class Classifier:
         self._replica = str(serve.get_replica_context().replica_id.unique_id)
         # ONNX Runtime has its own threads; here one waits for it, and the event loop is free for health checks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
-        self._answer.set_max_batch_size(plan.batch_size)
-        self._answer.set_batch_wait_timeout_s(plan.batch_wait_ms / 1000)
+        batching: Any = self._answer  # its type tells nothing of what the decorator adds
+        batching.set_max_batch_size(plan.batch_size)
+        batching.set_batch_wait_timeout_s(plan.batch_wait_ms / 1000)
         self._try()
 
     def _try(self) -> None:

@@ -46,7 +46,9 @@ class ServeConfig:
     serving: ServingConfig
 
 
-def add_serving_flags(parser: argparse.ArgumentParser, flags: PortFlags = PORT_FLAGS) -> None:
+def add_serving_flags(
+    parser: "argparse.ArgumentParser | argparse._ArgumentGroup", flags: PortFlags = PORT_FLAGS
+) -> None:
     """Add the flags that make a `ServingConfig`.
 
     Args:
@@ -96,7 +98,8 @@ def add_serving_flags(parser: argparse.ArgumentParser, flags: PortFlags = PORT_F
 
 def serving_config(namespace: argparse.Namespace) -> ServingConfig:
     """What `add_serving_flags` added, taken out of parsed flags."""
-    names = {field.name for field in fields(ServingConfig)} & set(vars(namespace))
+    # Of the page, host and port are other ones.
+    names = {field.name for field in fields(ServingConfig)} & set(vars(namespace)) - {"host", "port"}
     return ServingConfig(
         **{name: getattr(namespace, name) for name in names}, host=namespace.http_host, port=namespace.http_port
     )

@@ -359,7 +359,8 @@ class Service:
                 )
             }
         logs = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        classifier = serve.deployment(
+        make: Any = serve.deployment  # its types are those of a decorator
+        classifier = make(
             Classifier,
             name="Classifier",
             ray_actor_options={"num_cpus": threads},
@@ -373,7 +374,7 @@ class Service:
             logging_config=logs,
             **scale,
         )
-        api = serve.deployment(
+        api = make(
             Api,
             name="Api",
             ray_actor_options={"num_cpus": 0},
@@ -459,14 +460,21 @@ class Service:
             time.sleep(ATTEMPT_PAUSE_SECONDS)
 
     def remove(self) -> None:
-        """Serve no bundle any more."""
+        """Serve no bundle any more; harmless where none is served."""
         from ray import serve
 
         self._wanted = self._handle = None
-        serve.delete(APP)
+        if APP in serve.status().applications:
+            serve.delete(APP)
 
-    def close(self) -> None:
-        """End the cluster that was started here, with all its processes; leave one that was joined, as it is."""
+    def close(self, *, remove: bool = False) -> None:
+        """End the cluster that was started here, with all its processes; one that was joined goes on.
+
+        Args:
+            remove: whether to take the bundle out of one that was joined.
+        """
+        if remove and self._folder is None and self._ray.is_initialized():
+            self.remove()
         self._ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
