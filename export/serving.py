@@ -163,6 +163,9 @@ def import_ray(address: str | None) -> Any:
         # What Ray will do by itself one day, and warns of: leave CUDA_VISIBLE_DEVICES alone.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # So often who scales learns how much there is to do; by default every 10 s.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     }
     if address is None or address.startswith(f"{LOCAL}:"):
         # The only way to make Ray take 127.0.0.1 for this machine's address: its servers would listen on every one.
@@ -182,17 +185,18 @@ def import_ray(address: str | None) -> Any:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Which model is served."""
+    """Which model is served, and how."""
 
     bundle_sha256: str
     precision: str | None
+    config: ServingConfig
 
 
 class Service:
     """A cluster with Ray Serve, and in it at most one bundle of ours.
 
     Attributes:
-        config: how bundles are served.
+        config: how bundles are served, from the next `deploy` on.
         version: of Ray.
     """
 
@@ -283,8 +287,8 @@ class Service:
         from ray.serve.config import HTTPOptions, ProxyLocation
         from ray.serve.schema import LoggingConfig
 
-        # Its "Started Serve" and the like.
-        logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
+        # Its "Started Serve", and what it notices of a machine that is busy.
+        logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=self.config.host, port=self._port),
@@ -312,7 +316,7 @@ class Service:
             BundleError: the bundle is gone.
             EngineError: a replica cannot load the bundle, or there is no place for one.
         """
-        wanted = _Wanted(bundle.manifest_sha256, precision)
+        wanted = _Wanted(bundle.manifest_sha256, precision, self.config)
         with self._lock:
             if wanted == self._wanted:
                 return
@@ -354,7 +358,6 @@ class Service:
                     target_ongoing_requests=config.batch_size,
                     upscale_delay_s=config.upscale_seconds,
                     downscale_delay_s=config.downscale_seconds,
-                    metrics_interval_s=1,
                     look_back_period_s=2,
                 )
             }
