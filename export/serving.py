@@ -45,6 +45,9 @@ NO_CPUS_SECONDS = 40.0
 
 POLL_SECONDS = 0.2
 
+LOOK_BACK_SECONDS = 11.0
+"""Over so long the load is averaged that decides on the number of replicas."""
+
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster of our own. Questions and answers travel beside it, unless they are large."""
 
@@ -358,7 +361,8 @@ class Service:
                     target_ongoing_requests=config.batch_size,
                     upscale_delay_s=config.upscale_seconds,
                     downscale_delay_s=config.downscale_seconds,
-                    look_back_period_s=2,
+                    # As little as Serve takes, so that it acts on what is, not on what was.
+                    look_back_period_s=LOOK_BACK_SECONDS,
                 )
             }
         logs = LoggingConfig(log_level="WARNING", enable_access_log=False)

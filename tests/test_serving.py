@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 import pytest
-from gradio_client import Client
 from scipy.special import softmax
 
 from demo.__main__ import main as demo_main
@@ -38,6 +37,7 @@ from export.serving import Service, ServingConfig
 from export.texts import MAX_CHARACTERS
 from tests.conftest import ON_CPU, ROOT, make_pairs, peft_logits
 from tests.server import serve, wait_until_gone
+from tests.test_demo import connect
 from train.errors import BundleError, EngineError
 
 Folders = Callable[[str], Path]
@@ -486,7 +486,7 @@ def test_the_page_in_front_of_two_replicas_gives_pefts_answers_and_leaves_no_pro
     with serve([*flags, "--bundle", str(models.bert.bundle.folder)], tmp_path / "cache", ON_CPU) as server:
         page = server.wait_for_url()
         url = server.wait_for(r"POST (http://\S+) needs no page")[1]
-        with Client(page, verbose=False) as client:
+        with connect(page) as client:
             compared = client.predict(*PAIRS[2], api_name="/compare")
             shown = json.dumps(client.config["components"])
         for side in ("pytorch", "onnx"):
