@@ -221,15 +221,16 @@ class Service:
         self._handle: DeploymentHandle | None = None
         self._lock = threading.Lock()
         self._folder: Path | None = None
+        port = config.port or DEFAULT_HTTP_PORT
         if config.address is None:
-            self._port = find_port(config.host, config.port, first=DEFAULT_HTTP_PORT, flags=flags)
-            self._start()
-        else:
-            self._port = config.port or DEFAULT_HTTP_PORT
-            self._join(config.address)
+            port = find_port(config.host, config.port, first=DEFAULT_HTTP_PORT, flags=flags)
         try:
-            self._start_serve()
-        except BaseException:
+            if config.address is None:
+                self._start()
+            else:
+                self._join(config.address)
+            self._start_serve(port)
+        except BaseException:  # Ctrl-C as well: nothing of a cluster may be left
             self.close()
             raise
 
@@ -248,7 +249,6 @@ class Service:
                 _temp_dir=str(self._folder),
             )
         except Exception as cause:  # Ray's exceptions share no base here
-            self.close()
             raise EngineError(f"Ray cannot start on this machine ({first_line(cause)}).") from cause
 
     def _join(self, address: str) -> None:
@@ -285,23 +285,28 @@ class Service:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
 
-    def _start_serve(self) -> None:
+    def _start_serve(self, port: int) -> None:
         from ray import serve
         from ray.serve.config import HTTPOptions, ProxyLocation
+        from ray.serve.context import _get_global_client
         from ray.serve.schema import LoggingConfig
 
         # Its "Started Serve", and what it notices of a machine that is busy.
         logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host=self.config.host, port=self._port),
+            http_options=HTTPOptions(host=self.config.host, port=port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
+        # In a cluster that was joined, Serve may listen elsewhere already. There is no public way to ask.
+        client: Any = _get_global_client()
+        http = client.http_config
+        self._place = Address(str(http.host), int(http.port))
 
     @property
     def url(self) -> str:
         """Where HTTP is answered."""
-        return f"http://{self.config.host}:{self._port}/v1/classify"
+        return f"http://{self._place.host}:{self._place.port}/v1/classify"
 
     @property
     def address(self) -> str:

@@ -362,6 +362,7 @@ def test_the_command_line_replaces_a_bundle_under_load_and_every_answer_is_of_th
         after(seen, 20)
     assert result.returncode == 0, result.stderr
     assert "2 replicas are running: ONNX Runtime" in result.stdout
+    assert f"POST {service.url} " in result.stdout
     used = set()
     for row, answer in seen.answers:
         assert answer.status == 200, answer.body
@@ -478,6 +479,15 @@ def test_flags_for_replicas_without_ray_serve_are_refused(capsys: pytest.Capture
     assert "needs --engine ray" in capsys.readouterr().err
 
 
+def assert_refused_without_token(port: int) -> None:
+    """Ask a replica past the front, as a stranger on the network would."""
+    import grpc
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=WAIT_SECONDS)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_the_page_in_front_of_two_replicas_gives_pefts_answers_and_leaves_no_process(
     models: Models, adapter: Folders, tmp_path: Path
 ) -> None:
@@ -501,13 +511,16 @@ def test_the_page_in_front_of_two_replicas_gives_pefts_answers_and_leaves_no_pro
 
         processes = psutil.Process(server.pid).children(recursive=True)
         assert sum("ray::ServeReplica:promptfold:" in process.cmdline()[0] for process in processes) == 3
-        listening = {
-            connection.laddr.ip
+        elsewhere = [
+            (process.cmdline()[0].partition(":promptfold:")[0], connection.laddr.port)
             for process in processes
             for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        }
-        assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
+            if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.endswith("127.0.0.1")
+        ]
+        # Serve 2.60 lets each replica listen on every address, for replicas elsewhere; who has no token is refused.
+        assert {name for name, _ in elsewhere} == {"ray::ServeReplica"}
+        for _, port in elsewhere:
+            assert_refused_without_token(port)
         folders = set(re.findall(r"/\S*pf-ray-[^/\s]+", " ".join(" ".join(process.cmdline()) for process in processes)))
         assert len(folders) == 1
         assert server.stop(signal.SIGTERM) == 0
