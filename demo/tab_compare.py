@@ -182,9 +182,9 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
         )
     gr.Markdown(
         "**What is measured.** One forward pass of this text, token ids in, logits out, at batch size 1; "
-        f"tokenising is the same for both and left out. {own} They are asked in turn, {ROUNDS} rounds, with a pause of {PAUSE_SECONDS} s and a warm-up "
-        "before each burst, so that neither disturbs the other. The figure in large type is the ratio of the two "
-        "medians over all rounds; beside it stands the least and the greatest of the rounds."
+        f"tokenising is the same for both and left out. {own} They are asked in turn, {ROUNDS} rounds, with a pause of "
+        f"{PAUSE_SECONDS} s and a warm-up before each burst, so that neither disturbs the other. The figure in large "
+        "type is the ratio of the two medians over all rounds; beside it stands the least and the greatest of the rounds."
     )
     gr.api(compare, api_name="compare", **ONE_AT_A_TIME)
 

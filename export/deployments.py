@@ -41,7 +41,7 @@ from export.questions import (
     reply_json,
 )
 from export.runtime import OnnxClassifier
-from train.errors import BundleError, PromptfoldError, RequestError, UsageError
+from train.errors import BundleError, PromptfoldError, RequestError, TextError, UsageError
 from train.limits import MIB
 
 DEAD = (RayActorError, ReplicaUnavailableError)
@@ -180,7 +180,7 @@ class Classifier:
             return Refusal(
                 WRONG_BUNDLE,
                 f"The cluster serves another bundle ({self._plan.bundle_sha256[:12]}) than the one that the token ids "
-                f"are for ({question.bundle_sha256[:12]}).",
+                f"are for ({question.bundle_sha256[:12]}). Deploy that one again.",
             )
         try:
             task = self._bundle.find_task(question.task)
@@ -215,7 +215,8 @@ class Classifier:
             result = run_rows(self._classifier, rows, batch_size=batch_size)
         except PromptfoldError as error:
             if len(jobs) == 1:
-                return [Refusal(UNPROCESSABLE, str(error))]
+                # What cannot be read is the caller's to mend; anything else is the bundle's.
+                return [Refusal(UNPROCESSABLE if isinstance(error, TextError) else INTERNAL, str(error))]
             # One of them is at fault; the others shall not suffer for it.
             return [reply for job in jobs for reply in self._run([job])]
         replies: list[Reply | Refusal] = []
