@@ -3,6 +3,7 @@
 One cluster for the module; the tests run in their order, as what one deploys the next one asks.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -160,11 +161,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def replica_pids() -> list[int]:
     """The processes that hold the bundle, of this cluster alone."""
-    return [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if child.cmdline()[:1] == ["ray::ServeReplica:promptfold:Classifier"]
-    ]
+    pids = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if child.cmdline()[:1] == ["ray::ServeReplica:promptfold:Classifier"]:
+                pids.append(child.pid)
+    return pids
 
 
 @dataclass
