@@ -164,7 +164,8 @@ def replica_pids() -> list[int]:
     pids = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            if child.cmdline()[:1] == ["ray::ServeReplica:promptfold:Classifier"]:
+            # While it answers, the name goes on with what it does.
+            if "".join(child.cmdline()[:1]).startswith("ray::ServeReplica:promptfold:Classifier"):
                 pids.append(child.pid)
     return pids
 
