@@ -221,6 +221,7 @@ class Service:
         self._handle: DeploymentHandle | None = None
         self._lock = threading.Lock()
         self._folder: Path | None = None
+        self._has_begun = False
         port = config.port or DEFAULT_HTTP_PORT
         if config.address is None:
             port = find_port(config.host, config.port, first=DEFAULT_HTTP_PORT, flags=flags)
@@ -270,7 +271,10 @@ class Service:
             raise EngineError(f"--address {address}: this is no Ray cluster ({first_line(cause)}). {remedy}") from cause
 
     def _init(self, **options: Any) -> None:
+        if self._ray.is_initialized():
+            raise EngineError("This process uses a Ray cluster already, and can use one only.")
         before = signal.getsignal(signal.SIGTERM)
+        self._has_begun = True
         try:
             self._ray.init(
                 namespace=APP,
@@ -485,9 +489,11 @@ class Service:
         Args:
             remove: whether to take the bundle out of one that was joined.
         """
-        if remove and self._folder is None and self._ray.is_initialized():
+        if remove and self._folder is None and self._has_begun and self._ray.is_initialized():
             self.remove()
-        self._ray.shutdown()
+        # Another service's cluster is not this one's to leave.
+        if self._has_begun:
+            self._ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
