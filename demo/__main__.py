@@ -1,31 +1,34 @@
 """``python -m demo``: open the page that compares PyTorch and ONNX Runtime. See ``--help``."""
 
-import errno
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.ports import PortFlags, check_port
+from export.ports import find_port as find_free_port
+from export.serve import add_serving_flags, serving_config
+from export.serving import Service, ServingConfig
 from train.console import Parser, run_main, say
 from train.errors import UsageError
 
 if TYPE_CHECKING:
     import gradio as gr
 
-    from demo.sharing import ShareState
+    from demo.sharing import Accounts, ShareState
+    from demo.stage import Stage
 
-ENGINES = ("both", "onnx")
+RAY = "ray"
+ENGINES = ("both", "onnx", RAY)
 """What ``--engine`` takes."""
 
 DEFAULT_PORT = 7860
-PORTS_TRIED = 100
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class DemoConfig:
     share: bool
     auth: str | None
     auth_file: Path | None
+    serving: ServingConfig
+
+
+SERVING_FLAGS = PortFlags("--http-host", "--http-port")
+"""Of the cluster's own HTTP: ``--host`` and ``--port`` are the page's."""
 
 
 def parse_config(argv: Sequence[str] | None) -> DemoConfig:
@@ -73,7 +81,8 @@ def parse_config(argv: Sequence[str] | None) -> DemoConfig:
         "--engine",
         default="both",
         metavar="ENGINE",
-        help="both, or onnx: ONNX Runtime alone, without PyTorch (default: %(default)s)",
+        help="both; onnx: ONNX Runtime alone, without PyTorch; or ray: both, ONNX Runtime in Ray Serve, which answers "
+        "plain HTTP as well (default: %(default)s)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
@@ -83,13 +92,18 @@ def parse_config(argv: Sequence[str] | None) -> DemoConfig:
     parser.add_argument("--share", action="store_true", help="ask Gradio for a public link as well")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="let in only who gives these")
     parser.add_argument("--auth-file", type=Path, metavar="FILE", help="the same for many: USER:PASSWORD in each line")
+    add_serving_flags(parser.add_argument_group("with --engine ray"), SERVING_FLAGS)
     flags = parser.parse_args(argv)
     flags.adapters, flags.bundles = tuple(flags.adapters), tuple(flags.bundles)
-    config = DemoConfig(**vars(flags))
-    if config.port is not None and not 1 <= config.port <= 65535:
-        raise UsageError(f"--port {config.port}: give a number from 1 to 65535.")
+    names = {field.name for field in fields(DemoConfig)} - {"serving"}
+    config = DemoConfig(**{name: getattr(flags, name) for name in names}, serving=serving_config(flags))
+    check_port(config.port, "--port")
     if config.engine not in ENGINES:
         raise UsageError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}.")
+    if config.engine == RAY:
+        config.serving.check(SERVING_FLAGS)
+    elif config.serving != ServingConfig():
+        raise UsageError("--replicas, --batch-size and what else is about replicas needs --engine ray.")
     return config
 
 
@@ -97,33 +111,9 @@ def find_port(host: str, port: int | None) -> int:
     """The port to listen on, found before anything slow is done.
 
     Raises:
-        UsageError: the port is in use, none is free, or the host is not this machine's.
+        UsageError: as `export.ports.find_port`.
     """
-    candidates = [port] if port is not None else range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED)
-    for candidate in candidates:
-        try:
-            family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # As a server does, so that a port whose last connections still linger counts as free.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, candidate))
-            return candidate
-        except socket.gaierror as cause:
-            raise UsageError(f"--host {host}: there is no such address. Try 127.0.0.1 or 0.0.0.0.") from cause
-        except PermissionError as cause:
-            raise UsageError(f"--port {candidate}: this user may not use it. Take one above 1023.") from cause
-        except OSError as cause:
-            if cause.errno != errno.EADDRINUSE:
-                raise UsageError(
-                    f"--host {host}: this machine has no such address. Try 127.0.0.1 or 0.0.0.0."
-                ) from cause
-            if port is not None:
-                raise UsageError(
-                    f"--port {port} is in use on {host}. Stop what listens there, or choose another --port."
-                ) from cause
-    raise UsageError(
-        f"The ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are all in use. Choose one with --port."
-    )
+    return find_free_port(host, port, first=DEFAULT_PORT)
 
 
 def run(config: DemoConfig) -> None:
@@ -145,14 +135,37 @@ def run(config: DemoConfig) -> None:
 
 
 def _serve(config: DemoConfig) -> None:
-    from demo.sharing import SHARE_WARNING, ShareState, parse_auth, parse_root_path
+    from demo.sharing import parse_auth, parse_root_path
     from demo.shipped import choose_adapters
     from demo.stage import Stage
 
     find_port(config.host, config.port)  # before anything slow is done
     accounts = parse_auth(config.auth, config.auth_file)
     root_path = parse_root_path(config.root_path)
-    stage = Stage(choose_adapters(config.adapters), bundles=config.bundles, has_pytorch=config.engine != "onnx")
+    choices = choose_adapters(config.adapters)
+    service = None
+    if config.engine == RAY:
+        say(f"starting Ray Serve in {config.serving.address or 'a cluster on this machine'}")
+        service = Service(config.serving, flags=SERVING_FLAGS)
+    try:
+        stage = Stage(
+            choices,
+            bundles=config.bundles,
+            has_pytorch=config.engine != "onnx",
+            threads=config.serving.threads_per_replica if service else None,
+            service=service,
+        )
+        _show(stage, config, accounts, root_path)
+    finally:
+        if service is not None:
+            # In a cluster that was joined, what this page deployed shall not outlive it either.
+            service.close(remove=True)
+
+
+def _show(stage: "Stage", config: DemoConfig, accounts: "Accounts | None", root_path: str | None) -> None:
+    """Serve the page of a stage, and close that in the end."""
+    from demo.sharing import SHARE_WARNING, ShareState
+
     setup = stage.default()
     adapter = stage.choices[setup.adapter].adapter
     say(f"showing {adapter.folder} ({adapter.task.name}, on validation {adapter.scores})")
@@ -187,6 +200,8 @@ def _serve(config: DemoConfig) -> None:
             **launch_options(),
         )
         say(f"the page is at {page.local_url}  (Ctrl-C stops it)")
+        if stage.service is not None:
+            say(f"POST {stage.service.url} needs no page")
         if config.share:
             if accounts is None:
                 say(SHARE_WARNING)

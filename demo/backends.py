@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +58,21 @@ class Burst:
 
     latencies_ms: tuple[float, ...]
     memory_mib: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """Who answered last, where that was one of several replicas.
+
+    Attributes:
+        replicas: how many are running.
+        batch_size: with how many texts the last one asked went through the graph at most, itself included; 0 before.
+        replica: the name of the one that answered; empty before.
+    """
+
+    replicas: int
+    batch_size: int = 0
+    replica: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,21 +265,54 @@ def _serve(connection: Connection, make_backend: Callable[[Path, int], Backend],
             connection.send(_Reply(value=value))
 
 
-def _burst(backend: Backend, arrays: Arrays, plan: BurstPlan) -> Burst:
-    """Time forward passes, after a warm-up."""
+def timed_runs(run: Callable[[], object], plan: BurstPlan) -> tuple[float, ...]:
+    """The latency of each run in ms, after a warm-up."""
     for _ in range(WARM_UP_RUNS):
-        backend.logits(arrays)
+        run()
     latencies_ms: list[float] = []
     end = time.perf_counter() + plan.budget_seconds
     while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
         start = time.perf_counter()
-        backend.logits(arrays)
+        run()
         latencies_ms.append(1000 * (time.perf_counter() - start))
-    return Burst(tuple(latencies_ms), peak_memory_mib())
+    return tuple(latencies_ms)
+
+
+def _burst(backend: Backend, arrays: Arrays, plan: BurstPlan) -> Burst:
+    """Time forward passes, after a warm-up."""
+    return Burst(timed_runs(partial(backend.logits, arrays), plan), peak_memory_mib())
+
+
+class AnyEngine(Protocol):
+    """What the page asks of an engine, wherever that runs: `Engine`, or `demo.cluster.ClusterEngine`."""
+
+    name: str
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number; None where there are several."""
+
+    @property
+    def served(self) -> Served | None:
+        """Who answered last; None where there is only one."""
+
+    def wait_until_ready(self) -> Loaded:
+        """Wait until it can answer and return on what it runs."""
+
+    def logits(self, arrays: Arrays) -> np.ndarray:
+        """One forward pass, as `Backend.logits`."""
+
+    def burst(self, arrays: Arrays, plan: BurstPlan) -> Burst:
+        """Latency of each forward pass of a burst, after a warm-up."""
+
+    def close(self) -> None:
+        """Stop it; harmless when it is stopped already."""
 
 
 class Engine:
     """A backend in a process of its own, as the page sees it."""
+
+    served = None
 
     def __init__(
         self,

@@ -2,19 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from demo.backends import BurstPlan, Engine
+from demo.backends import AnyEngine, BurstPlan, Served
 from demo.stage import Opened, Setup, Stage
 from export.predict import softmax
-from train.errors import TextError
-from train.tasks import Task
-
-MAX_CHARACTERS = 10_000
-"""Longest sentence in characters; no text near it fits the model's positions."""
+from export.texts import check_text
 
 PAUSE_SECONDS = 0.4
 """Idle time before each burst: after 0.3 s no thread pool of the other engine spins any more."""
@@ -71,16 +67,20 @@ class Answer:
         probabilities: of every class, in the order of the logits.
         logits: in the same order.
         latency: how long a forward pass takes; None until that is measured.
+        served: which of several replicas answered; None where there is one engine.
     """
 
     label: str
     probabilities: dict[str, float]
     logits: tuple[float, ...]
     latency: Latency | None = None
+    served: Served | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For the endpoint."""
-        value = {"label": self.label, "probabilities": self.probabilities}
+        value: dict[str, Any] = {"label": self.label, "probabilities": self.probabilities}
+        if self.served is not None:
+            value |= asdict(self.served)
         return value | {"latency_ms": self.latency.as_json()} if self.latency else value
 
 
@@ -182,7 +182,7 @@ def compare(
     arrays = encoded.arrays
     labels = opened.task.labels
     with stage.measuring:
-        onnx = _answer(labels, opened.onnx.logits(arrays)[0])
+        onnx = replace(_answer(labels, opened.onnx.logits(arrays)[0]), served=opened.onnx.served)
         pytorch = _answer(labels, opened.pytorch.logits(arrays)[0]) if opened.pytorch else None
     comparison = Comparison(
         setup=opened.setup,
@@ -216,7 +216,7 @@ def compare(
         yield comparison
 
 
-def _burst(engine: Engine, arrays: dict[str, np.ndarray], *, runs: int | None = None) -> Latency:
+def _burst(engine: AnyEngine, arrays: dict[str, np.ndarray], *, runs: int | None = None) -> Latency:
     time.sleep(PAUSE_SECONDS)
     burst = engine.burst(arrays, BurstPlan(runs or MIN_RUNS, runs or MAX_RUNS, BURST_BUDGET_SECONDS))
     return Latency(burst.latencies_ms, burst.memory_mib)
@@ -234,36 +234,6 @@ def _answer(labels: tuple[str, ...], logits: np.ndarray) -> Answer:
         probabilities={label: float(p) for label, p in zip(labels, softmax(logits), strict=True)},
         logits=tuple(float(logit) for logit in logits),
     )
-
-
-def check_text(task: Task, sentence1: object, sentence2: object) -> tuple[str, ...]:
-    """A visitor's text as it may be tokenised: one sentence, or two, as the task has them.
-
-    Raises:
-        TextError: a sentence is empty, too long or not valid Unicode, or there is one too many.
-    """
-    if task.is_pair:
-        return _check_sentence(sentence1, "Sentence 1"), _check_sentence(sentence2, "Sentence 2")
-    if sentence2:
-        raise TextError("This model reads one sentence. Leave sentence 2 empty.")
-    return (_check_sentence(sentence1, "The sentence"),)
-
-
-def _check_sentence(text: object, name: str) -> str:
-    """A sentence as it may be tokenised; ``name`` is for complaints."""
-    if not isinstance(text, str):
-        raise TextError(f"{name} is no text. Give a sentence.")
-    if not text.strip():
-        raise TextError(f"{name} is empty. Write a sentence.")
-    if len(text) > MAX_CHARACTERS:
-        raise TextError(f"{name} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read. Shorten it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:
-        raise TextError(
-            f"{name} holds half a surrogate pair at character {cause.start + 1}, which is no valid Unicode. Remove it."
-        ) from cause
-    return text
 
 
 CONTEXT_CHARACTERS = 24

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from demo.backends import BurstPlan, Engine
+from demo.backends import AnyEngine, BurstPlan
 from demo.charts import ONNX_COLOR, PYTORCH_COLOR, drawing, to_png, to_svg
 from demo.compare import DISTURBED, PAUSE_SECONDS
 from demo.stage import Setup, Stage
@@ -272,7 +272,7 @@ def sweep(stage: Stage, setup: Setup, cells: Sequence[Cell], *, stop: threading.
     # See `train.adapter.load_peft_model`; a larger batch would end the engine's process.
     largest_for_pytorch = 1 if config.get("model_type") in DECODERS else MAX_BATCH_SIZE
 
-    def engines_of(cell: Cell) -> list[Engine]:
+    def engines_of(cell: Cell) -> list[AnyEngine]:
         if opened.pytorch is None or cell.batch_size > largest_for_pytorch:
             return [opened.onnx]
         return [opened.pytorch, opened.onnx]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from demo.compare import check_text
 from demo.stage import Setup, Stage
 from export.bundle import Bundle
 from export.predict import softmax
+from export.texts import check_text
 from train.adapter import ADAPTER, FILES, Adapter
 from train.config import P_TUNING_V2
 from train.errors import AdapterError, ModelError, UsageError, first_line, is_of_tokenizers

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from demo.backends import COMPILED, Engine
-from demo.compare import MAX_CHARACTERS
+from demo.backends import COMPILED, AnyEngine
 from demo.stage import Opened, Setup, Stage
 from export.bundle import BUNDLE, FILES
 from export.labelling import check_texts, label_indices
 from export.predict import Classified, count_pairs, in_batches, score_counts
 from export.tables import ArrowChunk, Chunk, parquet_schema, read_chunks, write_part
+from export.texts import MAX_CHARACTERS
 from train.console import names
 from train.data import FILE_TYPES
 from train.errors import BundleError, DataError, EngineError, UsageError, first_line
@@ -426,7 +426,7 @@ def label_upload(stage: Stage, setup: Setup, upload: Upload, *, cancelled: threa
     yield Progress(_engine(opened, side).name, len(texts), len(texts), 1.0, scored)
 
 
-def _engine(opened: Opened, side: str) -> Engine:
+def _engine(opened: Opened, side: str) -> AnyEngine:
     engine = opened.onnx if side == "onnx" else opened.pytorch
     assert engine is not None
     return engine

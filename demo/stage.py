@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from demo.backends import EAGER, PYTORCH_MODES, Engine, make_onnx_backend, make_pytorch_backend
+from demo.backends import EAGER, PYTORCH_MODES, AnyEngine, Engine, make_onnx_backend, make_pytorch_backend
 from demo.cache import cached_bundle
+from demo.cluster import ClusterEngine
 from demo.shipped import Choice
 from export.bundle import FP32, GRAPH_FILES, Bundle, BundleTask, GraphFile, load_bundle
 from export.runtime import TextTokenizer, bundle_tokenizer, usable_cores
+from export.serving import Service
 from export.strangers import try_bundle
 from train.errors import BundleError, PromptfoldError, UsageError
 from train.tasks import Task
@@ -59,7 +61,7 @@ class Opened:
     bundle: Bundle
     bundle_task: BundleTask
     tokenize: TextTokenizer
-    onnx: Engine
+    onnx: AnyEngine
     pytorch: Engine | None
 
     @property
@@ -93,6 +95,7 @@ class Stage:
         has_pytorch: whether there is a PyTorch side.
         threads: of each engine.
         measuring: to be held by whoever runs anything on an engine.
+        service: the cluster of the ONNX side; None where that is a process of the page's.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Stage:
         has_pytorch: bool = True,
         threads: int | None = None,
         max_engines: int = MAX_ENGINES,
+        service: Service | None = None,
     ) -> None:
         """Make a stage; nothing is started or exported yet.
 
@@ -112,6 +116,8 @@ class Stage:
             has_pytorch: whether there is a PyTorch side.
             threads: of each engine; by default all usable cores.
             max_engines: how many processes are kept at once.
+            service: a cluster that runs the ONNX side, whose threads are then those of each replica; None where that
+                is a process as PyTorch's is. Whoever made it closes it.
 
         Raises:
             BundleError: one of the bundles cannot be loaded, or is of none of the adapters.
@@ -120,10 +126,11 @@ class Stage:
         self.has_pytorch = has_pytorch
         self.threads = threads or usable_cores()
         self.measuring = threading.Lock()
+        self.service = service
         self._max_engines = max_engines
         self._lock = threading.RLock()
         self._bundles: dict[str, Bundle] = {}
-        self._engines: OrderedDict[_Key, Engine] = OrderedDict()
+        self._engines: OrderedDict[_Key, AnyEngine] = OrderedDict()
         for folder in bundles:
             bundle = load_bundle(folder)
             self._take_bundle(bundle)
@@ -214,6 +221,8 @@ class Stage:
             choice = self.choices[setup.adapter]
             bundle = self.bundle(setup.adapter)
             onnx, *rest = engines.values()
+            pytorch = rest[0] if rest else None
+            assert pytorch is None or isinstance(pytorch, Engine)
             return Opened(
                 setup=setup,
                 choice=choice,
@@ -221,10 +230,10 @@ class Stage:
                 bundle_task=_task_of(bundle, choice),
                 tokenize=bundle_tokenizer(bundle),
                 onnx=onnx,
-                pytorch=rest[0] if rest else None,
+                pytorch=pytorch,
             )
 
-    def _start(self, setup: Setup) -> dict[_Key, Engine]:
+    def _start(self, setup: Setup) -> dict[_Key, AnyEngine]:
         """Both engines, ONNX Runtime's first."""
         with self._lock:
             bundle = self.bundle(setup.adapter)
@@ -234,20 +243,29 @@ class Stage:
                 keys.append(_Key(PYTORCH, setup.adapter, setup.pytorch))
             return {key: self._engine(key, bundle) for key in keys}
 
-    def _engine(self, key: _Key, bundle: Bundle) -> Engine:
+    def _engine(self, key: _Key, bundle: Bundle) -> AnyEngine:
         if key in self._engines:
             self._engines.move_to_end(key)
             return self._engines[key]
+        if self.service is not None and key.library == ONNX_RUNTIME:
+            # The cluster serves one bundle at a time: there is room for its replicas, and for no others.
+            for other in [other for other in self._engines if other.library == ONNX_RUNTIME]:
+                self._engines.pop(other).close()
         while len(self._engines) >= self._max_engines:
             self._engines.popitem(last=False)[1].close()
+        self._engines[key] = self._new_engine(key, bundle)
+        return self._engines[key]
+
+    def _new_engine(self, key: _Key, bundle: Bundle) -> AnyEngine:
         choice = self.choices[key.adapter]
         if key.library == PYTORCH:
-            make, folder = partial(make_pytorch_backend, mode=key.mode), choice.adapter.folder
-        else:
-            name = _task_of(bundle, choice).name
-            make, folder = partial(make_onnx_backend, task=name, precision=key.mode), bundle.folder
-        self._engines[key] = Engine(key.library, make, folder, threads=self.threads)
-        return self._engines[key]
+            make = partial(make_pytorch_backend, mode=key.mode)
+            return Engine(key.library, make, choice.adapter.folder, threads=self.threads)
+        name = _task_of(bundle, choice).name
+        if self.service is not None:
+            return ClusterEngine(key.library, self.service, bundle, task=name, precision=key.mode)
+        make = partial(make_onnx_backend, task=name, precision=key.mode)
+        return Engine(key.library, make, bundle.folder, threads=self.threads)
 
     def close(self) -> None:
         """Stop every engine."""

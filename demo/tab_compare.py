@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from demo.backends import Engine
+from demo.backends import AnyEngine, Served
 from demo.charts import ONNX_COLOR, PYTORCH_COLOR, drawing, histogram, to_svg
 from demo.compare import PAUSE_SECONDS, ROUNDS, Answer, Comparison
 from demo.compare import compare as compare_engines
@@ -174,12 +174,17 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
     )
     # Past the queue, in which what it shall stop may still be waiting.
     stop_button.click(stop, None, None, api_visibility="private", queue=False)
+    own = "Each engine has a process of its own with the same number of threads."
+    if stage.service is not None:
+        own = (
+            "PyTorch has a process of its own, with as many threads as each replica of ONNX Runtime's in Ray Serve, "
+            "whose latency holds the way to a replica and back."
+        )
     gr.Markdown(
         "**What is measured.** One forward pass of this text, token ids in, logits out, at batch size 1; "
-        "tokenising is the same for both and left out. Each engine has a process of its own with the same number "
-        f"of threads. They are asked in turn, {ROUNDS} rounds, with a pause of {PAUSE_SECONDS} s and a warm-up "
-        "before each burst, so that neither disturbs the other. The figure in large type is the ratio of the two "
-        "medians over all rounds; beside it stands the least and the greatest of the rounds."
+        f"tokenising is the same for both and left out. {own} They are asked in turn, {ROUNDS} rounds, with a pause of "
+        f"{PAUSE_SECONDS} s and a warm-up before each burst, so that neither disturbs the other. The figure in large "
+        "type is the ratio of the two medians over all rounds; beside it stands the least and the greatest of the rounds."
     )
     gr.api(compare, api_name="compare", **ONE_AT_A_TIME)
 
@@ -210,13 +215,13 @@ def box_labels(task: Task) -> tuple[str, str]:
 
 def _engine_facts(opened: Opened, answers: list[Answer] | None = None, *, is_over: bool = False) -> list[str]:
     """Of each engine, PyTorch first: latency, if measured, and on what it runs."""
-    engines = [engine for engine in (opened.pytorch, opened.onnx) if engine is not None]
+    engines: list[AnyEngine] = [engine for engine in (opened.pytorch, opened.onnx) if engine is not None]
     return [
         _facts(engine, answers[index] if answers else None, is_over=is_over) for index, engine in enumerate(engines)
     ]
 
 
-def _facts(engine: Engine, answer: Answer | None, *, is_over: bool) -> str:
+def _facts(engine: AnyEngine, answer: Answer | None, *, is_over: bool) -> str:
     loaded = engine.wait_until_ready()
     execution = loaded.execution
     memory_mib = loaded.memory_mib
@@ -240,8 +245,16 @@ def _facts(engine: Engine, answer: Answer | None, *, is_over: bool) -> str:
             )
         rows.append(("Logits", text(", ".join(f"{logit:+.4f}" for logit in answer.logits))))
     rows += execution_rows(execution)
+    if (served := answer.served if answer else engine.served) is not None:
+        rows += _served_rows(served)
     rows += [("Memory", f"{memory_mib:,.0f} MiB at most"), ("Load time", f"{loaded.load_seconds:.1f} s")]
     return table(rows)
+
+
+def _served_rows(served: Served) -> list[tuple[str, str]]:
+    """How many replicas there are, and what the last request went through, as names and HTML."""
+    texts = f"{served.batch_size} text{'s' * (served.batch_size > 1)}, by replica {text(served.replica)}"
+    return [("Replicas", f"{served.replicas} running"), ("Last batch", texts if served.batch_size else "–")]
 
 
 def execution_rows(execution: Execution) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import BundleError, UsageError
-from train.files import FolderKind, check_seal, read_record, reading, write_record
+from train.files import FolderKind, check_seal, read_record, reading, sha256_of_file, write_record
 from train.limits import MAX_TOKENS, whole_number
 from train.tasks import METRICS, Task
 
@@ -185,6 +185,18 @@ class Bundle:
     def text_inputs(self) -> tuple[str, ...]:
         """The inputs that a tokenizer makes."""
         return text_inputs(self.inputs)
+
+    @property
+    def manifest_sha256(self) -> str:
+        """The SHA-256 of its manifest, which holds that of every other file: the name of exactly this model.
+
+        Raises:
+            BundleError: the manifest is gone.
+        """
+        try:
+            return sha256_of_file(self.folder / FILES.manifest)
+        except OSError as cause:
+            raise BundleError(f"{self.folder} cannot be read any more ({cause.strerror or cause}).") from cause
 
     @property
     def tokenizer_path(self) -> Path:

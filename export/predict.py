@@ -1,10 +1,11 @@
 """Many texts through one classifier: batches of like length, answers in the caller's order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
 
+from export.bundle import TASK_IDS
 from export.runtime import OnnxClassifier
 from train.tasks import Scores, Task
 
@@ -71,10 +72,74 @@ def classify(
     return Classified.of(labels, logits, cut)
 
 
-def in_batches(texts: Sequence[tuple[str, ...]], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of the texts of each batch, so that texts of like length meet."""
-    # Characters stand in for tokens: they are there before anything is tokenised. sorted() is stable, so
-    # the same texts always make the same batches.
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """A text as token ids, and whose it is.
+
+    Attributes:
+        arrays: the text inputs of the graph by name; each int64, shape = (n_text,)
+        task_number: `export.bundle.BundleTask.number`.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    task_number: int
+
+
+@dataclass(frozen=True, eq=False)
+class RowLogits:
+    """What a graph says of rows, in their order.
+
+    Attributes:
+        logits: float32, shape = (n_rows, n_labels of the task with the most)
+        batch_sizes: with how many rows, itself included, each went through the graph; int64, shape = (n_rows,)
+    """
+
+    logits: np.ndarray
+    batch_sizes: np.ndarray
+
+
+def run_rows(classifier: OnnxClassifier, rows: Sequence[TokenRow], *, batch_size: int) -> RowLogits:
+    """Run rows of any lengths, and where the bundle is shared of any tasks, in batches of like length.
+
+    Args:
+        batch_size: rows in one run of the graph.
+
+    Raises:
+        TextError: a row is none that the model can read.
+        BundleError: as `OnnxClassifier.logits`.
+    """
+    bundle = classifier.bundle
+    n_labels = max(len(task.task.labels) for task in bundle.tasks)
+    logits = np.empty((len(rows), n_labels), np.float32)
+    batch_sizes = np.empty(len(rows), np.int64)
+    for numbers in in_batches([(row.arrays["input_ids"],) for row in rows], batch_size):
+        batch = [rows[number] for number in numbers]
+        # Only token ids have a padding of their own: a mask and token types end in zeros.
+        fill = dict.fromkeys(bundle.text_inputs, 0) | {"input_ids": bundle.pad_token_id}
+        arrays = {name: _padded([row.arrays[name] for row in batch], fill[name]) for name in bundle.text_inputs}
+        if bundle.is_shared:
+            arrays[TASK_IDS] = np.array([row.task_number for row in batch], np.int64)
+        logits[numbers] = classifier.logits(arrays)
+        batch_sizes[numbers] = len(batch)
+    return RowLogits(logits, batch_sizes)
+
+
+def _padded(rows: Sequence[np.ndarray], fill: int) -> np.ndarray:
+    """Rows of different lengths as one array, filled up on the right."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, rows[0].dtype)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
+
+
+def in_batches(texts: Sequence[tuple[Sized, ...]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the texts of each batch, so that texts of like length meet.
+
+    Args:
+        texts: of each its one or two sentences, or its token ids.
+    """
+    # Characters stand in for tokens where nothing is tokenised yet. sorted() is stable, so the same texts always make
+    # the same batches.
     order = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -222,6 +222,49 @@ def adapter(
     return get
 
 
+def write_three_labels(path: Path, seed: int) -> Path:
+    """Pairs with three labels, under other column names."""
+    rows = make_pairs(30, seed)
+    return write_jsonl(
+        path,
+        [
+            {"left": row["sentence1"], "right": row["sentence2"], "kind": "abc"[index % 3]}
+            for index, row in enumerate(rows)
+        ],
+    )
+
+
+@pytest.fixture(scope="session")
+def second(
+    tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path], data: Data
+) -> Callable[..., Path]:
+    """A function from a kind to another adapter of it; ``three`` labels, or other ``flags``."""
+    from train.__main__ import main
+
+    made: dict[str, Path] = {}
+
+    def get(kind: str, *, three: bool = False, flags: str = "") -> Path:
+        key = f"{kind} {three} {flags}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("second")
+            files = data.flags
+            if three:
+                train, validation = (write_three_labels(folder / f"{seed}.jsonl", seed) for seed in (3, 4))
+                files = ["--train-file", str(train), "--validation-file", str(validation)]
+                files += ["--text-columns", "left,right", "--label-column", "kind"]
+            command = [
+                *("--model", str(base_model(family_of(kind))), "--out", str(folder / ("three" if three else "other"))),
+                *("--method", "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"),
+                *("--virtual-tokens", str(VIRTUAL_TOKENS), "--encoder-hidden-size", "16"),
+                *("--epochs", "1", "--learning-rate", "3e-2", "--seed", "5", *flags.split(), *files),
+            ]
+            assert main(command) == 0
+            made[key] = folder / ("three" if three else "other")
+        return made[key]
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path]) -> Callable[[str], Path]:
     """A function from a kind to a bundle folder that ``python -m export`` wrote from its adapter."""

@@ -37,12 +37,13 @@ from demo.backends import (
     make_onnx_backend,
     make_pytorch_backend,
 )
-from demo.compare import MAX_CHARACTERS, MAX_RUNS, MIN_RUNS, ROUNDS, Comparison, Latency, compare
+from demo.compare import MAX_RUNS, MIN_RUNS, ROUNDS, Comparison, Latency, compare
 from demo.shipped import SHIPPED, Choice, choose_adapters
 from demo.stage import Opened, Setup, Stage
 from export.__main__ import main as export_main
 from export.bundle import load_bundle
 from export.runtime import Execution, OnnxClassifier, bundle_tokenizer
+from export.texts import MAX_CHARACTERS
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Data, flip_bit, make_pairs, peft_logits, write_jsonl
 from tests.server import exists, serve, wait_until_gone
 from train.__main__ import main as train_main

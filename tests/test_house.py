@@ -27,7 +27,7 @@ ROOMS = ("train", "export", "demo")
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "optimum", "onnxruntime", "sklearn", "gradio", "pandas")
+HEAVY = ("torch", "transformers", "peft", "datasets", "optimum", "onnxruntime", "sklearn", "gradio", "pandas", "ray")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -52,7 +52,7 @@ def test_imports_run_one_way(room: str) -> None:
 def test_the_command_lines_import_nothing_heavy_until_they_work() -> None:
     code = (
         "import sys, train.__main__, train.bench, train.evaluate, export.__main__, export.runtime, export.bundle\n"
-        "import export.score, demo.__main__, demo.backends\n"
+        "import export.score, export.serve, demo.__main__, demo.backends, demo.stage\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -21,11 +21,11 @@ from pyarrow import parquet
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 
-from demo.compare import MAX_CHARACTERS, check_text
 from demo.gate import API, MAX_BODY_BYTES
 from demo.scorefile import MAX_BYTES, Upload, read_upload
 from export.bundle import load_bundle
 from export.runtime import OnnxClassifier
+from export.texts import MAX_CHARACTERS, check_text
 from tests.conftest import ON_CPU, ROOT, WORDS
 from tests.server import Server, serve
 from train.errors import PromptfoldError, TextError

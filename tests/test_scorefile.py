@@ -29,7 +29,6 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 import demo.scorefile
 from demo.backends import COMPILED
-from demo.compare import MAX_CHARACTERS
 from demo.controls import Selectors
 from demo.scorefile import (
     BATCH_ROWS,
@@ -47,6 +46,7 @@ from demo.shipped import choose_adapters
 from demo.stage import Setup, Stage
 from demo.tab_score import _results, build_score_tab
 from export.predict import Classified
+from export.texts import MAX_CHARACTERS
 from tests.conftest import ON_CPU, POSITIONS, ROOT, VIRTUAL_TOKENS, make_pairs
 from tests.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
 from train.errors import DataError, EngineError, PromptfoldError, UsageError

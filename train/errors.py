@@ -2,7 +2,8 @@
 
 PromptfoldError
 ├── UsageError      a flag or an argument that cannot be used
-├── TextError       a sentence that cannot be classified (empty, too long, not valid Unicode)
+├── TextError       a sentence that cannot be classified (empty, not valid Unicode)
+│   └── LongTextError   … because it is too long
 ├── DataError       a data file that cannot be read, or rows in it that cannot be used
 ├── HubError        a model or data set that the Hugging Face hub did not give
 ├── ModelError      a base model that is missing, damaged or of an unsupported kind
@@ -10,6 +11,7 @@ PromptfoldError
 ├── BundleError     a folder that is not a bundle, or a bundle that does not fit
 ├── ParityError     an exported graph whose logits differ from PyTorch's
 ├── PrecisionError  a graph in another precision that scores worse than the gate allows
+├── RequestError    a request to a served bundle that is refused
 └── EngineError     an engine process that died or did not answer in time
 
 Each message says what was wrong, where, and what to do next, so that it can be shown as it is: on the
@@ -27,6 +29,10 @@ class UsageError(PromptfoldError):
 
 class TextError(PromptfoldError):
     """A sentence that cannot be classified."""
+
+
+class LongTextError(TextError):
+    """A sentence that is too long to be classified."""
 
 
 class DataError(PromptfoldError):
@@ -55,6 +61,18 @@ class ParityError(PromptfoldError):
 
 class PrecisionError(PromptfoldError):
     """A graph in another precision that scores worse than the gate allows."""
+
+
+class RequestError(PromptfoldError):
+    """A request to a served bundle that is refused.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class EngineError(PromptfoldError):
