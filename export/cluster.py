@@ -29,11 +29,13 @@ INSTALL = 'pip install "ray[serve,data]==2.60.0"'
 OBJECT_STORE_MIB = 80
 """Of shared memory for a cluster of our own: what is passed around is small, and a container's /dev/shm may be."""
 
+AUTO = "auto"
+"""For an address: the cluster of which this machine is part."""
+
 REACH_SECONDS = 5.0
 """How long a cluster's address may take to accept a connection."""
 
 # Ray and its processes read these when they start. setdefault: a user who wants more sets the variable and keeps it.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # What Ray's C++ half prints to standard error is about Ray's own parts; its exceptions come all the same.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 # The behaviour that will be Ray's default. Without it a warning is given at every start.
@@ -77,46 +79,67 @@ def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iter
     ray = import_ray()
     _reread_lock()
     if address is not None:
-        _reach(address)
-    folder = _short_folder() if address is None else None
+        reach(address)
+    folder = short_folder() if address is None else None
     try:
         with _sigterm_exits(), nullcontext() if folder is None else _locked():
             try:
                 # Ray puts a handler of its own in our handler's place.
-                with _sigterm_kept(), _no_stderr():
+                with sigterm_kept(), _no_stderr():
                     _connect(ray, address, num_cpus, folder)
                 yield _describe(ray, is_own=address is None)
             finally:
                 ray.shutdown()
     finally:
         if folder is not None:
-            _remove(folder)
+            remove_folder(folder)
 
 
-def import_ray() -> Any:
+def import_ray(*parts: str) -> Any:
     """The module ``ray``.
+
+    Args:
+        parts: of it, which are imported too: "serve"
 
     Raises:
         UsageError: it is not installed.
     """
     try:
         import ray
+
+        for part in parts:
+            import_module(f"ray.{part}")
     except ImportError as cause:
         raise UsageError(f"Ray is not installed ({first_line(cause)}). Run: {INSTALL}") from cause
     return ray
 
 
-def _reach(address: str) -> None:
-    """Refuse an address at which nothing listens: Ray itself would try for minutes."""
-    if address == "auto":
+def check_address(address: str) -> None:
+    """Refuse what is no address of a cluster.
+
+    Raises:
+        UsageError: it is none.
+    """
+    host, _, port = address.rpartition(":")
+    if address != AUTO and (not host or "/" in host or not port.isdecimal() or not 1 <= int(port) <= 65535):
+        raise UsageError(f'--address {address[:80]}: give HOST:PORT of a Ray cluster\'s head, or "{AUTO}".')
+
+
+def reach(address: str) -> None:
+    """Refuse an address at which nothing listens: Ray itself would try for minutes.
+
+    Raises:
+        UsageError: it is none.
+        EngineError: no Ray answers there.
+    """
+    check_address(address)
+    if address == AUTO:
         return
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        raise UsageError(f'--address {address}: give HOST:PORT of a Ray cluster\'s head, or "auto".')
     try:
         trouble = _greet(host, int(port))
-    except (OSError, OverflowError) as cause:
-        trouble = str(cause)
+    except OSError as cause:
+        trouble = cause.strerror or str(cause)
     if trouble:
         raise EngineError(
             f"--address {address}: no Ray cluster answers there ({trouble}). Start one with `ray start --head`, or leave "
@@ -196,7 +219,7 @@ def _describe(ray: Any, *, is_own: bool) -> RayCluster:
     return RayCluster(address=ray.get_runtime_context().gcs_address, node_cpus=cpus, is_own=is_own)
 
 
-def _short_folder() -> Path:
+def short_folder() -> Path:
     """A new folder for Ray's sockets, whose names may have some hundred characters in all."""
     parent = tempfile.gettempdir()
     if len(parent) > 24 and Path("/tmp").is_dir():  # noqa: S108 -- mkdtemp makes what only we can read
@@ -204,7 +227,7 @@ def _short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="pf-ray-", dir=parent))
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder in which Ray's last processes may still write their logs."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
@@ -241,7 +264,7 @@ def _sigterm_exits() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_kept() -> Iterator[None]:
+def sigterm_kept() -> Iterator[None]:
     """Undo what the block does to the handler of SIGTERM."""
     before = signal.getsignal(signal.SIGTERM)
     try:

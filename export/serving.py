@@ -5,10 +5,6 @@
 
 import logging
 import os
-import shutil
-import signal
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -19,15 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.bundle import Bundle
+from export.cluster import (
+    OBJECT_STORE_MIB,
+    check_address,
+    import_ray,
+    reach,
+    remove_folder,
+    short_folder,
+    sigterm_kept,
+)
 from export.ports import PORT_FLAGS, PortFlags, check_port, find_port
 from export.questions import Refusal, ReplicaFacts, Reply, TokenQuestion
 from export.runtime import usable_cores
 from train.errors import EngineError, UsageError, first_line
+from train.limits import MIB
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-INSTALL = 'pip install "ray[serve]==2.60.0"'
 
 APP = "promptfold"
 """Name of the application in the cluster: one bundle is served there, and the next one takes its place."""
@@ -37,9 +41,6 @@ DEFAULT_HTTP_PORT = 8000
 START_SECONDS = 300.0
 """Until every replica must have loaded the bundle."""
 
-CONNECT_SECONDS = 5.0
-"""Until a cluster must have answered."""
-
 NO_CPUS_SECONDS = 40.0
 """After this long without a place for a replica, there is none: Serve says so after 30 s."""
 
@@ -47,9 +48,6 @@ POLL_SECONDS = 0.2
 
 LOOK_BACK_SECONDS = 11.0
 """Over so long the load is averaged that decides on the number of replicas."""
-
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Of a cluster of our own. Questions and answers travel beside it, unless they are large."""
 
 LOCAL = "127.0.0.1"
 
@@ -119,7 +117,7 @@ class ServingConfig:
             raise UsageError(f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}.")
         check_port(self.port, flags.port)
         if self.address is not None:
-            _split_address(self.address)
+            check_address(self.address)
             return
         wanted, cores = self.most_replicas * self.threads_per_replica, usable_cores()
         if wanted > cores:
@@ -141,19 +139,12 @@ class Address:
     port: int
 
 
-def _split_address(address: str) -> Address:
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise UsageError(f"--address {address[:80]}: give HOST:PORT, as `ray start --head` prints it: 127.0.0.1:6379.")
-    return Address(host, int(port))
-
-
 TOKEN_FILE = Path(".ray") / "auth_token"
 """Below the user's home: Ray writes it where it starts a cluster, and who would join must have it."""
 
 
-def import_ray(address: str | None) -> Any:
-    """Ray, quiet and without telemetry.
+def import_serve(address: str | None) -> Any:
+    """Ray with Serve, as a server wants them.
 
     Args:
         address: of the cluster that shall be joined; None to start one. It counts for the first import only.
@@ -162,9 +153,6 @@ def import_ray(address: str | None) -> Any:
         UsageError: Ray Serve is not installed.
     """
     settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # What Ray will do by itself one day, and warns of: leave CUDA_VISIBLE_DEVICES alone.
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # So often who scales learns how much there is to do; by default every 10 s.
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
@@ -178,12 +166,7 @@ def import_ray(address: str | None) -> Any:
         settings["RAY_AUTH_MODE"] = "token"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.serve
-    except ImportError as cause:
-        raise UsageError(f"Ray Serve is not installed ({first_line(cause)}). Install it: {INSTALL}") from cause
-    return ray
+    return import_ray("serve")
 
 
 @dataclass(frozen=True)
@@ -214,7 +197,7 @@ class Service:
             EngineError: the cluster cannot be reached, or cannot be started.
         """
         config.check(flags)
-        self._ray = import_ray(config.address)
+        self._ray = import_serve(config.address)
         self.config = config
         self.version: str = self._ray.__version__
         self._wanted: _Wanted | None = None
@@ -237,15 +220,13 @@ class Service:
 
     def _start(self) -> None:
         """A cluster of our own: it listens on this machine alone, and its files are in a folder that goes with it."""
-        # The path of a socket has at most 107 bytes, and Ray adds 70.
-        parent = tempfile.gettempdir()
-        self._folder = Path(tempfile.mkdtemp(prefix="pf-ray-", dir=parent if len(parent) < 24 else "/tmp"))  # noqa: S108 -- mkdtemp
+        self._folder = short_folder()
         try:
             self._init(
                 # Else RAY_ADDRESS could name another one.
                 address="local",
                 num_cpus=usable_cores(),
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_MIB * MIB,
                 include_dashboard=False,
                 _temp_dir=str(self._folder),
             )
@@ -253,29 +234,21 @@ class Service:
             raise EngineError(f"Ray cannot start on this machine ({first_line(cause)}).") from cause
 
     def _join(self, address: str) -> None:
-        place = _split_address(address)
-        remedy = (
-            "Is it running (`ray start --head`), is this the address that it printed, and is its ~/.ray/auth_token on "
-            "this machine?"
-        )
-        try:
-            # Ray itself would try for a minute.
-            socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS).close()
-        except OSError as cause:
-            raise EngineError(
-                f"--address {address}: no cluster can be reached there ({cause.strerror or cause}). {remedy}"
-            ) from cause
+        reach(address)
         try:
             self._init(address=address)
         except Exception as cause:  # as above
-            raise EngineError(f"--address {address}: this is no Ray cluster ({first_line(cause)}). {remedy}") from cause
+            raise EngineError(
+                f"--address {address}: the Ray cluster there cannot be used ({first_line(cause)}). Run this on one of "
+                "its machines, with the same Python and Ray, and with its ~/.ray/auth_token."
+            ) from cause
 
     def _init(self, **options: Any) -> None:
         if self._ray.is_initialized():
             raise EngineError("This process uses a Ray cluster already, and can use one only.")
-        before = signal.getsignal(signal.SIGTERM)
         self._has_begun = True
-        try:
+        # Ray puts its own handler in the place of the command line's.
+        with sigterm_kept():
             self._ray.init(
                 namespace=APP,
                 logging_level=logging.ERROR,
@@ -284,10 +257,6 @@ class Service:
                 runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(_python_path())}},
                 **options,
             )
-        finally:
-            # Ray puts its own in the place of the command line's.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)
 
     def _start_serve(self, port: int) -> None:
         from ray import serve
@@ -495,7 +464,7 @@ class Service:
         if self._has_begun:
             self._ray.shutdown()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_folder(self._folder)
 
 
 def _python_path() -> list[str]:

@@ -429,7 +429,7 @@ def test_more_replicas_than_the_cluster_has_cpus_for_are_refused_at_once(service
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--address 127.0.0.1:1", "--address 127.0.0.1:1: no cluster can be reached there"),
+        ("--address 127.0.0.1:1", "--address 127.0.0.1:1: no Ray cluster answers there"),
         ("--address nowhere", "--address nowhere: give HOST:PORT"),
         ("--address ray://127.0.0.1:1", "give HOST:PORT"),
         ("--replicas 0", "--replicas 0: give a whole number of at least 1."),
