@@ -48,7 +48,10 @@ LARGEST_GRAPH_BYTES = 2**31 - 1
 N_BATCHES = 8
 """Different ones in a burst: rows of many tasks shall not all lie in a cache."""
 
-PASS_SHAPES = ("1x60", "32x60")
+BATCH_SIZES = (1, 32)
+
+N_TOKENS = 60
+"""Of a text, where the model reads as many."""
 
 LOADS = (1, 100, 10_000)
 """Requests per second for the arithmetic."""
@@ -255,7 +258,7 @@ def measure_tasks(source: Path, n_tasks: int, folder: Path, threads: int, plan: 
     load_seconds = time.perf_counter() - start
     generator = np.random.default_rng(0)
     latencies_ms = {}
-    for shape in map(Shape.parse, PASS_SHAPES):
+    for shape in (Shape(size, min(N_TOKENS, bundle.max_length)) for size in BATCH_SIZES):
         batches = [
             random_batch(generator, shape, bundle) | {TASK_IDS: generator.integers(0, n_tasks, shape.batch_size)}
             for _ in range(N_BATCHES)
@@ -423,7 +426,7 @@ def measure_all_serving(bundle: Bundle, config: ScaleConfig) -> list[ServingCell
     """
     from export.serving import Service, ServingConfig
 
-    bodies = request_bodies(bundle, 60, 64)
+    bodies = request_bodies(bundle, N_TOKENS, 64)
     cells = []
     for replicas in config.replicas:
         for wait_ms in config.waits_ms:
@@ -504,7 +507,10 @@ def run_scale(config: ScaleConfig) -> dict[str, Any]:
                 "file_mb": Line.fit(numbers, [cell.file_mb for cell in cells]),
                 "memory_mib": Line.fit(numbers, [cell.memory_mib for cell in cells]),
                 "load_seconds": Line.fit(numbers, [cell.load_seconds for cell in cells]),
-                **{f"{at} ms": Line.fit(numbers, [cell.latencies_ms[at] for cell in cells]) for at in PASS_SHAPES},
+                **{
+                    f"{at} ms": Line.fit(numbers, [cell.latencies_ms[at] for cell in cells])
+                    for at in cells[0].latencies_ms
+                },
             }
             for name, line in lines.items():
                 say(f"{name}: {line.at_zero:.2f} + {line.slope:.5f} × tasks, R² {line.r_squared:.3f}")

@@ -464,7 +464,7 @@ def test_without_ray_the_command_to_install_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert serve_main([str(bundle("bert"))]) == 2
-    assert 'Install it: pip install "ray[serve]==' in capsys.readouterr().err
+    assert 'Run: pip install "ray[serve,data]==' in capsys.readouterr().err
 
 
 def test_a_replica_refuses_what_it_was_not_meant_to_load(models: Models, tmp_path: Path) -> None:
