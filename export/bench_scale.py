@@ -2,10 +2,10 @@
 
 - Tasks: the bundle's graph with the constants of 1, 10, 100 and 1,000 tasks (`with_tasks`), each in a process of its
   own: file, load time, memory, and latency of batches whose rows belong to any of them. Straight lines are fitted.
-- Replicas, waits and clients: the bundle in Ray Serve on this machine, asked over HTTP one pair a request by clients
-  that ask again as soon as they are answered: pairs per second, latency, how many texts shared a run of the graph, and
-  the processor's time that a pair costs in each kind of process. Needs Ray; without it this part is left out.
-- Then arithmetic: how many cores, replicas and servers of HTTP this comes to at 1, 100 and 10,000 requests per second.
+- Replicas, waits, clients and pairs a request: the bundle in Ray Serve on this machine, asked over HTTP by clients that
+  ask again as soon as they are answered: pairs per second, latency, how many texts shared a run of the graph, and the
+  processor's time that a pair costs in each kind of process. Needs Ray; without it this part is left out.
+- Then arithmetic: how many cores, replicas and servers of HTTP this comes to at 1, 100 and 10,000 pairs per second.
 
 The clients use the same cores as the replicas, so pairs per second are a lower bound, while the processor's time of a
 pair is each process's own. Run it on an idle machine. The last line is one JSON document.
@@ -50,11 +50,14 @@ N_BATCHES = 8
 
 BATCH_SIZES = (1, 32)
 
+N_BODIES = 64
+"""Different requests."""
+
 N_TOKENS = 60
 """Of a text, where the model reads as many."""
 
 LOADS = (1, 100, 10_000)
-"""Requests per second for the arithmetic."""
+"""Pairs per second for the arithmetic."""
 
 BUSY_SHARE = 0.7
 """Of a core's time: beyond it, queues grow faster than the load."""
@@ -70,6 +73,7 @@ class ScaleConfig:
         replicas: numbers of them.
         waits_ms: how long a request waits for others, at most.
         clients: how many ask at the same time.
+        pairs: how many each asks about in one request.
         seconds: of each burst over HTTP.
         threads: of the graph's process while tasks are counted; None for all usable cores.
         plan: of each burst without HTTP.
@@ -80,12 +84,18 @@ class ScaleConfig:
     replicas: tuple[int, ...]
     waits_ms: tuple[float, ...]
     clients: tuple[int, ...]
+    pairs: tuple[int, ...]
     seconds: float
     threads: int | None
     plan: Plan
 
     def __post_init__(self) -> None:
-        for flag, numbers in (("tasks", self.tasks), ("replicas", self.replicas), ("clients", self.clients)):
+        for flag, numbers in (
+            ("tasks", self.tasks),
+            ("replicas", self.replicas),
+            ("clients", self.clients),
+            ("pairs", self.pairs),
+        ):
             if any(number < 1 for number in numbers):
                 raise UsageError(f"--{flag}: give whole numbers of at least 1.")
         if not 0 < self.seconds < 3600:
@@ -122,7 +132,8 @@ class ServingCell:
         replicas: their number, each with ``threads``.
         threads: of each.
         wait_ms: how long a request waits for others, at most.
-        clients: how many ask at the same time, one pair each.
+        clients: how many ask at the same time.
+        pairs: how many each asks about in one request.
         pairs_per_second: answered.
         p50_ms, p95_ms: from the question to the answer, as a client sees it.
         batch_size: mean over the requests: with how many texts each shared its run of the graph, at most.
@@ -134,6 +145,7 @@ class ServingCell:
     threads: int
     wait_ms: float
     clients: int
+    pairs: int
     pairs_per_second: float
     p50_ms: float
     p95_ms: float
@@ -167,17 +179,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Demand:
-    """What so many requests per second take, one pair each.
+    """What so many pairs per second take.
 
     Attributes:
-        requests_per_second: of the load.
+        pairs_per_second: of the load.
+        pairs: in each request.
         cores: busy for `BUSY_SHARE` of the time.
         replicas: of the threads that were measured.
         apis: servers that check requests and ask the replicas, of one core at most each: they are Python.
         proxies: servers of HTTP; the same.
     """
 
-    requests_per_second: int
+    pairs_per_second: int
+    pairs: int
     cores: float
     replicas: int
     apis: int
@@ -367,12 +381,12 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def measure_serving(
-    service: "Service", bodies: Sequence[bytes], wait_ms: float, clients: int, config: ScaleConfig
+    service: "Service", bodies: Sequence[bytes], clients: int, pairs: int, config: ScaleConfig
 ) -> ServingCell:
     """Ask a bundle that is served.
 
     Args:
-        bodies: requests of one pair each.
+        bodies: requests of so many pairs each.
     """
     ask = (service.url, bodies, clients)
     in_child(ask_for, *ask, min(config.seconds, 2.0))  # a warm-up
@@ -382,13 +396,14 @@ def measure_serving(
     after = cpu_seconds()
     if not load.latencies_ms:
         raise EngineError(f"None of {clients} clients was answered within {config.seconds:g} s. Give more --seconds.")
-    n_pairs = len(load.latencies_ms)
+    n_pairs = pairs * len(load.latencies_ms)
     p50_ms, p95_ms = np.percentile(load.latencies_ms, [50, 95])
     return ServingCell(
         replicas=service.config.replicas,
         threads=service.config.threads_per_replica,
-        wait_ms=wait_ms,
+        wait_ms=service.config.batch_wait_ms,
         clients=clients,
+        pairs=pairs,
         pairs_per_second=n_pairs / load.seconds,
         p50_ms=float(p50_ms),
         p95_ms=float(p95_ms),
@@ -398,21 +413,26 @@ def measure_serving(
     )
 
 
-def request_bodies(bundle: Bundle, n_tokens: int, n_bodies: int) -> list[bytes]:
-    """Requests of one text each, of about so many tokens, of random words of the bundle's vocabulary."""
+def request_bodies(bundle: Bundle, n_tokens: int, pairs: int, n_bodies: int) -> list[bytes]:
+    """Requests of so many pairs, or texts, each, of about so many tokens, of random numbers."""
     from export.runtime import bundle_tokenizer
 
     generator, task = np.random.default_rng(0), bundle.tasks[0]
     tokenize = bundle_tokenizer(bundle)
     n_texts = len(task.task.text_columns)
+
+    def made_up() -> list[str]:
+        words = [str(word) for word in generator.integers(0, 1000, n_tokens)]
+        while True:
+            texts = [" ".join(words[number::n_texts]) for number in range(n_texts)]
+            if len(words) <= n_texts or tokenize([tuple(texts)]).arrays["input_ids"].shape[1] <= n_tokens:
+                return texts
+            words.pop()
+
     bodies = []
     for _ in range(n_bodies):
-        words = [str(word) for word in generator.integers(0, 1000, n_tokens)]
-        texts = [" ".join(words[number::n_texts]) for number in range(n_texts)]
-        while len(words) > n_texts and tokenize([tuple(texts)]).arrays["input_ids"].shape[1] > n_tokens:
-            words.pop()
-            texts = [" ".join(words[number::n_texts]) for number in range(n_texts)]
-        question = {"pair": texts} if n_texts > 1 else {"text": texts[0]}
+        many = [made_up() for _ in range(pairs)]
+        question: dict[str, Any] = {"pairs": many} if n_texts > 1 else {"texts": [text for (text,) in many]}
         bodies.append(json.dumps(question | ({"task": task.name} if bundle.is_shared else {})).encode())
     return bodies
 
@@ -426,7 +446,7 @@ def measure_all_serving(bundle: Bundle, config: ScaleConfig) -> list[ServingCell
     """
     from export.serving import Service, ServingConfig
 
-    bodies = request_bodies(bundle, N_TOKENS, 64)
+    bodies = {pairs: request_bodies(bundle, N_TOKENS, pairs, N_BODIES) for pairs in config.pairs}
     cells = []
     for replicas in config.replicas:
         for wait_ms in config.waits_ms:
@@ -435,8 +455,9 @@ def measure_all_serving(bundle: Bundle, config: ScaleConfig) -> list[ServingCell
             try:
                 service.deploy(bundle)
                 for clients in config.clients:
-                    cells.append(measure_serving(service, bodies, wait_ms, clients, config))
-                    say(_serving_row(cells[-1]))
+                    for pairs in config.pairs:
+                        cells.append(measure_serving(service, bodies[pairs], clients, pairs, config))
+                        say(_serving_row(cells[-1]))
             finally:
                 service.close()
     return cells
@@ -446,11 +467,12 @@ def measure_all_serving(bundle: Bundle, config: ScaleConfig) -> list[ServingCell
 
 
 def demands(cell: ServingCell) -> list[Demand]:
-    """What the `LOADS` take, from the processor's time of a pair in the busiest cell."""
+    """What the `LOADS` take, from the processor's time of a pair."""
     replica, api, proxy = (cell.cpu_ms[kind] / 1000 for kind in ("replica", "api", "proxy"))
     return [
         Demand(
-            requests_per_second=load,
+            pairs_per_second=load,
+            pairs=cell.pairs,
             cores=load * (replica + api + proxy) / BUSY_SHARE,
             replicas=math.ceil(load * replica / cell.threads / BUSY_SHARE),
             apis=math.ceil(load * api / BUSY_SHARE),
@@ -474,7 +496,7 @@ def _tasks_row(cell: TasksCell) -> str:
 def _serving_row(cell: ServingCell) -> str:
     cpu = " + ".join(f"{milliseconds:.2f} {kind}" for kind, milliseconds in cell.cpu_ms.items())
     return (
-        f"{cell.replicas} replicas × {cell.threads} threads  wait {cell.wait_ms:g} ms  {cell.clients:>3} clients  "
+        f"{cell.replicas} replicas × {cell.threads} threads  wait {cell.wait_ms:g} ms  {cell.clients:>3} clients × {cell.pairs} pairs  "
         f"{cell.pairs_per_second:6.1f} pairs/s  p50 {cell.p50_ms:.1f} ms  p95 {cell.p95_ms:.1f} ms  "
         f"batch {cell.batch_size:.1f}  ms of processor a pair: {cpu}" + f"  {cell.errors} errors" * bool(cell.errors)
     )
@@ -518,13 +540,15 @@ def run_scale(config: ScaleConfig) -> dict[str, Any]:
     if config.replicas:
         serving = measure_all_serving(bundle, config)
         result["serving"] = [asdict(cell) for cell in serving]
-        busiest = max(serving, key=lambda cell: cell.pairs_per_second)
-        result["demands"] = [asdict(demand) for demand in demands(busiest)]
-        for demand in demands(busiest):
-            say(
-                f"{demand.requests_per_second:>6,} requests/s: {demand.cores:.1f} cores, {demand.replicas:,} replicas, "
-                f"{demand.apis:,} Apis, {demand.proxies:,} proxies"
-            )
+        result["demands"] = []
+        for pairs in config.pairs:
+            busiest = max((cell for cell in serving if cell.pairs == pairs), key=lambda cell: cell.pairs_per_second)
+            for demand in demands(busiest):
+                result["demands"].append(asdict(demand))
+                say(
+                    f"{demand.pairs_per_second:>6,} pairs/s, {pairs} a request: {demand.cores:.1f} cores, "
+                    f"{demand.replicas:,} replicas, {demand.apis:,} Apis, {demand.proxies:,} proxies"
+                )
     return result
 
 
@@ -563,6 +587,9 @@ def scale_command(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument(
         "--clients", type=_whole_numbers, default=(1, 32), help="who ask at the same time (default: 1,32)"
+    )
+    parser.add_argument(
+        "--pairs", type=_whole_numbers, default=(1, 32), help="of which each request asks (default: 1,32)"
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each burst over HTTP (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the graph while tasks are counted (default: all usable cores)")

@@ -85,7 +85,7 @@ def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iter
         with _sigterm_exits(), nullcontext() if folder is None else _locked():
             try:
                 # Ray puts a handler of its own in our handler's place.
-                with sigterm_kept(), _no_stderr():
+                with sigterm_kept(), no_stderr():
                     _connect(ray, address, num_cpus, folder)
                 yield _describe(ray, is_own=address is None)
             finally:
@@ -237,7 +237,7 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
+def no_stderr() -> Iterator[None]:
     """Keep off the terminal what Ray's C++ half says while it starts: that it obeys a variable, that it tries again."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

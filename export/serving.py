@@ -19,6 +19,7 @@ from export.cluster import (
     OBJECT_STORE_MIB,
     check_address,
     import_ray,
+    no_stderr,
     reach,
     remove_folder,
     short_folder,
@@ -248,7 +249,7 @@ class Service:
             raise EngineError("This process uses a Ray cluster already, and can use one only.")
         self._has_begun = True
         # Ray puts its own handler in the place of the command line's.
-        with sigterm_kept():
+        with sigterm_kept(), no_stderr():
             self._ray.init(
                 namespace=APP,
                 logging_level=logging.ERROR,

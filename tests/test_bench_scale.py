@@ -80,23 +80,36 @@ def test_the_line_is_that_of_least_squares() -> None:
 
 
 def test_the_arithmetic_of_a_load() -> None:
-    cell = ServingCell(2, 1, 2.0, 32, 100.0, 10.0, 20.0, 8.0, {"replica": 6.9, "api": 2.0, "proxy": 0.6}, 0)
+    cell = ServingCell(2, 1, 2.0, 32, 1, 100.0, 10.0, 20.0, 8.0, {"replica": 6.9, "api": 2.0, "proxy": 0.6}, 0)
     one, _, most = demands(cell)
-    assert (one.requests_per_second, one.replicas, one.apis, one.proxies) == (1, 1, 1, 1)
-    assert (most.requests_per_second, most.replicas, most.apis, most.proxies) == (10_000, 99, 29, 9)
+    assert (one.pairs_per_second, one.replicas, one.apis, one.proxies) == (1, 1, 1, 1)
+    assert (most.pairs_per_second, most.replicas, most.apis, most.proxies) == (10_000, 99, 29, 9)
     assert most.cores == pytest.approx(10_000 * 0.0095 / BUSY_SHARE)
 
 
 def test_the_requests_have_the_length_that_is_measured(shared: Bundle) -> None:
     tokenize = bundle_tokenizer(shared)
-    for body in request_bodies(shared, 12, 3):
+    for body in request_bodies(shared, 12, 2, 3):
         question = json.loads(body)
         assert question["task"] == shared.tasks[0].name
-        assert tokenize([tuple(question["pair"])]).arrays["input_ids"].shape[1] <= 12
+        assert tokenize([tuple(pair) for pair in question["pairs"]]).arrays["input_ids"].shape <= (2, 12)
 
 
 def test_it_measures_tasks_and_replicas(shared: Bundle) -> None:
-    flags = ["--tasks", "1,5", "--replicas", "1", "--batch-waits", "2", "--clients", "2", "--seconds", "1"]
+    flags = [
+        "--tasks",
+        "1,5",
+        "--replicas",
+        "1",
+        "--batch-waits",
+        "2",
+        "--clients",
+        "2",
+        "--pairs",
+        "3",
+        "--seconds",
+        "1",
+    ]
     ended = subprocess.run(
         [sys.executable, "-m", "export.bench", "--scale", str(shared.folder), *flags, "--threads", "1"],
         cwd=ROOT,
@@ -110,9 +123,9 @@ def test_it_measures_tasks_and_replicas(shared: Bundle) -> None:
     assert [cell["n_tasks"] for cell in result["tasks"]] == [1, 5]
     assert result["tasks"][1]["file_mb"] > result["tasks"][0]["file_mb"]
     (cell,) = result["serving"]
-    assert (cell["replicas"], cell["clients"], cell["errors"]) == (1, 2, 0)
+    assert (cell["replicas"], cell["clients"], cell["pairs"], cell["errors"]) == (1, 2, 3, 0)
     assert cell["pairs_per_second"] > 0
-    assert 1 <= cell["batch_size"] <= 2
+    assert 3 <= cell["batch_size"] <= 6
     assert set(cell["cpu_ms"]) == set(cpu_seconds())
     assert cell["cpu_ms"]["replica"] > 0
-    assert [demand["requests_per_second"] for demand in result["demands"]] == [1, 100, 10_000]
+    assert [demand["pairs_per_second"] for demand in result["demands"]] == [1, 100, 10_000]
