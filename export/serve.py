@@ -79,6 +79,13 @@ def add_serving_flags(
         default=defaults.queue_size,
         help="requests that may wait for a replica; who comes then gets 429 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--apis",
+        type=int,
+        default=defaults.apis,
+        metavar="N",
+        help="processes that take HTTP requests, each with a queue of its own (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, help="of each replica (default: the cores shared out)")
     parser.add_argument(
         flags.host, dest="http_host", default=defaults.host, help="address for HTTP (default: %(default)s)"

@@ -62,7 +62,8 @@ class ServingConfig:
         max_replicas: their greatest number under load; None for always the same.
         batch_size: requests that a replica answers together, and texts in one run of the graph, at most.
         batch_wait_ms: how long a request waits for others to join it, at most.
-        queue_size: requests that wait for a replica, at most; beyond them they are refused.
+        queue_size: requests that wait for a replica in each Api, at most; beyond them they are refused.
+        apis: processes that take HTTP requests and ask the replicas.
         threads: of each replica; None to share out the cores.
         host: address on which HTTP is answered.
         port: the same; None for the first free one from 8000 on.
@@ -77,6 +78,7 @@ class ServingConfig:
     batch_size: int = 32
     batch_wait_ms: float = 2.0
     queue_size: int = 256
+    apis: int = 1
     threads: int | None = None
     host: str = LOCAL
     port: int | None = None
@@ -108,6 +110,7 @@ class ServingConfig:
             ("--max-replicas", self.max_replicas),
             ("--batch-size", self.batch_size),
             ("--queue-size", self.queue_size),
+            ("--apis", self.apis),
             ("--threads", self.threads),
         ):
             if number is not None and number < 1:
@@ -363,6 +366,7 @@ class Service:
         api = make(
             Api,
             name="Api",
+            num_replicas=config.apis,
             ray_actor_options={"num_cpus": 0},
             # It only waits for replicas: what may wait is bounded before them.
             max_ongoing_requests=100_000,

@@ -15,6 +15,7 @@ import pytest
 
 from demo.__main__ import parse_config as parse_demo
 from export.__main__ import main as export_main
+from export.serve import parse_config as parse_serve
 from tests.conftest import ROOT, SHIPPED, Data
 from tests.server import serve
 from train.adapter import load_adapter
@@ -100,8 +101,18 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
     train_commands = [parse_train(words) for words in readme_commands("train")]
     assert [config.model for config in train_commands] == ["roberta-large", "minilm", "minilm", "minilm", "smollm2"]
     demo_commands = [parse_demo(words) for words in readme_commands("demo")]
-    assert len(demo_commands) == 2
-    counts = {"export": 3, "export.bench": 1, "export.score": 1, "train.evaluate": 1, "train.bench": 1, "pytest": 1}
+    assert [config.engine for config in demo_commands] == ["both", "both", "ray"]
+    (serve_command,) = [parse_serve(words) for words in readme_commands("export.serve")]
+    assert serve_command.serving.replicas == 2
+    counts = {
+        "export": 3,
+        "export.bench": 2,
+        "export.score_bench": 1,
+        "export.score": 2,
+        "train.evaluate": 1,
+        "train.bench": 1,
+        "pytest": 1,
+    }
     for module, count in counts.items():
         assert len(readme_commands(module)) == count, module
     known = (
@@ -109,6 +120,8 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
         "export",
         "export.bench",
         "export.score",
+        "export.score_bench",
+        "export.serve",
         "export.triton",
         "pytest",
         "train",

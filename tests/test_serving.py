@@ -495,7 +495,7 @@ def test_the_page_in_front_of_two_replicas_gives_pefts_answers_and_leaves_no_pro
     models: Models, adapter: Folders, tmp_path: Path
 ) -> None:
     """A cluster of its own, which ends with the page."""
-    flags = ["--engine", "ray", "--replicas", "2", "--threads", "1", "--adapter", str(adapter("bert"))]
+    flags = ["--engine", "ray", "--replicas", "2", "--apis", "2", "--threads", "1", "--adapter", str(adapter("bert"))]
     with serve([*flags, "--bundle", str(models.bert.bundle.folder)], tmp_path / "cache", ON_CPU) as server:
         page = server.wait_for_url()
         url = server.wait_for(r"POST (http://\S+) needs no page")[1]
@@ -513,7 +513,7 @@ def test_the_page_in_front_of_two_replicas_gives_pefts_answers_and_leaves_no_pro
         assert models.bert.is_said_by(plain.body, range(len(PAIRS)))
 
         processes = psutil.Process(server.pid).children(recursive=True)
-        assert sum("ray::ServeReplica:promptfold:" in process.cmdline()[0] for process in processes) == 3
+        assert sum("ray::ServeReplica:promptfold:" in process.cmdline()[0] for process in processes) == 4
         elsewhere = [
             (process.cmdline()[0].partition(":promptfold:")[0], connection.laddr.port)
             for process in processes
