@@ -508,6 +508,14 @@ def calibrate(job: Job) -> None:
     openvino.save_model(quantized, job.graph, compress_to_fp16=False)
 
 
+PRODUCT_SIZES = (256, 1024, 2048)
+"""Rows and columns of the matrices: the larger ones reach more of a processor's peak."""
+
+LONGEST_PRODUCT_SECONDS = 1.5
+"""What would take longer, at the pace of the smaller ones, is not tried: where a processor lacks the instructions, PyTorch
+multiplies in bf16 and int8 number by number, and the largest matrices would take minutes."""
+
+
 def find_peaks(job: Job) -> list[Peak]:
     """The fastest square matrix products here, with the same number of threads as the engines have."""
     import torch
@@ -516,17 +524,21 @@ def find_peaks(job: Job) -> list[Peak]:
     device = torch.device(job.device)
     half = ("fp16", torch.float16) if job.device == CUDA else ("bf16", torch.bfloat16)
     best: dict[str, Peak] = {}
+    seconds_per_cell: dict[str, float] = {}
 
     def try_product(precision: str, product: str, size: int, multiply: Callable[[], object]) -> None:
+        if size**3 * seconds_per_cell.get(product, 0) > LONGEST_PRODUCT_SECONDS:
+            return
         seconds = _fastest_seconds(multiply, job)
+        seconds_per_cell[product] = seconds / size**3
         rate = 2 * size**3 / seconds / 1e9
         if precision not in best or rate > best[precision].gflop_per_second:
             best[precision] = Peak(precision, rate, f"{product}, {size} × {size} × {size}")
 
-    for size in (1024, 2048):
+    for size in PRODUCT_SIZES:
         for precision, dtype in (("fp32", torch.float32), half):
             square = torch.ones(size, size, device=device, dtype=dtype)
-            try_product(precision, "torch.mm", size, partial(torch.mm, square, square))
+            try_product(precision, f"torch.mm in {precision}", size, partial(torch.mm, square, square))
         whole = torch.ones(size, size, device=device, dtype=torch.int8)
         try_product("int8", "torch._int_mm", size, partial(torch._int_mm, whole, whole))
         if job.device == CPU:

@@ -136,6 +136,8 @@ class Classifier:
         self._replica = str(serve.get_replica_context().replica_id.unique_id)
         # ONNX Runtime has its own threads; here one waits for it, and the event loop is free for health checks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+        self._is_free = asyncio.Event()
+        self._is_free.set()
         batching: Any = self._answer  # its type tells nothing of what the decorator adds
         batching.set_max_batch_size(plan.batch_size)
         batching.set_batch_wait_timeout_s(plan.batch_wait_ms / 1000)
@@ -172,7 +174,7 @@ class Classifier:
             return Refusal(UNPROCESSABLE, f"Task {task.name} is about {kind} ({columns}). Send {use}.")
         # In the default executor, beside the batch that is being run.
         job = await asyncio.get_running_loop().run_in_executor(None, self._tokenize, question.texts, task)
-        return await self._answer(job)
+        return await self._join_batch(job)
 
     async def logits(self, question: TokenQuestion) -> Reply | Refusal:
         """Answer token ids, where they are for this bundle."""
@@ -191,7 +193,7 @@ class Classifier:
         names = self._bundle.text_inputs
         rows = tuple(TokenRow({name: arrays[name][number] for name in names}, task.number) for number in range(n_texts))
         # Who sends token ids chose the batch, and may be measuring it: it is not taken apart.
-        return await self._answer(_Job(rows, (False,) * n_texts, task, least_batch_size=n_texts))
+        return await self._join_batch(_Job(rows, (False,) * n_texts, task, least_batch_size=n_texts))
 
     def _tokenize(self, texts: Sequence[tuple[str, ...]], task: BundleTask) -> _Job:
         encoded = self._classifier.tokenize(texts)
@@ -202,10 +204,20 @@ class Classifier:
         )
         return _Job(rows, encoded.cut, task)
 
+    async def _join_batch(self, job: _Job) -> Reply | Refusal:
+        # Ray closes a batch when its wait is over, whether or not the graph is free, and then it takes nobody in. Who
+        # comes while the graph is busy waits here instead, and all of them are the next batch.
+        await self._is_free.wait()
+        return await self._answer(job)
+
     # Its limits are set for each replica when it is made.
     @serve.batch
     async def _answer(self, jobs: list[_Job]) -> list[Reply | Refusal]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
+        self._is_free.clear()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
+        finally:
+            self._is_free.set()
 
     def _run(self, jobs: Sequence[_Job]) -> list[Reply | Refusal]:
         """Run everything that came together; each job is answered, or refused, by itself."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import train.errors
-from export.bundle import FILES, Bundle, load_bundle
+from export.bundle import Bundle, load_bundle
 from export.cluster import RayCluster, import_ray, ray_cluster
 from export.dataset import Block, BlockReader, DataSet, OutFolder, find_data_set, parse_place
 from export.labelling import (
@@ -43,7 +43,6 @@ from export.runtime import CPU, OnnxClassifier, best_precision
 from export.strangers import try_bundle
 from export.tables import write_parquet
 from train.errors import BundleError, DataError, EngineError, PromptfoldError, UsageError, first_line
-from train.files import sha256_of_file
 from train.tasks import Task
 
 INSPECT_BLOCK_ROWS = 1 << 17
@@ -230,7 +229,7 @@ def _plan(
         data_set=data_set,
         folder=folder,
         bundle=bundle.folder.absolute(),
-        manifest_sha256=sha256_of_file(bundle.folder / FILES.manifest),
+        manifest_sha256=bundle.manifest_sha256,
         bundle_task=bundle.find_task(config.task).name,
         # Decided here, so that no machine chooses for itself. On the CPU, which all of them have.
         precision=best_precision(bundle, on_cuda=False),
@@ -368,7 +367,7 @@ def _load_same(job: _Job) -> OnnxClassifier:
         bundle = load_bundle(job.bundle)
     except BundleError as cause:
         raise BundleError(f"On {machine}: {cause}") from cause
-    sha256 = sha256_of_file(job.bundle / FILES.manifest)
+    sha256 = bundle.manifest_sha256
     if sha256 != job.manifest_sha256:
         raise BundleError(
             f"On {machine} {job.bundle} is another bundle (manifest {sha256[:12]}…, here {job.manifest_sha256[:12]}…). "
