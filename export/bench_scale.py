@@ -32,7 +32,7 @@ from export.bench_engines import Plan, time_passes
 from export.bench_prepare import Shape, random_batch
 from export.bundle import BUNDLE, FILES, TASK_IDS, Bundle, finish_bundle, load_bundle
 from export.memory import peak_memory_mib
-from export.runtime import OnnxClassifier, best_precision, usable_cores
+from export.runtime import OnnxClassifier, best_precision, bundle_tokenizer, usable_cores
 from train.console import Parser, names, say
 from train.errors import EngineError, UsageError
 from train.files import content_of, read_record
@@ -415,8 +415,6 @@ def measure_serving(
 
 def request_bodies(bundle: Bundle, n_tokens: int, pairs: int, n_bodies: int) -> list[bytes]:
     """Requests of so many pairs, or texts, each, of about so many tokens, of random numbers."""
-    from export.runtime import bundle_tokenizer
-
     generator, task = np.random.default_rng(0), bundle.tasks[0]
     tokenize = bundle_tokenizer(bundle)
     n_texts = len(task.task.text_columns)
@@ -525,15 +523,13 @@ def run_scale(config: ScaleConfig) -> dict[str, Any]:
         result["tasks"] = [asdict(cell) for cell in cells]
         if len(cells) > 1:
             numbers = [cell.n_tasks for cell in cells]
-            lines = {
-                "file_mb": Line.fit(numbers, [cell.file_mb for cell in cells]),
-                "memory_mib": Line.fit(numbers, [cell.memory_mib for cell in cells]),
-                "load_seconds": Line.fit(numbers, [cell.load_seconds for cell in cells]),
-                **{
-                    f"{at} ms": Line.fit(numbers, [cell.latencies_ms[at] for cell in cells])
-                    for at in cells[0].latencies_ms
-                },
+            columns = {
+                "file_mb": [cell.file_mb for cell in cells],
+                "memory_mib": [cell.memory_mib for cell in cells],
+                "load_seconds": [cell.load_seconds for cell in cells],
+                **{f"{at} ms": [cell.latencies_ms[at] for cell in cells] for at in cells[0].latencies_ms},
             }
+            lines = {name: Line.fit(numbers, column) for name, column in columns.items()}
             for name, line in lines.items():
                 say(f"{name}: {line.at_zero:.2f} + {line.slope:.5f} × tasks, R² {line.r_squared:.3f}")
             result["lines"] = {name: asdict(line) for name, line in lines.items()}
