@@ -58,6 +58,7 @@ class Engine:
         precision: "fp32", "bf16", "fp16" or "int8".
         devices: where it can run.
         is_compiled: whether `torch.compile` goes over it.
+        cuda_graphs: whether each shape is captured as a CUDA graph.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Engine:
     precision: str
     devices: tuple[str, ...] = (CPU, CUDA)
     is_compiled: bool = False
+    cuda_graphs: bool = False
 
 
 ENGINES = {
@@ -83,6 +85,7 @@ ENGINES = {
         Engine("ours-fp32", "promptfold's bundle", OURS, "fp32"),
         Engine("ours-int8", "promptfold's bundle", OURS, "int8", (CPU,)),
         Engine("ours-fp16", "promptfold's bundle", OURS, "fp16"),
+        Engine("ours-fp16-graphs", "that with a CUDA graph a shape", OURS, "fp16", (CUDA,), cuda_graphs=True),
     )
 }
 
@@ -370,7 +373,12 @@ def _load_ours(job: Job, engine: Engine) -> Load:
     def load() -> _Loaded:
         bundle = load_bundle(Path(job.bundle))
         classifier = OnnxClassifier(
-            bundle, task=job.task, precision=engine.precision, threads=job.threads, use_cuda=job.device == CUDA
+            bundle,
+            task=job.task,
+            precision=engine.precision,
+            threads=job.threads,
+            use_cuda=job.device == CUDA,
+            cuda_graphs=engine.cuda_graphs,
         )
         execution = classifier.execution
         return _Loaded(

@@ -4,13 +4,14 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from export.bundle import FP16, FP32, INT8, TASK_IDS, Bundle
+from export.fixed_shapes import FixedShapes
 from export.strangers import check_graph
 from train.errors import BundleError, TextError, first_line, is_of_tokenizers
 from train.limits import MAX_TEXT_BYTES, check_file
@@ -169,6 +170,7 @@ class OnnxClassifier:
         precision: str | None = None,
         threads: int | None = None,
         use_cuda: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """Load a bundle that `load_bundle` checked.
 
@@ -178,6 +180,8 @@ class OnnxClassifier:
                 GPU and int8 on a CPU, and fp32 where there is no such graph or it cannot be loaded.
             threads: threads within an operator, on CPU; by default all usable cores.
             use_cuda: whether to try CUDA; by default wherever the NVIDIA driver and the provider are.
+            cuda_graphs: whether, on CUDA, each shape of a batch is captured as a CUDA graph when it comes first
+                (`FixedShapes`): for batches of few shapes, whose kernels are so short that launching them costs more.
 
         Raises:
             BundleError: there is no graph in that precision, ONNX Runtime cannot load it, or its inputs are not the
@@ -193,7 +197,8 @@ class OnnxClassifier:
         if use_cuda is None:
             use_cuda = not absence
         notes = [] if use_cuda else [absence or "CUDA is switched off"]
-        opened = _open_graph(bundle, precision, threads=threads, use_cuda=use_cuda)
+        cuda_graphs = cuda_graphs and use_cuda
+        opened = _open_graph(bundle, precision, threads=threads, use_cuda=use_cuda, cuda_graphs=cuda_graphs)
         if use_cuda and opened.session.get_providers()[0] == CPU:
             notes.append("ONNX Runtime fell back from CUDA to the CPU")
             # What is fastest on a GPU is slow here.
@@ -209,6 +214,10 @@ class OnnxClassifier:
             raise BundleError(f"{self._path} gives no logits. {_AGAIN}")
         provider = self._session.get_providers()[0]
         self._on_cuda = provider != CPU
+        self._n_labels = max(len(task.task.labels) for task in bundle.tasks)
+        self._fixed_shapes = None
+        if self._on_cuda and opened.cuda_graphs:
+            self._fixed_shapes = FixedShapes(self._session, device="cuda", n_labels=self._n_labels)
         self.execution = Execution(
             engine=f"ONNX Runtime {onnxruntime.__version__}",
             provider=provider,
@@ -242,12 +251,12 @@ class OnnxClassifier:
         # A tokenizer may give more than this kind of model takes.
         wanted = {name: arrays[name] for name in self.bundle.inputs}
         try:
-            logits = self._logits_on_cuda(wanted) if self._on_cuda else run_session(self._session, wanted)
+            logits = self._run_session(wanted)
         except Exception as cause:
             if not _is_of_onnxruntime(cause):
                 raise
             raise BundleError(f"ONNX Runtime cannot run {self._path} ({first_line(cause)}). {_AGAIN}") from cause
-        expected = (len(wanted["input_ids"]), max(len(task.task.labels) for task in self.bundle.tasks))
+        expected = (len(wanted["input_ids"]), self._n_labels)
         if logits.shape != expected:
             raise BundleError(f"{self._path} gives logits of shape {logits.shape} instead of {expected}. {_AGAIN}")
         return logits
@@ -297,6 +306,11 @@ class OnnxClassifier:
         if task_ids.min() < 0 or task_ids.max() >= n_tasks:
             raise TextError(f"{TASK_IDS} must be from 0 to {n_tasks - 1}: the bundle holds {n_tasks} tasks.")
 
+    def _run_session(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        if self._fixed_shapes is not None:
+            return self._fixed_shapes.run(arrays)
+        return self._logits_on_cuda(arrays) if self._on_cuda else run_session(self._session, arrays)
+
     def _logits_on_cuda(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """The same through IO binding: one copy up, one down, the rest stays on the device."""
         binding = self._session.io_binding()
@@ -314,18 +328,30 @@ def with_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.nda
 
 @dataclass(frozen=True)
 class _Opened:
-    """A graph in ONNX Runtime, and why it is not the bundle's fastest; ``why`` is empty where it is."""
+    """A graph in ONNX Runtime, and why it is not as fast as was asked; ``why`` is empty where it is."""
 
     session: "InferenceSession"
     precision: str
     why: str
+    cuda_graphs: bool = False
 
 
-def _open_graph(bundle: Bundle, precision: str | None, *, threads: int, use_cuda: bool) -> _Opened:
+def _open_graph(
+    bundle: Bundle, precision: str | None, *, threads: int, use_cuda: bool, cuda_graphs: bool = False
+) -> _Opened:
     """Open a bundle's graph in a precision, or the fastest one that can be loaded."""
     wanted = precision or best_precision(bundle, on_cuda=use_cuda)
+    path = bundle.graph_path(wanted)
+    if cuda_graphs:
+        try:
+            session = open_session(path, threads=threads, use_cuda=True, cuda_graphs=True)
+            return _Opened(session, wanted, "", cuda_graphs=True)
+        except BundleError as cause:
+            opened = _open_graph(bundle, precision, threads=threads, use_cuda=use_cuda)
+            why = f"no CUDA graphs, which this graph cannot be captured in: {cause}"
+            return replace(opened, why="; ".join(filter(None, [opened.why, why])))
     try:
-        return _Opened(open_session(bundle.graph_path(wanted), threads=threads, use_cuda=use_cuda), wanted, "")
+        return _Opened(open_session(path, threads=threads, use_cuda=use_cuda), wanted, "")
     except BundleError as cause:
         if precision is not None or wanted == FP32:
             raise
@@ -339,8 +365,10 @@ def best_precision(bundle: Bundle, *, on_cuda: bool) -> str:
     return best if any(graph.precision == best and graph.gates for graph in bundle.graphs) else FP32
 
 
-def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "InferenceSession":
-    """Open a graph in ONNX Runtime with CUDA before CPU where CUDA can be used.
+def open_session(
+    path: Path, *, threads: int, use_cuda: bool | None = None, cuda_graphs: bool = False
+) -> "InferenceSession":
+    """Open a graph in ONNX Runtime with CUDA before CPU where CUDA can be used, ready for CUDA graphs if asked.
 
     Raises:
         BundleError: it holds what no graph of ours does (`check_graph`), or ONNX Runtime cannot load it.
@@ -356,8 +384,9 @@ def open_session(path: Path, *, threads: int, use_cuda: bool | None = None) -> "
     if use_cuda:
         # The provider's libraries come from NVIDIA's wheels, which no loader path names.
         onnxruntime.preload_dlls()
+    wanted = providers(use_cuda=use_cuda, cuda_graphs=cuda_graphs)
     try:
-        return onnxruntime.InferenceSession(path, options, providers=providers(use_cuda=use_cuda))
+        return onnxruntime.InferenceSession(path, options, providers=wanted)
     except Exception as cause:
         if not _is_of_onnxruntime(cause):
             raise
@@ -369,13 +398,17 @@ def _is_of_onnxruntime(cause: Exception) -> bool:
     return type(cause).__module__.startswith("onnxruntime")
 
 
-def providers(*, use_cuda: bool) -> list[tuple[str, dict[str, str]]]:
-    """Execution providers and their options, the preferred one first: TensorRT where it is installed, CUDA, CPU."""
+def providers(*, use_cuda: bool, cuda_graphs: bool = False) -> list[tuple[str, dict[str, str]]]:
+    """Execution providers and their options, the preferred one first: TensorRT where it is installed, CUDA, CPU.
+
+    ``cuda_graphs`` are the CUDA provider's, which must then have every kernel of the graph to itself.
+    """
     wanted: list[tuple[str, dict[str, str]]] = [(CPU, {})]
     if use_cuda:
         # TF32 is on by default; it rounds fp32's 23 bits of mantissa to 10, and parity with PyTorch would be lost.
-        wanted.insert(0, (CUDA, {"use_tf32": "0"}))
-        if has_tensorrt():
+        options = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graphs else {})
+        wanted.insert(0, (CUDA, options))
+        if not cuda_graphs and has_tensorrt():
             wanted.insert(0, (TENSORRT, {"trt_fp16_enable": "0"}))
     return wanted
 

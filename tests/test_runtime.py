@@ -11,8 +11,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
+import export.fixed_shapes
 import export.runtime
 from export.bundle import BUNDLE, load_bundle
+from export.fixed_shapes import FixedShapes
 from export.predict import classify
 from export.runtime import CPU, CUDA, TENSORRT, OnnxClassifier, cuda_absence, has_tensorrt, providers, usable_cores
 from tests.conftest import POSITIONS, TOKEN_TYPES, VIRTUAL_TOKENS, WORDS, family_of, make_pairs, random_batch
@@ -148,6 +150,11 @@ def test_providers_are_tried_from_the_fastest_down(
         assert options[CUDA]["use_tf32"] == "0"
     if TENSORRT in options:
         assert options[TENSORRT]["trt_fp16_enable"] == "0"
+    # A CUDA graph is CUDA's own: no kernel of it may be TensorRT's.
+    captured = providers(use_cuda=use_cuda, cuda_graphs=True)
+    assert [name for name, _ in captured] == [name for name in expected if name != TENSORRT]
+    assert dict(captured).get(CUDA, {}).get("enable_cuda_graph") == ("1" if use_cuda else None)
+    assert "enable_cuda_graph" not in dict(found).get(CUDA, {})
 
 
 def test_tensorrt_is_there_only_with_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,12 +178,65 @@ def test_where_cuda_fails_the_graph_for_the_cpu_is_taken(
 ) -> None:
     """ONNX Runtime then goes on without a word, with the graph that was chosen for a GPU."""
     monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "")
-    monkeypatch.setattr(export.runtime, "providers", lambda *, use_cuda: [(CPU, {})])
+    monkeypatch.setattr(export.runtime, "providers", lambda **_: [(CPU, {})])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     for precision, expected in (("fp16", "fp32"), ("int8", "int8")):
         execution = OnnxClassifier(load_bundle(bundle_in("bert", precision)), threads=1).execution
         assert (execution.provider, execution.on_cuda, execution.precision) == (CPU, False, expected)
         assert execution.note == "ONNX Runtime fell back from CUDA to the CPU"
+
+
+def test_a_graph_that_cannot_be_captured_runs_without_and_says_so(
+    bundle: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime refuses to load such a graph. Only the loading is played: there is no GPU in this test."""
+    opened: list[bool] = []
+    on_cpu = export.runtime.open_session
+
+    def open_session(path: Path, *, threads: int, use_cuda: bool, cuda_graphs: bool = False) -> object:
+        opened.append(cuda_graphs)
+        if cuda_graphs:
+            raise BundleError("This session cannot use the graph capture feature.")
+        return on_cpu(path, threads=threads, use_cuda=False)
+
+    monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime, "open_session", open_session)
+    loaded = load_bundle(bundle("bert"))
+    found = export.runtime._open_graph(loaded, None, threads=1, use_cuda=True, cuda_graphs=True)
+    assert (opened, found.cuda_graphs) == ([True, False], False)
+    assert found.why.startswith("no CUDA graphs, which this graph cannot be captured in: This session cannot")
+    # Where there is no GPU there is nothing to capture, and nothing more to say than that.
+    execution = OnnxClassifier(loaded, threads=1, use_cuda=False, cuda_graphs=True).execution
+    assert (opened, execution.note) == ([True, False, False], "CUDA is switched off")
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_arrays_that_stay_in_place_give_each_batch_its_own_logits(
+    kind: str, bundle: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph replays on, here on the CPU: the same buffers for a shape, and no answer of an earlier batch."""
+    monkeypatch.setattr(export.fixed_shapes, "MAX_SHAPES", 2)
+    classifier = OnnxClassifier(load_bundle(bundle(kind)), threads=1, use_cuda=False)
+    shapes = FixedShapes(classifier._session, device="cpu", n_labels=2)
+    generator = np.random.default_rng(2)
+    places: dict[tuple[int, ...], list[int]] = {}
+    answers: list[np.ndarray] = []
+    expected: list[np.ndarray] = []
+    for n_batch, n_text in [(1, 7), (3, 9), (1, 7), (3, 9), (2, 5), (1, 7), (2, 5)]:
+        batch = random_batch(generator, n_batch, n_text, token_types=kind == "bert")
+        answers.append(shapes.run(batch))
+        expected.append(run_file(bundle(kind) / "model.onnx", batch))
+        for shape, place in shapes._places.items():
+            addresses = [value.data_ptr() for value in (*place.inputs.values(), place.logits)]
+            assert places.setdefault(shape, addresses) == addresses
+    # Compared only now: nothing that came later may have changed them.
+    for answer, wanted in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(answer, wanted)
+    # The third shape is answered too, without a place of its own.
+    assert list(places) == [(1, 7), (3, 9)]
+    numbers = [place.options.get_run_config_entry("gpu_graph_id") for place in shapes._places.values()]
+    assert numbers == ["0", "1"]
+    assert shapes._make_place(batch).options.get_run_config_entry("gpu_graph_id") == "-1"
 
 
 def test_what_would_be_answered_with_somebody_elses_row_or_a_crash_is_refused(bundle: Folders) -> None:
