@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,10 @@ TOKEN_TYPES = ("bert", "electra")
 """Families whose tiny tokenizer tells the two sentences apart."""
 
 
+CLUSTERS = "test_bench_scale test_score_ray test_serving"
+"""Test files that start Ray."""
+
+
 def family_of(kind: str) -> str:
     """ "bert" of "bert-v2"."""
     return kind.removesuffix("-v2")
@@ -55,6 +60,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="ten times as many faults in test_faults.py (half an hour), 50 visitors for two minutes in test_load.py",
     )
+
+
+def pytest_configure() -> None:
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=180_000)  # the other worker's tests want the processor too
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each of pytest-xdist's workers whole files, for their fixtures, and all that start Ray to one of them.
+
+    A test that kills a replica looks for it among all processes. (``--dist loadgroup``, which is made for this, does
+    nothing with pytest 9.2 and pytest-xdist 3.8.)
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return CLUSTERS if Path(file).stem in CLUSTERS.split() else file
+
+    return Scheduling(config, log)
 
 
 def make_tokenizer(folder: Path, family: str) -> None:

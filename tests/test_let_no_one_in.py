@@ -452,12 +452,12 @@ def test_a_visitor_logs_in(closed_page: Server) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(closed_page.wait_for_url())
-        expect(page.locator("input[type=password]")).to_be_visible(timeout=30_000)
+        expect(page.locator("input[type=password]")).to_be_visible()
         assert "score_file" not in page.content()
         page.locator("input").first.fill("ann")
         page.locator("input[type=password]").fill("secret")
         page.get_by_role("button", name="Login").click()
-        expect(page.locator("#sentence1 textarea")).to_be_visible(timeout=30_000)
+        expect(page.locator("#sentence1 textarea")).to_be_visible()
         browser.close()
 
 
