@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from export.bundle import Bundle, load_bundle
 from export.predict import Classified, classify, count_pairs
 from export.runtime import OnnxClassifier
+from export.strangers import try_bundle
 from export.tables import Chunk
 from train.errors import DataError, UsageError
 from train.tasks import Scores, Task
@@ -70,6 +72,27 @@ class ScoreOptions:
                 raise UsageError(f"{flag} {number}: give a whole number of at least 1.")
         if self.no_labels and self.label_column is not None:
             raise UsageError("--no-labels and --label-column exclude each other. Give one of them.")
+
+    def open(self) -> "Opened":
+        """Open the bundle, and find the task with the columns that it has in this file.
+
+        Raises:
+            BundleError: the bundle cannot be used.
+            UsageError: there is no such task, or several and none is named; or the columns do not fit it.
+        """
+        bundle = load_bundle(self.bundle, public_key=self.public_key)
+        if self.untrusted:
+            try_bundle(bundle)
+        task = bundle.find_task(self.task).task
+        return Opened(bundle, task.with_columns(self.text_columns, self.label_column, owner=self.bundle))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle, and which of its tasks labels with which of a file's columns."""
+
+    bundle: Bundle
+    task: Task
 
 
 NO_LABELS = "add --no-labels"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.bundle import FILES, load_bundle
+from export.bundle import FILES
 from export.labelling import (
     CHUNK_ROWS,
     NO_LABELS,
@@ -39,7 +39,6 @@ from export.labelling import (
 from export.parts import PartRecord, Parts
 from export.predict import count_pairs, score_counts
 from export.runtime import OnnxClassifier
-from export.strangers import try_bundle
 from export.tables import Chunk, merge_types, parquet_schema, read_chunks, write_part
 from train.console import Parser, names, run_main, say
 from train.data import FILE_TYPES
@@ -142,17 +141,13 @@ def score_file(config: ScoreConfig) -> Labelled:
     _check_files(config)
     parts = Parts(config.out)
     parts.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
-    bundle = load_bundle(config.bundle, public_key=config.public_key)
-    if config.untrusted:
-        try_bundle(bundle)
-    task = bundle.find_task(config.task).task.with_columns(
-        config.text_columns, config.label_column, owner=config.bundle
-    )
+    opened = config.open()
+    task = opened.task
     before = _state(config.source)
     found = inspect_file(config, task)
     refuse_clash(config.source, found.columns, task, all_probabilities=config.all_probabilities)
     classifier = OnnxClassifier(
-        bundle, task=config.task, threads=config.threads, use_cuda=False if config.untrusted else None
+        opened.bundle, task=config.task, threads=config.threads, use_cuda=False if config.untrusted else None
     )
     parts.prepare(_fingerprint(config, task, found, classifier), resume=config.resume)
     labelled = _Run(config, classifier, task, found, parts).label()

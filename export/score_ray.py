@@ -29,6 +29,7 @@ from export.cluster import RayCluster, import_ray, ray_cluster
 from export.dataset import Block, BlockReader, DataSet, OutFolder, find_data_set, parse_place
 from export.labelling import (
     Labelled,
+    Opened,
     ScoreOptions,
     check_columns,
     check_texts,
@@ -40,7 +41,6 @@ from export.memory import peak_memory_mib
 from export.parts import pairs_met
 from export.predict import count_pairs, score_counts
 from export.runtime import CPU, OnnxClassifier, best_precision
-from export.strangers import try_bundle
 from export.tables import write_parquet
 from train.errors import BundleError, DataError, EngineError, PromptfoldError, UsageError, first_line
 from train.tasks import Task
@@ -175,17 +175,13 @@ def score_data_set(config: RayScoreConfig) -> RayLabelled:
     source, out = parse_place(config.source, "--in"), parse_place(config.out, "--out")
     folder = OutFolder(out)
     folder.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
-    bundle = load_bundle(config.bundle, public_key=config.public_key)
-    if config.untrusted:
-        try_bundle(bundle)
-    task = bundle.find_task(config.task).task.with_columns(
-        config.text_columns, config.label_column, owner=config.bundle
-    )
+    opened = config.open()
+    task = opened.task
     data_set = find_data_set(source, out)
     columns = data_set.schema.names
     check_columns(data_set.name(0), columns, task, needs_labels=config.label_column is not None)
     refuse_clash(source, columns, task, all_probabilities=config.all_probabilities)
-    job = _plan(config, bundle, task, data_set, folder)
+    job = _plan(config, opened, data_set, folder)
     fingerprint = _fingerprint(job)
     if config.resume:
         folder.refuse_another_run(fingerprint)
@@ -193,7 +189,7 @@ def score_data_set(config: RayScoreConfig) -> RayLabelled:
         layout = _lay_out(cluster, config)
         _inspect(job)
         folder = folder.prepare(fingerprint, resume=config.resume)
-        labelled = _label(replace(job, folder=folder, threads=layout.threads), layout, bundle)
+        labelled = _label(replace(job, folder=folder, threads=layout.threads), layout, opened.bundle)
         if find_data_set(source, out).fingerprint != data_set.fingerprint:
             raise DataError(f"{source} changed while it was read. Start anew with --overwrite.")
         _finish(folder, fingerprint, labelled)
@@ -218,13 +214,8 @@ def _lay_out(cluster: RayCluster, config: RayScoreConfig) -> _Layout:
     return _Layout(workers, threads)
 
 
-def _plan(
-    config: RayScoreConfig,
-    bundle: Bundle,
-    task: Task,
-    data_set: DataSet,
-    folder: OutFolder,
-) -> _Job:
+def _plan(config: RayScoreConfig, opened: Opened, data_set: DataSet, folder: OutFolder) -> _Job:
+    bundle, task = opened.bundle, opened.task
     return _Job(
         data_set=data_set,
         folder=folder,
