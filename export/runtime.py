@@ -312,7 +312,11 @@ class OnnxClassifier:
         return self._logits_on_cuda(arrays) if self._on_cuda else run_session(self._session, arrays)
 
     def _logits_on_cuda(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The same through IO binding: one copy up, one down, the rest stays on the device."""
+        """The same through IO binding: one copy up, one down, the rest stays on the device.
+
+        Not from pinned memory: 32 texts of 512 tokens are 393 kB of ids, masks and types, some tens of microseconds over
+        PCIe either way, where the graph takes milliseconds.
+        """
         binding = self._session.io_binding()
         for name, array in arrays.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
