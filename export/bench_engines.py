@@ -85,7 +85,7 @@ ENGINES = {
         Engine("ours-fp32", "promptfold's bundle", OURS, "fp32"),
         Engine("ours-int8", "promptfold's bundle", OURS, "int8", (CPU,)),
         Engine("ours-fp16", "promptfold's bundle", OURS, "fp16"),
-        Engine("ours-fp16-graphs", "that with a CUDA graph a shape", OURS, "fp16", (CUDA,), cuda_graphs=True),
+        Engine("ours-graphs-fp16", "that with a CUDA graph a shape", OURS, "fp16", (CUDA,), cuda_graphs=True),
     )
 }
 

@@ -379,3 +379,4 @@ def test_the_names_of_the_engines_say_what_they_are() -> None:
         assert name.startswith(engine.family)
         assert engine.precision == "fp32" or name.endswith(engine.precision)
         assert engine.is_compiled == ("compile" in name)
+        assert engine.cuda_graphs == ("graphs" in name)
