@@ -36,8 +36,7 @@ KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
 TOKEN_TYPES = ("bert", "electra")
 """Families whose tiny tokenizer tells the two sentences apart."""
 
-
-CLUSTERS = "test_bench_scale test_score_ray test_serving"
+CLUSTERS = ("test_bench_scale", "test_score_ray", "test_serving")
 """Test files that start Ray."""
 
 
@@ -80,7 +79,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return CLUSTERS if Path(file).stem in CLUSTERS.split() else file
+            return "clusters" if Path(file).stem in CLUSTERS else file
 
     return Scheduling(config, log)
 
