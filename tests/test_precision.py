@@ -217,7 +217,9 @@ def linear_layers(base_folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, "bert-v2"])
-def test_every_dense_layer_is_integer_and_nothing_else(kind: str, bundle_in: Precisions, base_model: Folders) -> None:
+def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
+    kind: str, bundle_in: Precisions, base_model: Folders
+) -> None:
     folder = bundle_in(kind, "int8")
     model = onnx.load(folder / "model_int8.onnx")
     arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
@@ -232,19 +234,23 @@ def test_every_dense_layer_is_integer_and_nothing_else(kind: str, bundle_in: Pre
     assert len(weights) == linear_layers(base_model(family_of(kind))) - folded
     assert {weight.ndim for weight in weights} == {2}
     assert {weight.dtype.name for weight in weights} == {"int8"}
-    # No dense layer was left over, and what a row is looked up in kept its numbers.
     assert not [
         node.name
         for node in model.graph.node
         if node.op_type in DENSE and node.input[1] in arrays and arrays[node.input[1]].ndim == 2
     ]
-    tables = [
-        arrays[node.input[0]] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in arrays
-    ]
-    assert any(table.ndim == 2 for table in tables)
-    assert {table.dtype.name for table in tables if table.ndim == 2} == {"float32"}
+    # Of what rows are looked up in, the tokens' table is int8, with a scale a row; the rest kept its numbers.
+    looked_up = {node.input[0]: node.input[1] for node in model.graph.node if node.op_type == "Gather"}
+    rank_2 = {name: ids for name, ids in looked_up.items() if name in arrays and arrays[name].ndim == 2}
+    (table,) = (name for name in rank_2 if arrays[name].dtype.name == "int8")
+    of_tokens = table.removesuffix("_quantized")
+    assert {name for name, ids in rank_2.items() if ids == rank_2[table]} == {table, f"{of_tokens}_scale"}
     before = {item.name: numpy_helper.to_array(item) for item in onnx.load(folder / "model.onnx").graph.initializer}
-    for name in manifest_of(folder)["prompt_initializers"]:
+    row_scales = arrays.pop(f"{of_tokens}_scale")
+    error = np.abs(arrays.pop(table) * row_scales - before[of_tokens]).max(axis=1)
+    assert (error <= np.abs(before[of_tokens]).max(axis=1) / 127 / 2 + 1e-7).all()
+    assert of_tokens not in arrays
+    for name in [*manifest_of(folder)["prompt_initializers"], *(rank_2.keys() & arrays.keys())]:
         assert np.array_equal(arrays[name], before[name])
     # By output channel: a scale for each column.
     scales = [array for name, array in arrays.items() if name.endswith("_scale")]
@@ -512,7 +518,7 @@ def test_a_processor_that_would_overflow_gets_weights_of_seven_bits(
     }
     model = onnx.load(folder / "model_int8.onnx")
     arrays = {item.name: numpy_helper.to_array(item).astype(int) for item in model.graph.initializer}
-    names = [name.removesuffix("_quantized") for name in arrays if name.endswith("_quantized")]
+    names = [name.removesuffix("_zero_point") for name in arrays if name.endswith("_zero_point")]
     assert len(names) == 12
     # What is multiplied is the distance from the zero point.
     distances = [np.abs(arrays[f"{name}_quantized"] - arrays[f"{name}_zero_point"]).max() for name in names]
