@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import struct
@@ -276,6 +277,15 @@ def test_a_run_stops_after_so_many_steps(
     assert "epoch 2/2  training loss" in capsys.readouterr().out
     training = run(base_model("bert"), data, tmp_path / "b", "--batch-size", "16", "--max-steps", "2")
     assert len(training["epochs"]) == 1
+
+
+def test_what_takes_long_shows_how_far_it_is(
+    base_model: Folders, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(base_model("bert"), data, tmp_path / "a", "--batch-size", "16", "--epochs", "3")
+    bars = capsys.readouterr().err
+    assert "cosine baseline:   0%|          | 0/2 [" in bars  # 64 pairs are 128 sentences
+    assert re.search(r"12/12 \[\S+<\S+, .*loss=\d\.\d+\]", bars)  # time gone and time left
 
 
 def test_a_run_stops_early_when_nothing_gets_better(base_model: Folders, data: Data, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train.loop import is_main_process
 from train.model import BaseModel
 from train.tasks import Scores, Task, score
 
@@ -107,6 +108,7 @@ def _cosines(base: BaseModel, task: Task, dataset: "Dataset") -> np.ndarray:
 def _embed(base: BaseModel, texts: list[str], *, batch_size: int = 64) -> np.ndarray:
     """Mean of a text's last hidden states, at length 1, shape = (n_texts, n_hidden). The order of `texts` is kept."""
     import torch
+    from tqdm.auto import tqdm
     from transformers import AutoModel
 
     from train.model import load_tokenizer, quiet_transformers
@@ -120,7 +122,9 @@ def _embed(base: BaseModel, texts: list[str], *, batch_size: int = 64) -> np.nda
         model = model.cuda()
     embedded: list[np.ndarray] = [np.zeros(0)] * len(texts)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    # A decoder takes minutes for this on a CPU.
+    for start in tqdm(starts, desc="cosine baseline", unit="batch", leave=False, disable=not is_main_process()):
         rows = order[start : start + batch_size]
         batch = tokenizer([texts[row] for row in rows], truncation=True, padding=True, return_tensors="pt")
         batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
