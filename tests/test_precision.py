@@ -234,6 +234,7 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
     assert len(weights) == linear_layers(base_model(family_of(kind))) - folded
     assert {weight.ndim for weight in weights} == {2}
     assert {weight.dtype.name for weight in weights} == {"int8"}
+    # No dense layer was left over.
     assert not [
         node.name
         for node in model.graph.node

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.loop import is_main_process
 from train.model import BaseModel
 from train.tasks import Scores, Task, score
 
@@ -111,6 +110,7 @@ def _embed(base: BaseModel, texts: list[str], *, batch_size: int = 64) -> np.nda
     from tqdm.auto import tqdm
     from transformers import AutoModel
 
+    from train.loop import is_main_process
     from train.model import load_tokenizer, quiet_transformers
 
     # The tokenizer's own special tokens, not those for a classifier: this is the frozen model as it is.
