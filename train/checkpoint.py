@@ -87,35 +87,50 @@ def seed_folder(out: Path, seed: int) -> Path:
     return checkpoints_folder(out) / f"seed-{seed}"
 
 
-def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
-    """Make the folder for a run's checkpoints, or check that the one that is there belongs to this very run.
+def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
+    """Refuse a run whose checkpoints cannot be written, or gone on with. Nothing is changed.
 
     Args:
         fingerprint: what decides the weights: settings, hashes of data and base model. Plain JSON.
 
     Raises:
         UsageError: an interrupted run lies there and neither --resume nor --overwrite was given, or it was
-            another run.
+            another run; or what lies there is no interrupted run.
     """
     folder = checkpoints_folder(config.out)
-    # What `write_whole` leaves when it is killed.
-    record, partial = folder / _RUN, folder / f"{_RUN}.partial"
-    # Through JSON, as the recorded one went.
-    fingerprint = json.loads(json.dumps(fingerprint))
+    record = folder / _RUN
     if record.is_file() and config.resume:
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
         except ValueError as cause:
             raise UsageError(f"{record} is damaged. Start anew: leave --resume out and add --overwrite.") from cause
-        refuse_another_run(folder, before, fingerprint)
-        return
-    if folder.exists():
+        # Through JSON, as the recorded one went.
+        refuse_another_run(folder, before, json.loads(json.dumps(fingerprint)))
+    elif folder.exists():
         if not config.overwrite and not config.resume:
             raise UsageError(
                 f"{folder} holds an interrupted run. Add --resume to go on with it, or --overwrite to start anew."
             )
+        # What `write_whole` leaves when it is killed.
+        partial = folder / f"{_RUN}.partial"
         if not folder.is_dir() or (not record.is_file() and any(path != partial for path in folder.iterdir())):
             raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
+
+
+def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
+    """Make the folder for a run's checkpoints, or keep the one that belongs to this very run.
+
+    Args:
+        fingerprint: as for `check_checkpoints`.
+
+    Raises:
+        UsageError: as from `check_checkpoints`, or the folder cannot be written.
+    """
+    check_checkpoints(config, fingerprint)
+    folder = checkpoints_folder(config.out)
+    record = folder / _RUN
+    if record.is_file() and config.resume:
+        return
     try:
         if folder.exists():
             remove_checkpoints(config.out)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.adapter import ADAPTER, FILES, Adapter, finish_adapter, load_adapter, read_weights, save_weights
 from train.baselines import Baselines
-from train.checkpoint import EpochScores, prepare_checkpoints, remove_checkpoints, seed_folder
+from train.checkpoint import EpochScores, check_checkpoints, prepare_checkpoints, remove_checkpoints, seed_folder
 from train.config import TrainConfig
 from train.console import say
 from train.data import Encoded, Splits, encode, load_splits
@@ -91,6 +91,7 @@ class _Prepared:
     validation: Encoded
     validation_split: "Dataset"
     max_length: int
+    fingerprint: dict[str, Any]
     baselines: Baselines
     baseline_scores: dict[str, Scores]
 
@@ -117,7 +118,7 @@ def train(config: TrainConfig, *, command: str) -> TrainResult | None:
     check_method(base, config.method)
     run = _prepare(config, command, splits, base)
     if main:
-        prepare_checkpoints(config, _fingerprint(run))
+        prepare_checkpoints(config, run.fingerprint)
         say(f"{len(run.train.rows)} training and {len(run.validation.rows)} validation rows on {base.name}")
         for name, scores in run.baseline_scores.items():
             say(f"to beat on validation: {name}: {scores}")
@@ -151,6 +152,12 @@ def train(config: TrainConfig, *, command: str) -> TrainResult | None:
 def _prepare(config: TrainConfig, command: str, splits: Splits, base: BaseModel) -> _Prepared:
     max_length = _max_length(config, base)
     tokenizer = base_tokenizer(base, max_length)
+    train = encode(splits.train, splits.task, tokenizer, swap=config.swap_sentences)
+    validation = encode(splits.validation, splits.task, tokenizer)
+    fingerprint = _fingerprint(config, base, train, validation)
+    if is_main_process():
+        # Before the baselines, which take minutes with a large base model.
+        check_checkpoints(config, fingerprint)
     baselines = Baselines.fit(splits.task, base, splits.train)
     return _Prepared(
         config=config,
@@ -159,9 +166,10 @@ def _prepare(config: TrainConfig, command: str, splits: Splits, base: BaseModel)
         base=base,
         tokenizer=tokenizer,
         validation_split=splits.validation,
-        train=encode(splits.train, splits.task, tokenizer, swap=config.swap_sentences),
-        validation=encode(splits.validation, splits.task, tokenizer),
+        train=train,
+        validation=validation,
         max_length=max_length,
+        fingerprint=fingerprint,
         baselines=baselines,
         baseline_scores=baselines.score(splits.task, base, splits.validation),
     )
@@ -189,14 +197,14 @@ def _plain_config(config: TrainConfig) -> dict[str, object]:
     return {name: value.name if isinstance(value, Path) else value for name, value in settings.items()}
 
 
-def _fingerprint(run: _Prepared) -> dict[str, Any]:
+def _fingerprint(config: TrainConfig, base: BaseModel, train: Encoded, validation: Encoded) -> dict[str, Any]:
     """What decides the weights of a run, by the names that a complaint shall use."""
-    settings = {f"--{name.replace('_', '-')}": value for name, value in _plain_config(run.config).items()}
-    rows = json.dumps([run.train.rows, run.train.swapped, run.validation.rows]).encode()
+    settings = {f"--{name.replace('_', '-')}": value for name, value in _plain_config(config).items()}
+    rows = json.dumps([train.rows, train.swapped, validation.rows]).encode()
     return settings | {
         "a number of processes of": process_count(),
         "data with SHA-256": hashlib.sha256(rows).hexdigest(),
-        "a base model with SHA-256": run.base.sha256,
+        "a base model with SHA-256": base.sha256,
     }
 
 
