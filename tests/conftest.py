@@ -351,14 +351,15 @@ def random_batch(
 def peft_logits(
     adapter_folder: Path, base_folder: Path, batch: dict[str, np.ndarray], *, n_labels: int = 2
 ) -> np.ndarray:
-    """The golden logits: transformers and PEFT alone, nothing of promptfold."""
+    """The golden logits: transformers and PEFT alone; of promptfold only what hides their warnings."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=n_labels)
+    from train.model import quiet_transformers
+
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=n_labels)
     if model.config.pad_token_id is None and len(batch["input_ids"]) > 1:
         # Or transformers takes no batch. One text has no padding, and may well end with this token.
         model.config.pad_token_id = model.config.eos_token_id

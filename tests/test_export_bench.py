@@ -16,6 +16,7 @@ from export.bench_engines import ENGINES, OURS, PEFT, PLAIN, Inputs, Measured, T
 from export.bench_prepare import Cell, Prepared, Shape
 from export.bench_report import compare, summarise
 from tests.conftest import VIRTUAL_TOKENS, Data, family_of
+from train.model import quiet_transformers
 from train.tasks import MRPC
 
 Folders = Callable[[str], Path]
@@ -223,12 +224,11 @@ def token_ids(batch_size: int, length: int) -> dict[str, Any]:
 def test_the_count_of_a_whole_model_is_that_of_pytorchs_own_counter(family: str, base_model: Folders) -> None:
     """PEFT's arithmetic is the plain model's, run on prompt and text together."""
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base_model(family), num_labels=2, attn_implementation="eager"
-    ).eval()
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base_model(family), num_labels=2, attn_implementation="eager"
+        ).eval()
     model.config.pad_token_id = 1
     batch_size, length = 3, 11
     counted = count_multiply_adds(model, token_ids(batch_size, VIRTUAL_TOKENS + length))

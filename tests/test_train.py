@@ -282,10 +282,6 @@ def test_a_run_stops_after_so_many_steps(
 def test_what_takes_long_shows_how_far_it_is(
     base_model: Folders, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers.utils import logging
-
-    # As a process starts: other tests silence transformers, and with it the Trainer's bar.
-    logging.set_verbosity_warning()
     run(base_model("bert"), data, tmp_path / "a", "--batch-size", "16", "--epochs", "3")
     bars = capsys.readouterr().err
     assert "cosine baseline:   0%|          | 0/2 [" in bars  # 64 pairs are 128 sentences
