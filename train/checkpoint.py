@@ -88,7 +88,7 @@ def seed_folder(out: Path, seed: int) -> Path:
 
 
 def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
-    """Refuse a run whose checkpoints cannot be written, or gone on with. Nothing is changed.
+    """Refuse a run if what lies in its checkpoints' place is neither its own nor to be replaced. Nothing is changed.
 
     Args:
         fingerprint: what decides the weights: settings, hashes of data and base model. Plain JSON.
@@ -126,6 +126,7 @@ def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> Non
     Raises:
         UsageError: as from `check_checkpoints`, or the folder cannot be written.
     """
+    # Also where it was done before the baselines: another run may have begun in the minutes they took.
     check_checkpoints(config, fingerprint)
     folder = checkpoints_folder(config.out)
     record = folder / _RUN
