@@ -11,7 +11,7 @@ What only a frozen prompt allows, each exact up to rounding:
 
 And what any export may do: the scores' scale is folded into the query's weights, and rows of all texts stand in one
 matrix, so that every dense layer is a plain matrix product with its bias. (On a CPU that is faster than fused operators;
-for a GPU there is ``fused``.)
+for a GPU there is `export.fused_encoder`.)
 
 Heavy: import it where it is used.
 """
@@ -71,15 +71,13 @@ class FoldedEncoder(torch.nn.Module):
 
     positions: torch.Tensor
 
-    def __init__(self, classifier: PromptedClassifier, *, fused: bool = False) -> None:
+    def __init__(self, classifier: PromptedClassifier) -> None:
         """Rewrite a classifier; its weights are shared, not copied, where they stay as they are.
 
         Args:
             classifier: of an encoder (BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, MPNet), in evaluation mode.
-            fused: write attention as one operator, and keep rows apart by text, as fused operators want them.
         """
         super().__init__()
-        self._fused = fused
         self.config = classifier.config
         backbone: Any = classifier.model.base_model
         encoder = getattr(backbone, "encoder", None) or backbone.transformer
@@ -214,18 +212,19 @@ class FoldedEncoder(torch.nn.Module):
         if not self._in_every_layer:
             rows = torch.cat([prompt["prompt_rows"], rows], dim=1)
         n_hidden = rows.shape[2]
-        hidden = (1 - attention_mask.to(rows.dtype)) * torch.finfo(rows.dtype).min
-        bias = torch.nn.functional.pad(hidden, (self._n_virtual, 0))[:, None, None]
-        if self._fused:
-            # The operator repeats a bias over texts and heads, but not over rows.
-            bias = bias.expand(-1, -1, rows.shape[1], -1)
+        bias = self._hidden_scores(attention_mask, rows.dtype)[:, None, None]
         distances = None if self.position_bias is None else self.position_bias.compute_position_bias(rows)
-        flat = rows if self._fused else rows.reshape(-1, n_hidden)
+        flat = rows.reshape(-1, n_hidden)
         for layer in range(self._n_layers - 1):
             context = self._attend(layer, flat, n_batch, bias if distances is None else bias + distances, prompt)
             flat = self._feed_forward(layer, context, flat)
         first = bias[:, :, :1] if distances is None else (bias + distances)[:, :, :1]
         return self._last_row(flat.view(n_batch, -1, n_hidden), first, prompt)
+
+    def _hidden_scores(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of keys that are padding, shape = (n_batch, n_virtual + n_text)"""
+        hidden = (1 - attention_mask.to(dtype)) * torch.finfo(dtype).min
+        return torch.nn.functional.pad(hidden, (self._n_virtual, 0))
 
     def _text_rows(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
         """The first layer's input for the text, shape = (n_batch, n_text, n_hidden)"""
@@ -256,10 +255,7 @@ class FoldedEncoder(torch.nn.Module):
         if self._in_every_layer:
             key = torch.cat([prompt[f"prompt_key_{layer}"], key], dim=2)
             value = torch.cat([prompt[f"prompt_value_{layer}"], value], dim=2)
-        if self._fused:
-            context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
-        else:
-            context = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1) @ value
+        context = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1) @ value
         return context.transpose(1, 2).reshape(flat.shape)
 
     def _feed_forward(self, layer: int, context: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from optimum.exporters.tasks import TasksManager
 from export.bundle import TASK_IDS
 from export.folded import FoldedEncoder
 from export.fused import attention_in_one, fuse_operators
+from export.fused_encoder import FusedEncoder
 from export.shared import SharedClassifier
 from train.prompted import PromptedClassifier, has_absolute_positions
 
@@ -74,7 +75,7 @@ def write_graph(
     elif is_decoder or not has_absolute_positions(classifier.config):
         prompt_initializers, module = classifier.freeze_prompt(), classifier
     else:
-        module = FoldedEncoder(classifier, fused=fused).eval()
+        module = (FusedEncoder if fused else FoldedEncoder)(classifier).eval()
         prompt_initializers = module.prompt_names
     description = describe_architecture(classifier.config)
     if isinstance(classifier, SharedClassifier):

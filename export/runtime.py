@@ -296,6 +296,9 @@ class OnnxClassifier:
                 raise TextError(
                     f"{name} holds other numbers than 0 and 1. Make the batch with the bundle's own tokenizer."
                 )
+        # Positions, a decoder's last token and a GPU's attention are found by each text's length.
+        if (np.diff(arrays["attention_mask"], axis=1) > 0).any():
+            raise TextError("attention_mask has a 1 behind a 0. Pad texts on the right.")
 
     def _check_tasks(self, task_ids: np.ndarray, n_batch: int) -> None:
         n_tasks = len(self.bundle.tasks)

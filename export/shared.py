@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from transformers.activations import get_activation
 
 from export.folded import FoldedEncoder
+from export.fused_encoder import FusedEncoder
 from train.prompted import KeyValuePrompt, PromptedClassifier
 
 NO_LABEL = float(np.finfo(np.float32).min)
@@ -46,14 +47,14 @@ def task_constants(classifier: PromptedClassifier, *, is_decoder: bool, fused: b
     Args:
         classifier: in evaluation mode.
         is_decoder: whether the model is causal.
-        fused: as for `FoldedEncoder`.
+        fused: whether the backbone of an encoder is written for a GPU.
     """
     backbone: FoldedEncoder | KeyValuePrompt
     if is_decoder:
         assert isinstance(classifier, KeyValuePrompt)
         backbone, names = classifier, classifier.freeze_prompt()
     else:
-        backbone = FoldedEncoder(classifier, fused=fused).eval()
+        backbone = (FusedEncoder if fused else FoldedEncoder)(classifier).eval()
         names = backbone.prompt_names
     tensors = {name: getattr(backbone, name)[0] for name in names}
     dense, activation, out = _head(classifier.model)

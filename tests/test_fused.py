@@ -19,7 +19,7 @@ LAYERS = 2
 """Of every tiny model."""
 
 ONE = LAYERS - 1
-"""Layers of an encoder that compute all rows; in the last one only row 0 is computed, and little is left to fuse."""
+"""Layers of an encoder that compute all rows; in the last one only row 0 is computed, whose attention is written out."""
 
 
 def expected(kind: str) -> dict[str, int]:
@@ -35,8 +35,9 @@ def expected(kind: str) -> dict[str, int]:
         return {"MultiHeadAttention": LAYERS}
     # The embeddings are a residual sum as well, if of each text its own: with token types, or where RoBERTa
     # numbers positions by the tokens that it finds.
-    sums = 2 * ONE + (family in TOKEN_TYPES or kind.endswith("roberta-v2"))
-    return {"MultiHeadAttention": ONE, "SkipLayerNormalization": sums, "BiasGelu": ONE}
+    sums = 2 * LAYERS + (family in TOKEN_TYPES or kind.endswith("roberta-v2"))
+    attention = "MultiHeadAttention" if kind.endswith("-v2") else "Attention"
+    return {attention: ONE, "SkipLayerNormalization": sums, "BiasGelu": LAYERS}
 
 
 FUSED = (

@@ -258,6 +258,8 @@ def test_what_would_be_answered_with_somebody_elses_row_or_a_crash_is_refused(bu
         (changed("token_type_ids", -1), "token_type_ids holds other numbers than 0 and 1"),
         (changed("token_type_ids", 2), "token_type_ids holds other numbers than 0 and 1"),
         (changed("attention_mask", 2), "attention_mask holds other numbers than 0 and 1"),
+        # Padding on the left, or a hole: what is behind it would be cut off, or be at another position.
+        (changed("attention_mask", 0), "attention_mask has a 1 behind a 0. Pad texts on the right"),
         ({name: array[:0] for name, array in batch.items()}, r"input_ids of shape \(0, 9\) hold no text"),
         ({name: array[:, :0] for name, array in batch.items()}, r"input_ids of shape \(3, 0\) hold no text"),
         ({name: array[0] for name, array in batch.items()}, r"input_ids of shape \(9,\) hold no text"),
