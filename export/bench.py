@@ -190,22 +190,32 @@ def run_bench(config: BenchConfig) -> dict[str, Any]:
     threads = config.threads or usable_cores()
     with tempfile.TemporaryDirectory(prefix="promptfold-bench-") as folder:
         work = Path(folder)
-        prepared = _prepare_in_child(config, work, threads)
-        engines = Engines(config, prepared, work, threads)
-        say("measuring the machine's peak")
-        peaks = engines.peaks()
+        return time_engines(config, _prepare_in_child(config, work, threads), work, threads)
+
+
+def time_engines(config: BenchConfig, prepared: Prepared, work: Path, threads: int) -> dict[str, Any]:
+    """The part of `run_bench` that wants the machine to itself.
+
+    Args:
+        prepared: of the same settings.
+        work: the folder in which it was prepared.
+        threads: of every engine.
+    """
+    engines = Engines(config, prepared, work, threads)
+    say("measuring the machine's peak")
+    peaks = engines.peaks()
+    for name in config.all_engines:
+        if ENGINES[name].family == OPENVINO and name not in prepared.absent:
+            say("quantising the plain graph for OpenVINO")
+            reason = engines.calibrate(name)
+            if reason:
+                prepared.absent[name] = reason
+    rounds: list[dict[str, Measured | str]] = []
+    for number in range(1, config.rounds + 1):
+        rounds.append({})
         for name in config.all_engines:
-            if ENGINES[name].family == OPENVINO and name not in prepared.absent:
-                say("quantising the plain graph for OpenVINO")
-                reason = engines.calibrate(name)
-                if reason:
-                    prepared.absent[name] = reason
-        rounds: list[dict[str, Measured | str]] = []
-        for number in range(1, config.rounds + 1):
-            rounds.append({})
-            for name in config.all_engines:
-                measured = rounds[-1][name] = engines.measure(name)
-                say(f"round {number}/{config.rounds}  {name}: {_progress(measured)}")
+            measured = rounds[-1][name] = engines.measure(name)
+            say(f"round {number}/{config.rounds}  {name}: {_progress(measured)}")
     results = summarise(prepared, rounds, peaks)
     if not any(result.cells for result in results):
         raise EngineError(f"No engine could be measured. {results[0].engine}: {results[0].reason}.")

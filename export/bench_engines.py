@@ -12,7 +12,7 @@ What is measured, for every engine alike:
 - first run at a shape: with whatever is compiled or planned then.
 - latency: NumPy arrays of token ids in, logits as a NumPy array out. After the first run comes a pause, so that no
   thread pool spins any more, a warm-up, and the timed burst.
-- memory: the largest resident size of the process, libraries included.
+- memory: the largest resident size of the process, libraries included; on a GPU also what it has taken there.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from export.memory import peak_memory_mib
+from export.memory import gpu_memory_used_mib, peak_memory_mib
 
 CPU, CUDA = "cpu", "cuda"
 
@@ -57,7 +57,7 @@ class Engine:
         family: PEFT in PyTorch, the plain export in ONNX Runtime or in OpenVINO, or ours.
         precision: "fp32", "bf16", "fp16" or "int8".
         devices: where it can run.
-        is_compiled: whether `torch.compile` goes over it.
+        compile_mode: of `torch.compile`; empty where it does not go over it.
         cuda_graphs: whether each shape is captured as a CUDA graph.
     """
 
@@ -66,7 +66,7 @@ class Engine:
     family: str
     precision: str
     devices: tuple[str, ...] = (CPU, CUDA)
-    is_compiled: bool = False
+    compile_mode: str = ""
     cuda_graphs: bool = False
 
 
@@ -74,12 +74,22 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine(REFERENCE, "the tutorial: PeftModel.forward, eager", PEFT, "fp32"),
-        Engine("peft-eager-bf16", "the same in bfloat16", PEFT, "bf16", (CPU,)),
+        Engine("peft-eager-bf16", "the same in bfloat16", PEFT, "bf16"),
         Engine("peft-eager-fp16", "the same in float16", PEFT, "fp16", (CUDA,)),
-        Engine("peft-compile", "the same under torch.compile", PEFT, "fp32", is_compiled=True),
-        Engine("peft-compile-bf16", "that in bfloat16", PEFT, "bf16", (CPU,), is_compiled=True),
-        Engine("peft-compile-fp16", "that in float16", PEFT, "fp16", (CUDA,), is_compiled=True),
+        Engine("peft-compile", "the same under torch.compile", PEFT, "fp32", compile_mode="default"),
+        Engine("peft-compile-bf16", "that in bfloat16", PEFT, "bf16", (CPU,), compile_mode="default"),
+        Engine("peft-compile-fp16", "that in float16", PEFT, "fp16", (CUDA,), compile_mode="default"),
+        Engine(
+            "peft-compile-graphs-fp16",
+            "that with torch.compile's CUDA graphs",
+            PEFT,
+            "fp16",
+            (CUDA,),
+            compile_mode="reduce-overhead",
+            cuda_graphs=True,
+        ),
         Engine("plain-fp32", "optimum's export of base and prompt, ONNX Runtime", PLAIN, "fp32"),
+        Engine("plain-fp16", "that graph converted to float16, ONNX Runtime", PLAIN, "fp16", (CUDA,)),
         Engine("plain-int8", "that graph quantised by optimum's defaults, ONNX Runtime", PLAIN, "int8", (CPU,)),
         Engine("openvino-int8", "that graph quantised by NNCF, OpenVINO", OPENVINO, "int8", (CPU,)),
         Engine("ours-fp32", "promptfold's bundle", OURS, "fp32"),
@@ -220,6 +230,7 @@ class Measured:
         note: on what it ran, and what is worth knowing of it.
         load_seconds: from files to an engine that can answer, imports left out.
         peak_memory_mib: largest resident size of the process.
+        gpu_memory_mib: what it has taken of the GPU after all cells; None without one.
         file_bytes: of what it loaded.
         max_logit_difference: the largest one from PEFT's logits on `Inputs.check`.
         cells: by name.
@@ -230,6 +241,7 @@ class Measured:
     note: str
     load_seconds: float
     peak_memory_mib: float
+    gpu_memory_mib: float | None
     file_bytes: int
     max_logit_difference: float
     cells: dict[str, Timed]
@@ -298,8 +310,8 @@ def _load_peft(job: Job, engine: Engine) -> Load:
 
     def load() -> _Loaded:
         model: Any = peft_for_batches(adapter.folder, base, adapter.labels, job.pad_token_id).to(device, dtype)
-        if engine.is_compiled:
-            model = torch.compile(model)
+        if engine.compile_mode:
+            model = torch.compile(model, mode=engine.compile_mode)
 
         def run(batch: Batch) -> np.ndarray:
             with torch.inference_mode():
@@ -432,6 +444,7 @@ def measure(job: Job) -> Measured:
     engine = ENGINES[job.engine]
     inputs = Inputs.load(Path(job.inputs))
     load = LOADERS[engine.family](job, engine)
+    gpu_mib_before = gpu_memory_used_mib() if job.device == CUDA else None
     start = time.perf_counter()
     loaded = load()
     load_seconds = time.perf_counter() - start
@@ -449,11 +462,13 @@ def measure(job: Job) -> Measured:
     # Last: torch.compile takes the first shape it meets for the only one, and that shall be a measured one.
     logits_of_check = loaded.run(loaded.arrange(inputs.check))
     difference = float(np.abs(logits_of_check.astype(np.float64) - inputs.reference).max())
+    gpu_mib = None if gpu_mib_before is None else gpu_memory_used_mib()
     return Measured(
         library=loaded.library,
         note=loaded.note,
         load_seconds=load_seconds,
         peak_memory_mib=peak_memory_mib(),
+        gpu_memory_mib=None if gpu_mib is None or gpu_mib_before is None else gpu_mib - gpu_mib_before,
         file_bytes=sum(path.stat().st_size for path in loaded.files),
         # JSON knows no NaN, and an engine that gives no number is as wrong as can be.
         max_logit_difference=difference if np.isfinite(difference) else sys.float_info.max,
@@ -516,8 +531,8 @@ def calibrate(job: Job) -> None:
     openvino.save_model(quantized, job.graph, compress_to_fp16=False)
 
 
-PRODUCT_SIZES = (256, 1024, 2048)
-"""Rows and columns of the matrices: the larger ones reach more of a processor's peak."""
+PRODUCT_SIZES = {CPU: (256, 1024, 2048), CUDA: (2048, 4096, 8192)}
+"""Rows and columns of the matrices: the larger ones reach more of a peak, and a GPU's needs larger ones still."""
 
 LONGEST_PRODUCT_SECONDS = 1.5
 """What would take longer, at the pace of the smaller ones, is not tried: where a processor lacks the instructions, PyTorch
@@ -530,7 +545,7 @@ def find_peaks(job: Job) -> list[Peak]:
 
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
-    half = ("fp16", torch.float16) if job.device == CUDA else ("bf16", torch.bfloat16)
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if job.device == CUDA else {})
     best: dict[str, Peak] = {}
     seconds_per_cell: dict[str, float] = {}
 
@@ -543,11 +558,12 @@ def find_peaks(job: Job) -> list[Peak]:
         if precision not in best or rate > best[precision].gflop_per_second:
             best[precision] = Peak(precision, rate, f"{product}, {size} × {size} × {size}")
 
-    for size in PRODUCT_SIZES:
-        for precision, dtype in (("fp32", torch.float32), half):
-            square = torch.ones(size, size, device=device, dtype=dtype)
+    for size in PRODUCT_SIZES[job.device]:
+        for precision, dtype in kinds.items():
+            # Of ones a GPU multiplies faster than of numbers: it draws less power.
+            square = torch.randn(size, size, device=device).to(dtype)
             try_product(precision, f"torch.mm in {precision}", size, partial(torch.mm, square, square))
-        whole = torch.ones(size, size, device=device, dtype=torch.int8)
+        whole = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
         try_product("int8", "torch._int_mm", size, partial(torch._int_mm, whole, whole))
         if job.device == CPU:
             try_product("int8", "ONNX Runtime's MatMulInteger", size, _integer_product(size, job.threads))

@@ -16,7 +16,7 @@ import numpy as np
 
 from export.bench_arithmetic import Dimensions
 from export.bench_engines import CALIBRATION_ROWS, CPU, CUDA, ENGINES, OPENVINO, PLAIN, Batch, Inputs, Plan
-from export.bundle import Bundle, load_bundle
+from export.bundle import FP16, INT8, Bundle, load_bundle
 from train.adapter import ADAPTER, Adapter, find_adapter_base, load_adapter, load_prompted_classifier, save_weights
 from train.config import P_TUNING, P_TUNING_V2, TrainConfig
 from train.console import say
@@ -261,7 +261,7 @@ def prepare(config: BenchConfig, work: Path, threads: int) -> Prepared:
         assert config.bundle is not None
         adapter_folder, bundle_folder = config.adapter, config.bundle
     else:
-        adapter_folder, bundle_folder = make_random_bundle(config.shape_of, work)
+        adapter_folder, bundle_folder = make_random_bundle(config.shape_of, work, device=config.device)
     adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
     task = bundle.task_of(adapter.sha256)
     if task is None:
@@ -424,13 +424,13 @@ def _graphs(
             wanted, f"the plain export failed ({type(cause).__name__}: {first_line(cause)})"
         )
     graphs = dict.fromkeys(wanted, graph)
-    if "plain-int8" in wanted:
+    for name, convert in (("plain-int8", quantize_plain), ("plain-fp16", halve_plain)):
+        if name not in wanted:
+            continue
         try:
-            graphs["plain-int8"] = quantize_plain(graph)
+            graphs[name] = convert(graph)
         except Exception as cause:  # the same
-            absent["plain-int8"] = (
-                f"optimum cannot quantise the plain graph ({type(cause).__name__}: {first_line(cause)})"
-            )
+            absent[name] = f"the plain graph cannot be converted ({type(cause).__name__}: {first_line(cause)})"
     return graphs, absent
 
 
@@ -475,13 +475,28 @@ def quantize_plain(graph: Path) -> Path:
     return graph.with_name("model_int8.onnx")
 
 
-def make_random_bundle(shape_of: str, work: Path) -> tuple[Path, Path]:
+def halve_plain(graph: Path) -> Path:
+    """A graph in fp16 by ONNX Runtime's converter, with inputs and logits as they were."""
+    import onnx
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    model = OnnxModel(onnx.load(graph))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # see `export.precision.make_fp16`
+        model.convert_float_to_float16(keep_io_types=True)
+    path = graph.with_name("model_fp16.onnx")
+    model.save_model_to_file(str(path))
+    return path
+
+
+def make_random_bundle(shape_of: str, work: Path, *, device: str) -> tuple[Path, Path]:
     """An adapter and its bundle around random weights: latency does not depend on the values.
 
-    Everything is made by what makes the real ones, the int8 graph's gate included (see `HEAD_BIAS`).
+    Everything is made by what makes the real ones, the other precisions' gate included (see `HEAD_BIAS`).
 
     Args:
         shape_of: see `BenchConfig`.
+        device: the graph beside fp32 is int8 for `CPU`, fp16 for `CUDA`.
 
     Returns:
         the folders of the adapter and of the bundle
@@ -491,7 +506,7 @@ def make_random_bundle(shape_of: str, work: Path) -> tuple[Path, Path]:
     """
     from transformers import AutoConfig
 
-    from export.fold import AUTO, ExportConfig, export_adapters
+    from export.fold import ExportConfig, export_adapters
 
     if shape_of in SHAPES:
         settings = AutoConfig.for_model(**SHAPES[shape_of])
@@ -511,7 +526,8 @@ def make_random_bundle(shape_of: str, work: Path) -> tuple[Path, Path]:
     rows = work / "rows.jsonl"
     texts = (" ".join(generator.choice(words, generator.integers(4, 24))) for _ in range(RANDOM_ROWS))
     rows.write_text("".join(json.dumps({"text": text, "label": "second"}) + "\n" for text in texts), encoding="utf-8")
-    export_adapters(ExportConfig((adapter_folder,), work / "bundle", precision=AUTO, validation_files=(rows,)))
+    precision = FP16 if device == CUDA else INT8
+    export_adapters(ExportConfig((adapter_folder,), work / "bundle", precision=precision, validation_files=(rows,)))
     return adapter_folder, work / "bundle"
 
 
@@ -535,26 +551,30 @@ def _write_random_base(settings: "PretrainedConfig", words: Sequence[str], folde
         tokenizer_object=tokenizer,
         cls_token="<s>",  # noqa: S106
         sep_token="</s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106 -- which decoders want
         pad_token="<pad>",  # noqa: S106
         unk_token="<unk>",  # noqa: S106
         model_input_names=names if getattr(settings, "type_vocab_size", 1) > 1 else names[:2],
     ).save_pretrained(folder)
 
 
-def _write_random_adapter(base_folder: Path, task: Task, folder: Path) -> None:
-    """An adapter as training begins with it: a P-Tuning prompt of 20 tokens, and a head (see `HEAD_BIAS`)."""
+def _write_random_adapter(
+    base_folder: Path, task: Task, folder: Path, *, method: str = P_TUNING, head_bias: float = HEAD_BIAS
+) -> None:
+    """An adapter as training begins with it: a prompt of 20 tokens, and a head that leans to its second label."""
     import torch
 
     from train.baselines import Baselines
     from train.model import add_prompt, base_tokenizer, find_base_model, load_classifier, text_limit
 
     base = find_base_model(str(base_folder))
-    config = TrainConfig(out=folder)
+    config = TrainConfig(out=folder, method=method)
     limit = text_limit(base, config.virtual_tokens)
     model = load_classifier(base, task.labels)
-    head: Any = model.classifier
-    with torch.no_grad():
-        getattr(head, "out_proj", head).bias[1] = HEAD_BIAS
+    if head_bias:
+        head: Any = model.classifier
+        with torch.no_grad():
+            getattr(head, "out_proj", head).bias[1] = head_bias
     folder.mkdir()
     save_weights(folder, add_prompt(model, base, config, text_ids=[0]), base_tokenizer(base, limit))
     write_record(
@@ -563,7 +583,7 @@ def _write_random_adapter(base_folder: Path, task: Task, folder: Path) -> None:
         {
             "model": {"name": base.name, "sha256": base.sha256},
             "task": task.as_json(),
-            "method": P_TUNING,
+            "method": method,
             "virtual_tokens": config.virtual_tokens,
             "max_length": limit,
             "validation": {},

@@ -65,7 +65,7 @@ class EngineResult:
         status: `MEASURED`, `WRONG` (its logits are not PEFT's) or `NOT_RUN`.
         reason: why it is not measured, or not in every round; else empty.
         library, note: see `Measured`.
-        load_seconds, peak_memory_mib, file_mib: see `Measured`.
+        load_seconds, peak_memory_mib, gpu_memory_mib, file_mib: see `Measured`.
         max_logit_difference: see `Measured`.
         scores: the task's metrics on the file, by name; None without one.
         label_flips: rows of the file whose label is not PEFT's; None without one.
@@ -81,6 +81,7 @@ class EngineResult:
     note: str = ""
     load_seconds: float = 0.0
     peak_memory_mib: float = 0.0
+    gpu_memory_mib: float | None = None
     file_mib: float = 0.0
     max_logit_difference: float | None = None
     scores: dict[str, float] | None = None
@@ -150,6 +151,7 @@ def summarise(
                 note=all_of[0].note,
                 load_seconds=max(item.load_seconds for item in all_of),
                 peak_memory_mib=max(item.peak_memory_mib for item in all_of),
+                gpu_memory_mib=max((mib for item in all_of if (mib := item.gpu_memory_mib) is not None), default=None),
                 file_mib=all_of[0].file_bytes / 2**20,
                 max_logit_difference=difference,
                 scores=None if labels is None else _score(prepared, labels),
@@ -273,11 +275,12 @@ def table(
                 f"  {result.engine:<{width}}{row.latency_ms:>10.2f}{row.p95_ms:>10.2f}{row.pairs_per_second:>10.1f}"
                 f"{speedup:>8}  {each:<18}{row.gflop_per_second:>9.0f}{share:>9}"
             )
-    yield f"\n{'engine':<{width}}{'load s':>9}{'first run s':>13}{'memory MiB':>12}{'file MiB':>10}{'logits differ':>15}  quality"
+    yield f"\n{'engine':<{width}}{'load s':>9}{'first run s':>13}{'memory MiB':>12}{'GPU MiB':>9}{'file MiB':>10}{'logits differ':>15}  quality"
     for result in ran:
         first = max((cell.first_run_ms for cell in result.cells), default=0.0) / 1000
+        on_gpu = "–" if result.gpu_memory_mib is None else f"{result.gpu_memory_mib:.0f}"
         yield (
-            f"{result.engine:<{width}}{result.load_seconds:>9.2f}{first:>13.2f}{result.peak_memory_mib:>12.0f}"
+            f"{result.engine:<{width}}{result.load_seconds:>9.2f}{first:>13.2f}{result.peak_memory_mib:>12.0f}{on_gpu:>9}"
             f"{result.file_mib:>10.1f}{result.max_logit_difference:>15.1e}  {_quality(result)}"
         )
     yield ""

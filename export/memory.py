@@ -1,5 +1,6 @@
-"""How much memory a process has taken."""
+"""How much memory a process has taken, and how much of a GPU's is taken."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -16,3 +17,28 @@ def peak_memory_mib() -> float:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Kilobytes, but bytes on macOS.
         return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class _NvmlMemory(ctypes.Structure):
+    """``nvmlMemory_t`` of NVIDIA's nvml.h, in bytes."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def gpu_memory_used_mib() -> float | None:
+    """What all processes together have taken of the first GPU; None where NVIDIA's driver cannot say.
+
+    Asked of the driver's management library, so that ONNX Runtime's and PyTorch's allocators are counted alike, with
+    the context that each process has on the GPU.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, memory = ctypes.c_void_p(), _NvmlMemory()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
+        or nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+    )
+    return None if failed else memory.used / 2**20

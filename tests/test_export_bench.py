@@ -289,6 +289,7 @@ def measured(
         note="",
         load_seconds=1.0,
         peak_memory_mib=1.0,
+        gpu_memory_mib=None,
         file_bytes=2**20,
         max_logit_difference=difference,
         cells={name: Timed(9.0, tuple(values)) for name, values in latencies_ms.items()},
@@ -378,5 +379,5 @@ def test_the_names_of_the_engines_say_what_they_are() -> None:
     for name, engine in ENGINES.items():
         assert name.startswith(engine.family)
         assert engine.precision == "fp32" or name.endswith(engine.precision)
-        assert engine.is_compiled == ("compile" in name)
+        assert bool(engine.compile_mode) == ("compile" in name)
         assert engine.cuda_graphs == ("graphs" in name)
