@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 MAX_SHAPES = 32
 """How many shapes are captured; each keeps its arrays and a graph on the device for as long as the session lives."""
 
-_NOT_CAPTURED = -1
-"""What ONNX Runtime takes for "run this without a CUDA graph"."""
+NOT_CAPTURED = "-1"
+"""A run's ``gpu_graph_id`` that ONNX Runtime takes for "without a CUDA graph"."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,6 @@ class FixedShapes:
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("logits", logits)
         options = RunOptions()
-        number = len(self._places) if len(self._places) < MAX_SHAPES else _NOT_CAPTURED
-        options.add_run_config_entry("gpu_graph_id", str(number))
+        number = str(len(self._places)) if len(self._places) < MAX_SHAPES else NOT_CAPTURED
+        options.add_run_config_entry("gpu_graph_id", number)
         return _Place(inputs, logits, binding, options)

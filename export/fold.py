@@ -158,7 +158,9 @@ def export_adapters(config: ExportConfig) -> Bundle:
                 f"{base.name} has {n_bytes / 1e9:.1f} GB of fp32 weights; one ONNX file holds "
                 f"{ONNX_FILE_LIMIT / 1e9:.1f} GB. Take a smaller base model."
             )
-        graph = write_graph(module, folder / FILES.model, is_decoder=base.is_decoder)
+        graph = write_graph(
+            module, folder / FILES.model, is_decoder=base.is_decoder, virtual_tokens=adapter.virtual_tokens
+        )
         del module
 
         providers, parities = _compare(jobs, base, folder / FILES.model, graph.inputs, settings.vocab_size)
@@ -379,14 +381,20 @@ def _constants(adapter: Adapter, base: BaseModel) -> "dict[str, torch.Tensor]":
 
 
 def _compare(
-    jobs: Sequence[_Job], base: BaseModel, path: Path, inputs: tuple[str, ...], vocabulary_size: int
+    jobs: Sequence[_Job],
+    base: BaseModel,
+    path: Path,
+    inputs: tuple[str, ...],
+    vocabulary_size: int,
+    *,
+    use_cuda: bool | None = None,
 ) -> "tuple[list[str], list[ParityReport]]":
     """Hold a graph in fp32 against PEFT, task by task; the providers that ran it, and what was found."""
     from export.parity import measure_parity
     from export.runtime import open_session, run_session, usable_cores
 
     say("[3/5] comparing its logits with PEFT's on shapes that were not traced")
-    session = open_session(path, threads=usable_cores())
+    session = open_session(path, threads=usable_cores(), use_cuda=use_cuda)
     reports = []
     for job in jobs:
 
@@ -487,8 +495,10 @@ def _write_fused(jobs: Sequence[_Job], base: BaseModel, path: Path) -> None:
     from export.graph import write_graph
 
     module = _module(jobs, base, fused=True)
-    graph = write_graph(module, path, is_decoder=base.is_decoder, fused=True)
-    _compare(jobs, base, path, graph.inputs, module.config.vocab_size)
+    virtual_tokens = jobs[0].adapter.virtual_tokens
+    graph = write_graph(module, path, is_decoder=base.is_decoder, virtual_tokens=virtual_tokens, fused=True)
+    # On the CPU: a GPU computes attention by other kernels in fp32 than in fp16, which is the one that counts.
+    _compare(jobs, base, path, graph.inputs, module.config.vocab_size, use_cuda=False)
 
 
 def _report(precision: str, data: "Sequence[LabelledBatches]", gates: Sequence[Gate]) -> None:

@@ -70,6 +70,7 @@ class FoldedEncoder(torch.nn.Module):
     """
 
     positions: torch.Tensor
+    distance_bias: torch.Tensor
 
     def __init__(self, classifier: PromptedClassifier) -> None:
         """Rewrite a classifier; its weights are shared, not copied, where they stay as they are.
@@ -103,10 +104,11 @@ class FoldedEncoder(torch.nn.Module):
         # DistilBERT's head starts with a dense layer of its own.
         self.pre_classifier: Any = getattr(classifier.model, "pre_classifier", None)
         self.classifier: Any = classifier.model.classifier
-        # MPNet adds a bias by distance to the scores of every layer.
-        self.position_bias: Any = encoder if hasattr(encoder, "compute_position_bias") else None
+        self._has_distances = hasattr(encoder, "compute_position_bias")
 
         with torch.no_grad():
+            if self._has_distances:
+                self._fold_distances(encoder)
             self._fold_last_layer(blocks[-1], scale)
             if isinstance(classifier, EmbeddingPrompt):
                 table = classifier.prompt_table()
@@ -122,6 +124,26 @@ class FoldedEncoder(torch.nn.Module):
             else:
                 raise TypeError(f"no rule for {type(classifier).__name__}")
 
+    def _fold_distances(self, encoder: Any) -> None:
+        """MPNet's bias, which is added to the scores of every layer, as a table by distance.
+
+        MPNet sorts distances into buckets by their logarithm, for which fp16 finds another bucket now and then.
+        """
+        n_positions = self.config.max_position_embeddings
+        distances = torch.arange(1 - n_positions, n_positions)
+        buckets = encoder.relative_position_bucket(distances)
+        self._zero_distance = n_positions - 1
+        # shape = (2 · n_positions - 1, n_heads)
+        self.register_buffer("distance_bias", encoder.relative_attention_bias(buckets).detach().clone())
+
+    def _distances(self, n_rows: int) -> torch.Tensor | None:
+        """Added to the scores, shape = (1, n_heads, n_rows, n_rows); None where the model knows no distances"""
+        if not self._has_distances:
+            return None
+        places = torch.arange(n_rows)
+        bias: torch.Tensor = self.distance_bias[places[None] - places[:, None] + self._zero_distance]
+        return bias.permute(2, 0, 1)[None]
+
     def _fold_last_layer(self, block: _Block, scale: float) -> None:
         """See the module's point 2."""
         heads, width, n_hidden = self._heads, self._head_width, block.query.in_features
@@ -129,9 +151,12 @@ class FoldedEncoder(torch.nn.Module):
         # shape = (n_heads, n_head, n_hidden) and (n_heads, n_hidden, n_head)
         self.register_buffer("last_key", block.key.weight.view(heads, width, n_hidden).clone())
         self.register_buffer("last_value", block.value.weight.view(heads, width, n_hidden).transpose(1, 2).contiguous())
-        self.register_buffer("last_value_bias", block.value.bias.clone())
         self._last_key_bias = block.key.bias.view(1, heads, 1, width)
         self._last_value_bias = block.value.bias.view(1, heads, 1, width)
+        # The values' bias, which every mixture has once, goes through the projection behind it.
+        mix = _scaled(block.mix, 1.0)
+        mix.bias.add_(block.mix.weight @ block.value.bias)
+        self.mixes[-1] = mix
 
     def _fold_keys_values(self, classifier: KeyValuePrompt) -> None:
         """See the module's point 3.
@@ -213,7 +238,7 @@ class FoldedEncoder(torch.nn.Module):
             rows = torch.cat([prompt["prompt_rows"], rows], dim=1)
         n_hidden = rows.shape[2]
         bias = self._hidden_scores(attention_mask, rows.dtype)[:, None, None]
-        distances = None if self.position_bias is None else self.position_bias.compute_position_bias(rows)
+        distances = self._distances(rows.shape[1])
         flat = rows.reshape(-1, n_hidden)
         for layer in range(self._n_layers - 1):
             context = self._attend(layer, flat, n_batch, bias if distances is None else bias + distances, prompt)
@@ -279,7 +304,7 @@ class FoldedEncoder(torch.nn.Module):
         context = (of_text @ rows).unsqueeze(2) @ self.last_value
         if self._in_every_layer:
             context = context + shares[..., : self._n_virtual] @ prompt[f"prompt_value_{layer}"]
-        return self._feed_forward(layer, context.reshape(n_batch, -1) + self.last_value_bias, first)
+        return self._feed_forward(layer, context.reshape(n_batch, -1), first)
 
     def _head(self, pooled: torch.Tensor) -> torch.Tensor:
         """Row 0 → logits, as the model's own classifier does it, shape = (n_batch, n_labels)"""

@@ -56,7 +56,12 @@ class Graph:
 
 
 def write_graph(
-    classifier: PromptedClassifier | SharedClassifier, path: Path, *, is_decoder: bool, fused: bool = False
+    classifier: PromptedClassifier | SharedClassifier,
+    path: Path,
+    *,
+    is_decoder: bool,
+    virtual_tokens: int,
+    fused: bool = False,
 ) -> Graph:
     """Trace a classifier and write it as ONNX; its prompt becomes constant first.
 
@@ -66,6 +71,7 @@ def write_graph(
     Args:
         classifier: built on a model with eager attention; with ``fused``, of a decoder with PyTorch's own (sdpa).
         path: the file; weights and prompt go into it (ONNX files hold up to 2 GB).
+        virtual_tokens: length of the prompt.
         is_decoder: whether the model is causal; an encoder is written out anew (`FoldedEncoder`), if it can be.
         fused: write the operators that a GPU wants (`export.fused`). A shared classifier's encoder must be fused itself.
     """
@@ -90,7 +96,7 @@ def write_graph(
         # How many rows of the position table a text takes is no constant, and need not be one.
         warnings.filterwarnings("ignore", message="Constant folding - Only steps=1 can be constant folded")
         heads = classifier.config.num_attention_heads
-        with attention_in_one(OPSET, heads=heads) if fused else nullcontext():
+        with attention_in_one(OPSET, heads=heads, virtual_tokens=virtual_tokens) if fused else nullcontext():
             inputs, outputs = export_pytorch(
                 module,
                 description,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.bundle import FP16, FP32, INT8, TASK_IDS, Bundle
-from export.fixed_shapes import FixedShapes
+from export.fixed_shapes import NOT_CAPTURED, FixedShapes
 from export.strangers import check_graph
 from train.errors import BundleError, TextError, first_line, is_of_tokenizers
 from train.limits import MAX_TEXT_BYTES, check_file
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
+
+NO_DEVICE = 100
+"""``CUDA_ERROR_NO_DEVICE`` of NVIDIA's cuda.h."""
+
+PADDING_TOLERANCE = 1e-3
+"""By how much a logit may change with what is padding: it is hidden, so by nothing but another order of sums."""
 
 _AGAIN = "Export the bundle again."
 
@@ -312,20 +318,7 @@ class OnnxClassifier:
     def _run_session(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         if self._fixed_shapes is not None:
             return self._fixed_shapes.run(arrays)
-        return self._logits_on_cuda(arrays) if self._on_cuda else run_session(self._session, arrays)
-
-    def _logits_on_cuda(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The same through IO binding: one copy up, one down, the rest stays on the device.
-
-        Not from pinned memory: 32 texts of 512 tokens are 393 kB of ids, masks and types, some tens of microseconds over
-        PCIe either way, where the graph takes milliseconds.
-        """
-        binding = self._session.io_binding()
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output("logits", "cuda")
-        self._session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0]
+        return _run_on_cuda(self._session, arrays) if self._on_cuda else run_session(self._session, arrays)
 
 
 def with_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
@@ -352,18 +345,76 @@ def _open_graph(
     if cuda_graphs:
         try:
             session = open_session(path, threads=threads, use_cuda=True, cuda_graphs=True)
+            _check_padding(session, path, bundle)
             return _Opened(session, wanted, "", cuda_graphs=True)
         except BundleError as cause:
             opened = _open_graph(bundle, precision, threads=threads, use_cuda=use_cuda)
             why = f"no CUDA graphs, which this graph cannot be captured in: {cause}"
             return replace(opened, why="; ".join(filter(None, [opened.why, why])))
     try:
-        return _Opened(open_session(path, threads=threads, use_cuda=use_cuda), wanted, "")
+        session = open_session(path, threads=threads, use_cuda=use_cuda)
+        _check_padding(session, path, bundle)
+        return _Opened(session, wanted, "")
     except BundleError as cause:
         if precision is not None or wanted == FP32:
             raise
         session = open_session(bundle.graph_path(FP32), threads=threads, use_cuda=use_cuda)
         return _Opened(session, FP32, f"fp32 instead of {wanted}, which cannot be loaded here: {cause}")
+
+
+def _check_padding(session: "InferenceSession", path: Path, bundle: Bundle) -> None:
+    """Try on a GPU whether a text beside a longer one is read to its end and no further.
+
+    Which kernel computes attention depends on the GPU, on variables of the environment and on ONNX Runtime's version, and
+    not all of them read the same numbers of keys. A wrong one would answer without an error.
+
+    Raises:
+        BundleError: it is not.
+    """
+    if session.get_providers()[0] == CPU:
+        return
+    length = min(9, bundle.max_length)
+    short = -(-length // 2)
+    ids = np.random.default_rng(0).integers(0, bundle.vocabulary_size, (2, length))
+    ones = np.ones_like(ids)
+    mask = (np.arange(length) < [[length], [short]]).astype(np.int64)
+    arrays = {"attention_mask": mask, "token_type_ids": 0 * ids, TASK_IDS: ones[:, 0] * 0}
+
+    def logits(*, changed: slice) -> np.ndarray:
+        others = ids.copy()
+        others[1, changed] = (ids[1, changed] + 1) % bundle.vocabulary_size
+        of_both = {"input_ids": others, **arrays}
+        return _run_on_cuda(session, {name: of_both[name] for name in bundle.inputs})[1]
+
+    try:
+        as_it_is = logits(changed=slice(0))
+        other_padding, other_end = logits(changed=slice(short, None)), logits(changed=slice(short - 1, short))
+    except Exception as cause:
+        if not _is_of_onnxruntime(cause):
+            raise
+        raise BundleError(f"ONNX Runtime cannot run {path} on this GPU ({first_line(cause)}).") from cause
+    if not np.abs(other_padding - as_it_is).max() < PADDING_TOLERANCE or np.array_equal(other_end, as_it_is):
+        raise BundleError(f"{path} misreads padding on this GPU.")
+
+
+def _run_on_cuda(session: "InferenceSession", arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Run through IO binding: one copy up, one down, the rest stays on the device.
+
+    Not from pinned memory: 32 texts of 512 tokens are 393 kB of ids, masks and types, some tens of microseconds over
+    PCIe either way, where the graph takes milliseconds.
+    """
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    # Of a session that captures CUDA graphs, too.
+    options.add_run_config_entry("gpu_graph_id", NOT_CAPTURED)
+    binding = session.io_binding()
+    for name, array in arrays.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
+    binding.bind_output("logits", "cuda")
+    session.run_with_iobinding(binding, options)
+    logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
+    return logits
 
 
 def best_precision(bundle: Bundle, *, on_cuda: bool) -> str:
@@ -448,7 +499,12 @@ def cuda_absence() -> str:
     if CUDA not in onnxruntime.get_available_providers():
         return "this ONNX Runtime has no CUDA provider"
     try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
         return "no NVIDIA driver on this machine"
+    # A container without its GPU, or CUDA_VISIBLE_DEVICES: ONNX Runtime would print a warning and take the CPU.
+    count = ctypes.c_int()
+    failure = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if failure or not count.value:
+        return f"the NVIDIA driver shows no GPU (CUDA error {failure or NO_DEVICE})"
     return ""

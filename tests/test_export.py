@@ -306,9 +306,9 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
     write_graph = export.graph.write_graph
 
     def write_wrong_graph(
-        classifier: export.graph.PromptedClassifier, path: Path, *, is_decoder: bool
+        classifier: export.graph.PromptedClassifier, path: Path, *, is_decoder: bool, virtual_tokens: int
     ) -> export.graph.Graph:
-        graph = write_graph(classifier, path, is_decoder=is_decoder)
+        graph = write_graph(classifier, path, is_decoder=is_decoder, virtual_tokens=virtual_tokens)
         model = onnx.load(path)
         for item in model.graph.initializer:
             if item.name == graph.prompt_initializers[-1]:

@@ -165,6 +165,37 @@ def test_tensorrt_is_there_only_with_its_library(monkeypatch: pytest.MonkeyPatch
     assert cuda_absence() == "this ONNX Runtime has no CUDA provider"
 
 
+class Driver:
+    """NVIDIA's driver as far as it is asked how many GPUs there are."""
+
+    def __init__(self, status: int, n_devices: int) -> None:
+        self.status, self.n_devices = status, n_devices
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802 -- the driver's name
+        return self.status
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 -- the same
+        count._obj.value = self.n_devices
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("status", "n_devices", "expected"),
+    [
+        (100, 0, "the NVIDIA driver shows no GPU (CUDA error 100)"),
+        (0, 0, "the NVIDIA driver shows no GPU (CUDA error 100)"),
+        (803, 0, "the NVIDIA driver shows no GPU (CUDA error 803)"),
+        (0, 1, ""),
+    ],
+)
+def test_a_driver_without_a_gpu_is_told_from_one_with(
+    status: int, n_devices: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(export.runtime.ctypes, "CDLL", lambda _: Driver(status, n_devices))
+    assert cuda_absence() == expected
+
+
 def test_why_it_does_not_run_on_a_gpu_is_said(bundle: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_bundle(bundle("bert"))
     monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "no NVIDIA driver on this machine")
@@ -208,6 +239,52 @@ def test_a_graph_that_cannot_be_captured_runs_without_and_says_so(
     # Where there is no GPU there is nothing to capture, and nothing more to say than that.
     execution = OnnxClassifier(loaded, threads=1, use_cuda=False, cuda_graphs=True).execution
     assert (opened, execution.note) == ([True, False, False], "CUDA is switched off")
+
+
+class OnAGpu:
+    """A session that says it runs on a GPU; its kernels take the mask as they like."""
+
+    def __init__(self, path: Path, misread: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.path, self.misread = path, misread
+
+    def get_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def run(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        return run_file(self.path, arrays | {"attention_mask": self.misread(arrays["attention_mask"])})
+
+
+@pytest.mark.parametrize(
+    ("misread", "is_right"),
+    [
+        (lambda mask: mask, True),
+        (np.ones_like, False),  # padding is seen
+        (lambda mask: mask * (np.arange(len(mask))[:, None] == 0), False),  # only the first text is seen
+    ],
+)
+@pytest.mark.parametrize("kind", ["bert-v2", "gpt2"])
+def test_a_gpu_that_misreads_padding_is_found_out_before_it_answers(
+    kind: str,
+    misread: Callable[[np.ndarray], np.ndarray],
+    is_right: bool,
+    bundle_in: Precisions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = load_bundle(bundle_in(kind, "fp16"))
+    fp16 = loaded.graph_path("fp16")
+    monkeypatch.setattr(export.runtime, "_run_on_cuda", lambda session, arrays: session.run(arrays))
+
+    def open_session(path: Path, **_: object) -> OnAGpu:
+        return OnAGpu(path, misread if path == fp16 else lambda mask: mask)
+
+    monkeypatch.setattr(export.runtime, "open_session", open_session)
+    opened = export.runtime._open_graph(loaded, None, threads=1, use_cuda=True)
+    assert (opened.precision, opened.why == "") == (("fp16", True) if is_right else ("fp32", False))
+    if not is_right:
+        assert "fp32 instead of fp16, which cannot be loaded here" in opened.why
+        assert "misreads padding on this GPU" in opened.why
+        with pytest.raises(BundleError, match="misreads padding on this GPU"):
+            export.runtime._open_graph(loaded, "fp16", threads=1, use_cuda=True)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

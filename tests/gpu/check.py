@@ -1,0 +1,150 @@
+"""On a GPU machine: does the project do there what it says, and how fast? After unpack.sh, in the repository's root:
+
+    /tmp/gpu/venv/bin/python -m tests.gpu.check STEP [STEP …] [--behind STEP [STEP …]] [--seconds 500]
+
+Each step is a process of its own (`tests.gpu.steps`), one after the other; those after ``--behind`` run beside them, in
+sessions of their own, and go on when the command has ended: ``wait:NAME`` waits for one. What was found is printed as it
+comes, and stands in check.json, which is written to the folder $OUT after every line of it and keeps what earlier calls
+found. NAME is ``v1`` or ``v2`` (the demo's adapters) or ``large`` (random weights in the shape of roberta-large).
+
+- machine: versions, the GPU, ONNX Runtime's providers
+- tiny, tiny:KIND,…: a model of each family made in code, fp32 and fp16, with and without CUDA graphs, held against PEFT on the CPU
+- prepare:NAME: export with --precision fp16, and what `export.bench` needs; wait:NAME waits for it
+- graphs:NAME: the same comparison as tiny, at the benchmark's shapes, with GPU memory
+- bench:NAME: `export.bench` without torch.compile; compile:NAME: with it alone
+- profile:NAME: kernels, launches and copies of a request, and which kernels take the time
+- hidden: what the runtime says where the GPU, or the driver, is hidden
+- demo: the page's PyTorch side, held against the graph
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from tests.gpu.steps import MARK, WORK
+
+
+class Findings:
+    """What was found so far, by step and key, in a file that is whole after every line."""
+
+    def __init__(self) -> None:
+        """Go on from an earlier call's."""
+        self._kept = WORK / "check.json"
+        self._start = time.monotonic()
+        self._found: dict[str, Any] = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+
+    @property
+    def seconds(self) -> float:
+        """Since this call began."""
+        return time.monotonic() - self._start
+
+    def note(self, step: str, key: str, value: Any) -> None:
+        """Keep a finding and print it."""
+        self._found.setdefault(step, {})[key] = value
+        text = json.dumps(value)
+        print(f"[{self.seconds:5.1f} s] {step}: {key}: {text if len(text) < 700 else text[:700] + ' …'}", flush=True)
+        scratch = self._kept.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self._found, indent=1), encoding="utf-8")
+        scratch.replace(self._kept)
+        shutil.copy(self._kept, os.environ.get("OUT", "/tmp"))  # noqa: S108
+
+
+def command(step: str) -> list[str]:
+    """The process of a step."""
+    return [sys.executable, "-u", "-m", "tests.gpu.steps", *step.split(":")]
+
+
+def environment(step: str) -> dict[str, str]:
+    """Nothing asks a hub; the step that hides the GPU has it hidden."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if step == "hidden" else {}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}
+
+
+def begin_behind(step: str) -> None:
+    """Start a step that outlives this command; its findings go to a log that ``wait`` reads."""
+    log = WORK / f"{step.replace(':', '-')}.log"
+    with log.open("w") as file:
+        subprocess.Popen(
+            command(step),
+            env=environment(step),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def wait(name: str, findings: Findings, at_most: float) -> None:
+    """Wait for a preparation, and keep what it found."""
+    log, folder = WORK / f"prepare-{name}.log", WORK / name
+    end = time.monotonic() + at_most
+    ends = (folder / "prepared.pickle", folder / "failed")
+    while not any(path.exists() for path in ends) and time.monotonic() < end:
+        time.sleep(0.3)
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["nothing was begun"]
+    for line in lines:
+        if line.startswith(MARK):
+            findings.note(f"prepare:{name}", *json.loads(line.removeprefix(MARK)))
+    if not ends[0].exists():
+        findings.note(f"prepare:{name}", "failed", lines[-15:])
+
+
+def run(step: str, findings: Findings, at_most: float) -> None:
+    """Run a step to its end or its deadline, printing its lines as they come."""
+    began = time.monotonic()
+    tail: list[str] = []
+    process = subprocess.Popen(
+        command(step),
+        env=environment(step),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+    signal.alarm(max(1, int(at_most)))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(MARK):
+            findings.note(step, *json.loads(line.removeprefix(MARK)))
+        elif line.strip():
+            tail = [*tail, line.strip()[:300]][-15:]
+            print(f"    {line.rstrip()[:230]}", flush=True)
+    code = process.wait()
+    signal.alarm(0)
+    ended = {"exit": code, "seconds": round(time.monotonic() - began, 1)}
+    findings.note(step, "ended", ended | ({"tail": tail} if code else {}))
+
+
+def main() -> None:
+    """Run what was asked for, as long as there is time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*")
+    parser.add_argument("--behind", nargs="*", default=[])
+    parser.add_argument("--seconds", type=float, default=500)
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    findings = Findings()
+    for step in options.behind:
+        begin_behind(step)
+    for step in options.steps:
+        left = options.seconds - findings.seconds
+        if left < 5:
+            findings.note(step, "ended", "no time was left")
+        elif step.startswith("wait:"):
+            wait(step.partition(":")[2], findings, left)
+        else:
+            run(step, findings, left)
+    print(f"{findings.seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

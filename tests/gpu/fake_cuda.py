@@ -1,0 +1,162 @@
+"""Builds the libraries of `fake_cuda.c`, and asks ONNX Runtime's CUDA provider about a graph on a machine without a GPU.
+
+    python -m tests.gpu.fake_cuda GRAPH.onnx [GRAPH.onnx …]
+
+needs gcc. It prints one JSON object for each graph: whether all compute nodes are the provider's, so that the graph can be
+captured as a CUDA graph, and what a request launches.
+"""
+
+import argparse
+import ctypes
+import json
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+LIBRARIES = {
+    "libcuda.so.1": ("cuTensorMap",),
+    "libcudart.so.13": ("cuda", "__cuda"),
+    "libcublas.so.13": ("cublas",),
+    "libcublasLt.so.13": ("cublasLt",),
+    "libcurand.so.10": ("curand",),
+    "libcudnn.so": ("cudnn",),
+}
+"""What the provider is linked against or opens, and how the names in each begin; of two that fit, the longer one counts."""
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What one request does.
+
+    Attributes:
+        captured: whether the session could be opened for CUDA graphs.
+        reason: why not; else empty.
+        kernels: launches of the provider's own kernels; cuBLAS' are not among them.
+        products: calls of cuBLAS.
+        copies_to_device: by kernels that read arrays of the host, and of inputs.
+    """
+
+    captured: bool
+    reason: str
+    kernels: int
+    products: int
+    copies_to_device: int
+
+
+def provider_path() -> Path:
+    """ONNX Runtime's CUDA provider."""
+    import onnxruntime
+
+    return Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+
+
+def _wanted(provider: Path) -> dict[str, list[str]]:
+    """By library, the names that the provider takes from it."""
+    from elftools.elf.elffile import ELFFile
+
+    wanted: dict[str, list[str]] = defaultdict(list)
+    with provider.open("rb") as file:
+        elf: Any = ELFFile(file)
+        symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+        names = {symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF"}
+        # cuDNN's functions are looked up by their names.
+        names |= {
+            text.decode() for text in re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", elf.get_section_by_name(".rodata").data())
+        }
+    for name in sorted(names):
+        fitting = [
+            (len(start), library) for library, starts in LIBRARIES.items() for start in starts if name.startswith(start)
+        ]
+        if fitting:
+            wanted[max(fitting)[1]].append(name)
+    return wanted
+
+
+def build(folder: Path) -> dict[str, Path]:
+    """Compile one library for each of `LIBRARIES` into a folder, by name."""
+    wanted, built = _wanted(provider_path()), {}
+    written = SOURCE.read_text(encoding="utf-8")
+    for library in LIBRARIES:
+        names = wanted[library]
+        mine = [name for name in names if f"{name}(" in written]
+        stubs = "".join(
+            f"int {name}() {{ {'fake_cuda_products++;' if 'emm' in name else ''} return 0; }}\n"
+            for name in names
+            if name not in mine
+        )
+        # All of the file in the runtime; of the others only what is theirs.
+        source = written if library == "libcudart.so.13" else ""
+        if library != "libcudart.so.13":
+            source = "".join(
+                f"int {name}(void **created) {{ return *created = (void *)created, 0; }}\n" for name in mine
+            )
+        code, script, path = folder / f"{library}.c", folder / f"{library}.map", folder / library
+        code.write_text(f"{source}\nunsigned long fake_cuda_products;\n{stubs}", encoding="utf-8")
+        script.write_text(f"{library} {{ global: *; }};\n", encoding="utf-8")
+        link = f"-Wl,-soname,{library},--version-script,{script}"
+        subprocess.run(["/usr/bin/env", "gcc", "-w", "-shared", "-fPIC", link, "-o", path, code], check=True)
+        built[library] = path
+    return built
+
+
+def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> Launches:
+    """Open a graph for CUDA graphs, and run a batch without.
+
+    Args:
+        libraries: loaded ones, by the names of `LIBRARIES`.
+    """
+    import numpy as np
+    import onnxruntime
+
+    counts = (ctypes.c_uint64 * 4).in_dll(libraries["libcudart.so.13"], "fake_cuda_counts")
+    products = [
+        ctypes.c_ulong.in_dll(libraries[name], "fake_cuda_products")
+        for name in ("libcublas.so.13", "libcublasLt.so.13")
+    ]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it would say of a refused graph is in its exception
+
+    def opened(**settings: str) -> Any:
+        providers = [("CUDAExecutionProvider", {"use_tf32": "0", **settings}), "CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(graph, options, providers=providers)
+        assert session.get_providers()[0] == "CUDAExecutionProvider"
+        return session
+
+    reason = ""
+    try:
+        opened(enable_cuda_graph="1")
+    except Exception as cause:  # ONNX Runtime's exceptions share no base
+        reason = str(cause)
+    session = opened()
+    arrays = {item.name: np.ones((3, 24)[: len(item.shape)], np.int64) for item in session.get_inputs()}
+    for name in {"task_ids"} & set(arrays):
+        arrays[name][:] = 0
+    for _ in range(2):
+        counts[:] = [0, 0, 0, 0]
+        for product in products:
+            product.value = 0
+        session.run(["logits"], arrays)
+    return Launches(not reason, reason, counts[0], sum(product.value for product in products), counts[1])
+
+
+def main() -> None:
+    """Ask about graphs; nothing that has loaded CUDA may be in this process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH.onnx")
+    graphs = parser.parse_args().graphs
+    with tempfile.TemporaryDirectory() as folder:
+        built = build(Path(folder))
+        libraries = {name: ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for name, path in built.items()}
+        for graph in graphs:
+            print(json.dumps(asdict(ask(graph, libraries))))
+
+
+if __name__ == "__main__":
+    main()

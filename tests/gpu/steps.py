@@ -1,0 +1,449 @@
+"""The steps of `tests.gpu.check`, each in a process of its own: ``python -m tests.gpu.steps STEP [NAME]``.
+
+GPU_CHECK_DEVICE=cpu tries them without a GPU, at smaller shapes.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+MARK = "RESULT "
+"""Before what was found, as JSON, for `tests.gpu.check`."""
+
+WORK = Path(os.environ.get("GPU_CHECK_WORK", "/tmp/gpu/work"))  # noqa: S108 -- a machine for this alone
+ROWS = Path(os.environ.get("GPU_STORE", "/tmp/gpu")) / "parts/rows.jsonl"  # noqa: S108 -- the same
+DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
+ON_CUDA = DEVICE == "cuda"
+ADAPTERS = {"v1": Path("demo/adapters/minilm-mrpc").resolve(), "v2": Path("demo/adapters/minilm-mrpc-v2").resolve()}
+
+SHAPES = ("1x16", "1x60", "1x200", "8x60", "32x60", "256x60") if ON_CUDA else ("1x16", "2x30")
+COMPILED_SHAPES = {"large": ("1x60", "32x60", "256x60")}
+"""Shapes for torch.compile where it would take minutes to compile for all of them."""
+
+_BERT = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "initializer_range": 0.2,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "bert": _BERT,
+    "roberta": _BERT | {"num_attention_heads": 2, "type_vocab_size": 1, "max_position_embeddings": 258},
+    "mpnet": _BERT | {"max_position_embeddings": 258},
+    "distilbert": {"dim": 128, "n_heads": 4, "hidden_dim": 256, "n_layers": 3, "initializer_range": 0.2},
+    "gpt2": {"n_embd": 128, "n_head": 4, "n_layer": 3, "n_positions": 256, "initializer_range": 0.2},
+    "llama": _BERT | {"num_key_value_heads": 2, "max_position_embeddings": 256},
+}
+"""Sizes of a tiny model of each family; heads are 32 or 64 wide, as of minilm and roberta-large."""
+
+TINY_KINDS = ("bert", "bert-v2", "roberta", "roberta-v2", "mpnet", "distilbert", "gpt2", "gpt2-v2", "llama-v2")
+
+
+def tell(key: str, value: Any) -> None:
+    """A finding, for `tests.gpu.check`."""
+    print(MARK + json.dumps([key, value]), flush=True)
+
+
+def machine() -> None:
+    """Versions, GPU, providers; ONNX Runtime before torch, as `export.score` has it."""
+    from importlib.metadata import version
+
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    from export.runtime import cuda_absence, providers
+
+    onnxruntime.preload_dlls()
+    names = ("onnxruntime-gpu", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "numpy")
+    tell("versions", {"python": sys.version.split()[0], **{name: version(name) for name in names}})
+    tell("why no CUDA in ONNX Runtime", cuda_absence())
+    # Which providers are built in says nothing; whether one loads and computes shows only in a session.
+    make = helper.make_tensor_value_info
+    rows, answer = make("rows", TensorProto.FLOAT, [2, 4]), make("answer", TensorProto.FLOAT, [2, 4])
+    node = helper.make_node("Gelu", ["rows"], ["answer"], domain="com.microsoft")
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "g", [rows], [answer])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=[name for name, _ in providers(use_cuda=ON_CUDA)])
+    sums = session.run(None, {"rows": np.ones((2, 4), np.float32)})[0].sum()
+    tell("a session", {"providers": session.get_providers(), "eight times GELU(1) = 6.7308": float(sums)})
+    import torch
+
+    found: list[Any] = [torch.__version__, torch.version.cuda]
+    if ON_CUDA:
+        fields = "name,driver_version,memory.total,memory.used,clocks.sm,power.limit"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        tell("nvidia-smi", subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip())
+        found += [torch.backends.cudnn.version(), torch.cuda.get_device_name(), torch.cuda.get_device_capability()]
+    tell("torch", found)
+
+
+def _tiny(kind: str) -> tuple[Path, Path]:
+    """Adapter and bundle of a tiny model with random weights."""
+    from transformers import AutoConfig
+
+    from export import bench_prepare
+    from export.fold import ExportConfig, export_adapters
+    from train.tasks import custom_task
+
+    family, _, suffix = kind.partition("-")
+    folder = WORK / "tiny" / kind
+    settings = AutoConfig.for_model(family, vocab_size=200, pad_token_id=1, **TINY[family])
+    bench_prepare._write_random_base(settings, [f"word{number}" for number in range(32)], folder / "base")
+    task = custom_task(("text",), "label", ("first", "second"))
+    method = "p-tuning-v2" if suffix else "p-tuning"
+    bench_prepare._write_random_adapter(folder / "base", task, folder / "adapter", method=method, head_bias=0.0)
+    export_adapters(ExportConfig((folder / "adapter",), folder / "bundle", precision="fp16", ungated=True))
+    return folder / "adapter", folder / "bundle"
+
+
+def tiny(kinds: str = "") -> None:
+    """Every family, so that a graph that CUDA computes otherwise, or cannot capture, is found in seconds."""
+    for kind in kinds.split(",") if kinds else TINY_KINDS:
+        try:
+            adapter, bundle = _tiny(kind)
+            _compare(kind, adapter, bundle, ("1x7", "3x16", "2x33", "8x60"))
+        except Exception as cause:  # the next kind may still say something
+            tell(kind, f"{type(cause).__name__}: {cause}"[:900])
+
+
+def graphs(name: str) -> None:
+    """A bundle's graphs at the benchmark's shapes."""
+    adapter, bundle = _folders(name)
+    _compare(name, adapter, bundle, SHAPES)
+
+
+def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tuple[str, ...]) -> None:
+    """`OnnxClassifier` in every way, against PEFT on the CPU.
+
+    The shapes come round three times, each time with new texts: a CUDA graph that reads what another shape's run left
+    behind is right the first time, and perhaps the second.
+    """
+    import numpy as np
+    import torch
+
+    from export.bundle import load_bundle
+    from export.memory import gpu_memory_used_mib
+    from export.runtime import OnnxClassifier
+    from train.adapter import find_adapter_base, load_adapter, load_peft_model
+
+    adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
+    base = find_adapter_base(adapter)
+    peft: Any = load_peft_model(adapter.folder, base, adapter.labels)
+    peft.base_model.config.pad_token_id = bundle.pad_token_id
+    batches = list(_batches(bundle, shapes, padded=not base.is_decoder))
+    device = "cuda" if ON_CUDA and title == "large" else "cpu"  # 256 × 60 through 24 layers takes a CPU minutes
+    peft.to(device)
+    with torch.inference_mode():
+        expected = [
+            peft(**{key: torch.from_numpy(value).to(device) for key, value in batch.items()}).logits.cpu().numpy()
+            for batch in batches
+        ]
+    del peft
+    if ON_CUDA:
+        torch.cuda.empty_cache()
+    spread = float(np.abs(np.concatenate(expected) - expected[0][0]).max())
+    for precision in ("fp32", "fp16"):
+        plain: list[Any] = []
+        for cuda_graphs in (False, True) if ON_CUDA else (False,):
+            key = f"{title} {precision}{' with CUDA graphs' if cuda_graphs else ''}"
+            before, began = gpu_memory_used_mib() or 0.0, time.monotonic()
+            try:
+                classifier = OnnxClassifier(bundle, precision=precision, use_cuda=ON_CUDA, cuda_graphs=cuda_graphs)
+                load_seconds = time.monotonic() - began
+                logits = [classifier.logits(batch) for batch in batches]
+            except Exception as cause:
+                tell(key, f"{type(cause).__name__}: {cause}"[:900])
+                continue
+            differences = [float(np.abs(one - other).max()) for one, other in zip(logits, expected, strict=True)]
+            result = {
+                "provider": classifier.execution.provider,
+                "note": classifier.execution.note,
+                "captured": bool(cuda_graphs and classifier._fixed_shapes is not None),
+                "max_logit_difference": max(differences),
+                "logits_spread": spread,
+                "labels_changed": sum(
+                    int((one.argmax(1) != other.argmax(1)).sum()) for one, other in zip(logits, expected, strict=True)
+                ),
+                "texts": sum(map(len, expected)),
+                "load_seconds": round(load_seconds, 2),
+                "gpu_mib": round((gpu_memory_used_mib() or 0.0) - before, 1),
+            }
+            if plain:
+                pairs = zip(logits, plain, strict=True)
+                result["max_difference_from_without"] = max(float(np.abs(one - other).max()) for one, other in pairs)
+            plain = plain or logits
+            tell(key, result)
+            del classifier
+
+
+def _batches(bundle: Any, shapes: tuple[str, ...], *, padded: bool) -> Iterator[dict[str, Any]]:
+    """Each shape three times, all shapes before the first comes again."""
+    import numpy as np
+
+    from export.bench_prepare import Shape, random_batch
+
+    generator = np.random.default_rng(1)
+    for turn in range(3):
+        for text in shapes:
+            shape = Shape.parse(text)
+            batch = random_batch(generator, shape, bundle)
+            if turn and padded:
+                lengths = generator.integers(1, shape.length + 1, (shape.batch_size, 1))
+                batch["attention_mask"] = (np.arange(shape.length) < lengths).astype(np.int64)
+            yield batch
+
+
+def _folders(name: str) -> tuple[Path, Path]:
+    """Adapter and bundle, once ``prepare`` has made them."""
+    return (
+        (ADAPTERS[name], WORK / name / "bundle")
+        if name in ADAPTERS
+        else (WORK / name / "adapter", WORK / name / "bundle")
+    )
+
+
+def _config(name: str, **changed: Any) -> Any:
+    from export.bench_engines import Plan
+    from export.bench_prepare import BenchConfig
+
+    adapter, bundle = _folders(name)
+    plan = Plan(pause_seconds=0.1, min_runs=15, max_runs=200, budget_seconds=0.4)
+    settings = BenchConfig(adapter, bundle, plan, shapes=SHAPES, rounds=1, device=DEVICE)
+    return replace(settings, **changed)
+
+
+def prepare(name: str) -> None:
+    """Export, and make what `export.bench` needs, so that only measuring is left."""
+    from export import bench_prepare
+    from export.bundle import load_bundle
+    from export.fold import ExportConfig, export_adapters
+    from export.runtime import usable_cores
+    from train.files import read_record
+
+    folder = WORK / name
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    try:
+        rows = ROWS if ROWS.is_file() else None
+        if name == "large":
+            rows = None
+            bench_prepare.make_random_bundle(_large(), folder, device=DEVICE)
+        else:
+            gate = {"validation_files": (rows,)} if rows else {"ungated": True}
+            export_adapters(ExportConfig((ADAPTERS[name],), folder / "bundle", precision="fp16", **gate))
+        manifest = read_record(folder / "bundle", __import__("export.bundle").bundle.BUNDLE)
+        gates = {
+            graph.precision: [str(gate) for gate in graph.gates] for graph in load_bundle(folder / "bundle").graphs
+        }
+        parity = manifest["tasks"][0]["parity"]["max_logit_difference"]
+        found = {"fp32 against PEFT on the CPU": parity, "providers": manifest["providers_tried"], "gates": gates}
+        tell("exported", found | {"seconds": round(time.monotonic() - began, 1)})
+        work = folder / "bench"
+        work.mkdir(exist_ok=True)
+        prepared = bench_prepare.prepare(_config(name, file=rows), work, usable_cores())
+        (folder / "prepared.tmp").write_bytes(pickle.dumps(prepared))
+        (folder / "prepared.tmp").rename(folder / "prepared.pickle")
+        tell("prepared", {"absent": prepared.absent, "seconds": round(time.monotonic() - began, 1)})
+    except BaseException:
+        (folder / "failed").touch()
+        raise
+
+
+def _large() -> str:
+    if ON_CUDA:
+        return "roberta-large"
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("roberta", vocab_size=200, **TINY["roberta"]).save_pretrained(WORK / "small")
+    return str(WORK / "small")
+
+
+def bench(name: str, engines: str = "") -> None:
+    """`export.bench` without torch.compile, whose engines are ``compile``'s."""
+    from export.bench_engines import ENGINES, OPENVINO
+
+    chosen = [
+        name
+        for name, one in ENGINES.items()
+        if not one.compile_mode and one.family != OPENVINO and DEVICE in one.devices
+    ]
+    _time(name, tuple(engines.split(",")) if engines else tuple(chosen))
+
+
+def compile(name: str, engines: str = "") -> None:
+    """`export.bench` with torch.compile alone."""
+    from export.bench_engines import ENGINES, REFERENCE
+
+    chosen = [name for name, one in ENGINES.items() if one.compile_mode and DEVICE in one.devices]
+    _time(name, (REFERENCE, *(engines.split(",") if engines else reversed(chosen))), COMPILED_SHAPES.get(name, SHAPES))
+
+
+def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
+    from export.bench import time_engines
+    from export.runtime import usable_cores
+
+    folder = WORK / name
+    prepared = pickle.loads((folder / "prepared.pickle").read_bytes())  # noqa: S301 -- our own
+    if shapes:
+        prepared = replace(prepared, cells=tuple(cell for cell in prepared.cells if cell.name in shapes))
+    found = time_engines(_config(name, engines=engines), prepared, folder / "bench", usable_cores())
+    keys = ("library", "note", "status", "reason", "max_logit_difference", "load_seconds", "gpu_memory_mib", "scores")
+    for engine in found["engines"]:
+        cells = {
+            cell["cell"]: [
+                round(cell["latency_ms"], 3),
+                cell["speedup"] and round(cell["speedup"], 2),
+                cell["peak_share"],
+            ]
+            for cell in engine["cells"]
+        }
+        tell(engine["engine"], {"median ms, × PEFT, of peak": cells, **{key: engine[key] for key in keys}})
+    tell("peaks", found["peaks"])
+    tell("whole", found)
+
+
+def profile(name: str) -> None:
+    """Kernels, launches and copies of a request, counted by CUPTI through PyTorch's profiler, which sees ONNX Runtime's."""
+    import numpy as np
+    import torch
+
+    from export.bench_engines import peft_for_batches
+    from export.bench_prepare import Shape, random_batch
+    from export.bundle import load_bundle
+    from export.runtime import OnnxClassifier
+    from train.adapter import find_adapter_base, load_adapter
+
+    adapter_folder, bundle_folder = _folders(name)
+    adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
+    ways: dict[str, Callable[[], Any]] = {
+        "ours-fp16": lambda: OnnxClassifier(bundle, precision="fp16", use_cuda=ON_CUDA).logits,
+        "ours-graphs-fp16": lambda: OnnxClassifier(bundle, precision="fp16", use_cuda=ON_CUDA, cuda_graphs=True).logits,
+        "ours-fp32": lambda: OnnxClassifier(bundle, precision="fp32", use_cuda=ON_CUDA).logits,
+    }
+
+    def peft_eager(dtype: torch.dtype) -> Callable[[dict[str, Any]], Any]:
+        model: Any = peft_for_batches(adapter.folder, find_adapter_base(adapter), adapter.labels, bundle.pad_token_id)
+        model.to(DEVICE, dtype)
+
+        def run(batch: dict[str, Any]) -> Any:
+            with torch.inference_mode():
+                return model(**{key: torch.from_numpy(value).to(DEVICE) for key, value in batch.items()}).logits.cpu()
+
+        return run
+
+    ways["peft-eager-fp16"] = lambda: peft_eager(torch.float16)
+    generator = np.random.default_rng(2)
+    for way, make in ways.items():
+        run = make()
+        for text in (SHAPES[1], SHAPES[-1]):
+            batch = random_batch(generator, Shape.parse(text), bundle)
+            for _ in range(3):
+                run(batch)
+            tell(f"{way} {text}", _profiled(partial(run, batch)))
+        del run
+
+
+def _profiled(request: Callable[[], Any], n_requests: int = 5) -> dict[str, Any]:
+    """One request's kernels by time, and its calls to CUDA, as means over a few requests."""
+    from collections import Counter
+
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    began = time.perf_counter()
+    for _ in range(n_requests):
+        request()
+    wall_us = 1e6 * (time.perf_counter() - began) / n_requests
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_CUDA else [])]
+    with profiler(activities=kinds) as found:
+        for _ in range(n_requests):
+            request()
+    calls, kernels, times = Counter[str](), Counter[str](), Counter[str]()
+    for event in found.events():
+        if str(event.device_type).endswith("CUDA"):
+            kernels[event.name] += 1
+            times[event.name] += event.device_time
+        elif event.name.startswith(("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy", "cuLaunch", "cudaMemset")):
+            calls[event.name] += 1
+    total = sum(times.values())
+    return {
+        "wall_us": round(wall_us),
+        "gpu_us": round(total / n_requests),
+        "calls": {key: count / n_requests for key, count in calls.items()},
+        "kernels_and_copies": sum(kernels.values()) / n_requests,
+        "longest": [
+            [key[:110], kernels[key] / n_requests, round(microseconds / n_requests, 1)]
+            for key, microseconds in times.most_common(16)
+        ],
+    }
+
+
+def hidden() -> None:
+    """`tests.gpu.check` hides the GPU from this process; then the driver's library as well, where root may."""
+    from export.runtime import cuda_absence
+
+    tell("with CUDA_VISIBLE_DEVICES empty", cuda_absence())
+    code = (
+        "from export.bundle import load_bundle; from export.runtime import OnnxClassifier; from pathlib import Path; "
+        f"print(OnnxClassifier(load_bundle(Path({str(_folders('v2')[1])!r}))).execution)"
+    )
+    tell("OnnxClassifier then", _last_line([sys.executable, "-c", code]))
+    masked = (
+        "for f in $(ldconfig -p | grep -o '/[^ ]*libcuda.so.1$') $(find / -xdev -name 'libcuda.so*' 2>/dev/null); do "
+        'mount --bind /dev/null "$f"; done; exec "$@"'
+    )
+    tell(
+        "with the driver's library masked",
+        _last_line(["unshare", "-m", "sh", "-c", masked, "sh", sys.executable, "-c", code]),
+    )
+
+
+def _last_line(words: list[str]) -> str:
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    return ((ended.stdout + ended.stderr).strip().splitlines() or [""])[-1][:600]
+
+
+def demo() -> None:
+    """`PyTorchBackend` in its modes, held against the graph in fp32."""
+    import numpy as np
+
+    from demo.backends import BurstPlan, PyTorchBackend, timed_runs
+    from export.bundle import load_bundle
+    from export.runtime import OnnxClassifier
+
+    onnx = OnnxClassifier(load_bundle(_folders("v2")[1]), precision="fp32", use_cuda=ON_CUDA)
+    texts = [
+        ("Coast redwoods are tall.", "The tallest trees are redwoods."),
+        ("It rains.", "The sun shines all day long."),
+    ]
+    arrays = onnx.tokenize(texts).arrays
+    expected = onnx.logits(arrays)
+    for mode in ("eager", "bf16", "compiled"):
+        try:
+            engine = PyTorchBackend(ADAPTERS["v2"], len(os.sched_getaffinity(0)), mode=mode)
+            difference = float(np.abs(engine.logits(arrays) - expected).max())
+            latency = float(np.median(timed_runs(partial(engine.logits, arrays), BurstPlan(20, 100, 0.5))))
+        except Exception as cause:
+            tell(mode, f"{type(cause).__name__}: {cause}"[:600])
+            continue
+        provider = engine.execution.provider
+        tell(mode, {"provider": provider, "max_logit_difference": difference, "median_ms": round(latency, 3)})
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    step.__name__: step for step in (machine, tiny, prepare, graphs, bench, compile, profile, hidden, demo)
+}
+
+if __name__ == "__main__":
+    STEPS[sys.argv[1]](*sys.argv[2:])
