@@ -3,13 +3,12 @@
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.console import Parser, names, run_main, say
 from train.errors import UsageError
-from train.files import SIGNATURE
 
 if TYPE_CHECKING:
     from export.fold import ExportConfig
@@ -19,18 +18,11 @@ def _command(argv: Sequence[str] | None) -> None:
     parser = Parser(
         prog="python -m export",
         description="Fold an adapter's learned prompt and head into one static ONNX graph, and prove it equal. "
-        "Several adapters of one base model become one graph that is told of each row its task. With --sign or "
-        "--verify and without --out, sign bundles and adapters, or check who signed them.",
+        "Several adapters of one base model become one graph that is told of each row its task.",
         epilog="example: python -m export demo/adapters/minilm-mrpc --out bundles/minilm-mrpc",
     )
-    parser.add_argument(
-        "adapters",
-        type=Path,
-        nargs="+",
-        metavar="ADAPTER",
-        help="folder that `python -m train` wrote; where only signatures are made or checked, bundles too",
-    )
-    parser.add_argument("--out", type=Path, help="folder for the bundle")
+    parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folder that `python -m train` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the bundle")
     parser.add_argument(
         "--add", action="store_true", help="add the adapters to the bundle at --out, which holds several already"
     )
@@ -64,38 +56,7 @@ def _command(argv: Sequence[str] | None) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an older bundle at --out")
-    parser.add_argument(
-        "--sign",
-        action="store_true",
-        help="sign the bundle at --out once it is written, or without --out the folders that are named; needs "
-        "--private-key and the package model-signing",
-    )
-    parser.add_argument(
-        "--private-key",
-        type=Path,
-        metavar="KEY",
-        help="an elliptic-curve key in PEM; the password of an encrypted one is read from PROMPTFOLD_KEY_PASSWORD",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="check that the folders that are named are signed with --public-key and are what was signed; export nothing",
-    )
-    parser.add_argument("--public-key", type=Path, metavar="KEY", help="of the one whose signature is wanted, in PEM")
     options = vars(parser.parse_args(argv))
-    signatures = _Signatures(
-        **{name: options.pop(name) for name in ("sign", "private_key", "verify", "public_key")},
-        has_out=options["out"] is not None,
-        layout=options["layout"],
-    )
-    if not signatures.has_out:
-        signatures.run(options["adapters"])
-        return
-    if signatures.private_key is not None:
-        from export.signing import check_private_key
-
-        # The export takes its time; whether its result can be signed is known before.
-        check_private_key(signatures.private_key)
 
     from export.fold import ExportConfig, export_adapters
 
@@ -108,70 +69,13 @@ def _command(argv: Sequence[str] | None) -> None:
         return
     if layout != "bundle":
         raise UsageError(f"--layout {layout}: choose bundle or triton.")
-    was_signed = config.add and (config.out / SIGNATURE).is_file()
     bundle = export_adapters(config)
-    if was_signed and not signatures.sign:
-        say(f"{config.out} was signed for what it held before; the signature is gone. Sign it anew with --sign.")
-    signatures.run([config.out])
     for graph in bundle.graphs:
         path = bundle.graph_path(graph.precision)
         difference = max(task.max_logit_difference for task in bundle.tasks)
         exact = f"largest logit difference {difference:.1e}" if graph.precision == "fp32" else "ungated"
         costs = [str(gate) for gate in graph.gates] or [exact]
         say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {'; '.join(costs)}")
-
-
-@dataclass(frozen=True)
-class _Signatures:
-    """What is asked of signatures.
-
-    Attributes:
-        sign: whether to sign.
-        private_key: with what.
-        verify: whether to check.
-        public_key: against what.
-        has_out: whether something is exported, and signed then.
-        layout: of what is exported.
-
-    Raises:
-        UsageError: the flags do not go together.
-    """
-
-    sign: bool
-    private_key: Path | None
-    verify: bool
-    public_key: Path | None
-    has_out: bool
-    layout: str
-
-    def __post_init__(self) -> None:
-        for action, key, flags in (
-            (self.sign, self.private_key, ("--sign", "--private-key")),
-            (self.verify, self.public_key, ("--verify", "--public-key")),
-        ):
-            if action != (key is not None):
-                raise UsageError(f"{flags[0]} and {flags[1]} KEY belong together. Give both or neither.")
-        if not (self.has_out or self.sign or self.verify):
-            raise UsageError("--out is missing: the folder for the bundle. See python -m export --help.")
-        if self.verify and (self.has_out or self.sign):
-            raise UsageError("--verify checks folders that are there. Leave --out and --sign out.")
-        if self.sign and self.has_out and self.layout != "bundle":
-            raise UsageError(
-                f"--sign signs bundles; --layout {self.layout} writes none. Sign the bundle it comes from."
-            )
-
-    def run(self, folders: Sequence[Path]) -> None:
-        """Sign folders, or check them, and say what was found."""
-        if not (self.sign or self.verify):
-            return
-        from export.signing import check_signature, describe, kind_of, sign_folder
-
-        for folder in folders:
-            if self.private_key is not None:
-                signed = sign_folder(folder, self.private_key)
-                say(f"{folder}: {len(signed.files)} files signed with the key of SHA-256 {signed.key_sha256}")
-            if self.public_key is not None:
-                say(describe(check_signature(folder, kind_of(folder), self.public_key)))
 
 
 def _export_to_triton(config: "ExportConfig") -> None:

@@ -248,21 +248,12 @@ def finish_bundle(folder: Path, manifest: dict[str, Any]) -> None:
     write_record(folder, BUNDLE, manifest)
 
 
-def load_bundle(folder: Path, *, public_key: Path | None = None) -> Bundle:
+def load_bundle(folder: Path) -> Bundle:
     """Read a bundle folder and check it file by file, without loading the graph.
 
-    Args:
-        public_key: the bundle must be signed with its private key (`export.signing`).
-
     Raises:
-        BundleError: it is not there, is no bundle, is of another format, a file of it was changed, or it is not signed
-            with that key.
-        UsageError: the key cannot be used.
+        BundleError: it is not there, is no bundle, is of another format, or a file of it was changed.
     """
-    if public_key is not None:
-        from export.signing import check_signature
-
-        check_signature(folder, BUNDLE, public_key)
     manifest = read_record(folder, BUNDLE)
     with reading(folder, BUNDLE):
         bundle = Bundle(

@@ -38,7 +38,6 @@ class ScoreOptions:
         threads: on the CPU, of each process that holds the model; None to share all usable cores.
         resume: whether to go on with what an interrupted run left.
         overwrite: whether to replace an older output.
-        public_key: the bundle must be signed with its private key.
         untrusted: whether to open the bundle in a process of its own first (`export.strangers.try_bundle`), and to run
             on the CPU, as it did there.
     """
@@ -54,7 +53,6 @@ class ScoreOptions:
     threads: int | None = None
     resume: bool = False
     overwrite: bool = False
-    public_key: Path | None = None
     untrusted: bool = False
 
     def check(self) -> None:
@@ -80,7 +78,7 @@ class ScoreOptions:
             BundleError: the bundle cannot be used.
             UsageError: there is no such task, or several and none is named; or the columns do not fit it.
         """
-        bundle = load_bundle(self.bundle, public_key=self.public_key)
+        bundle = load_bundle(self.bundle)
         if self.untrusted:
             try_bundle(bundle)
         task = bundle.find_task(self.task).task

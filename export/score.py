@@ -346,12 +346,6 @@ def _command(argv: Sequence[str] | None) -> None:
         "--overwrite", action="store_true", help="replace an older --out, or start an interrupted run anew"
     )
     parser.add_argument(
-        "--public-key",
-        type=Path,
-        metavar="KEY",
-        help="refuse a bundle that is not signed with the private key of this one (see python -m export --help)",
-    )
-    parser.add_argument(
         "--untrusted",
         action="store_true",
         help="open the bundle in a process of its own first, under limits of memory and time, and run it on the CPU",

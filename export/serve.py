@@ -34,14 +34,12 @@ class ServeConfig:
     Attributes:
         bundle: folder that `python -m export` wrote; None with ``remove``.
         precision: of its graph; None for the fastest.
-        public_key: the bundle must be signed with its private key.
         remove: whether to end what is served at ``serving.address``.
         serving: how.
     """
 
     bundle: Path | None
     precision: str | None
-    public_key: Path | None
     remove: bool
     serving: ServingConfig
 
@@ -126,15 +124,9 @@ def parse_config(argv: Sequence[str] | None) -> ServeConfig:
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder that `python -m export` wrote")
     add_serving_flags(parser)
     parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 (default: the fastest)")
-    parser.add_argument(
-        "--public-key",
-        type=Path,
-        metavar="KEY",
-        help="refuse a bundle that is not signed with the private key of this one (see python -m export --help)",
-    )
     parser.add_argument("--remove", action="store_true", help="end what is served in the cluster at --address")
     flags = parser.parse_args(argv)
-    config = ServeConfig(flags.bundle, flags.precision, flags.public_key, flags.remove, serving_config(flags))
+    config = ServeConfig(flags.bundle, flags.precision, flags.remove, serving_config(flags))
     if config.remove:
         if config.serving.address is None or config.bundle is not None:
             raise UsageError("--remove ends what is served in a cluster: give its --address, and no bundle.")
@@ -158,7 +150,7 @@ def run(config: ServeConfig) -> None:
         finally:
             service.close()
         return
-    bundle = load_bundle(config.bundle, public_key=config.public_key)
+    bundle = load_bundle(config.bundle)
     if config.precision is not None:
         bundle.graph_path(config.precision)  # refuses a precision that is not there
     # Whoever made it: its graph is tried where it can harm nobody, before replicas keep it.

@@ -2,7 +2,7 @@
 
 `check_graph` reads a graph's outline, without loading it: ``export.runtime.open_session`` calls it for every graph.
 `try_bundle` then opens a bundle where it can do no harm but to a process that is made for it, under limits of memory
-and time. Neither is a proof that its answers are right: that is a question of who made it (`export.signing`).
+and time. Neither is a proof that its answers are right: that is a question of who made it.
 """
 
 import json

@@ -27,7 +27,7 @@ from export.runtime import best_precision
 from export.strangers import check_graph
 from train.console import Parser, run_main, say
 from train.errors import BundleError, UsageError
-from train.files import SIGNATURE, FolderKind, check_target, new_folder
+from train.files import FolderKind, check_target, new_folder
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def write_triton_repository(
         np.ones(_warm_up_tokens(bundle), dtype="<i8").tofile(folder / TRITON_FILES.ones)
         _write_labels(bundle, folder)
         for path in bundle.folder.iterdir():
-            # What is no graph and speaks of no other folder's files, as the manifest and a signature do, is the tokenizer's.
-            if path.is_file() and path.suffix != ".onnx" and path.name not in {FILES.manifest, SIGNATURE}:
+            # What is no graph and speaks of no other folder's files, as the manifest does, is the tokenizer's.
+            if path.is_file() and path.suffix != ".onnx" and path.name != FILES.manifest:
                 shutil.copyfile(path, folder / path.name)
     return target
 

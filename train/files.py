@@ -52,10 +52,6 @@ def read_json_object(path: Path, error: type[PromptfoldError], remedy: str) -> d
     return value
 
 
-SIGNATURE = "model.sig"
-"""The file that may lie in an adapter or a bundle and signs all the others; the record does not list it."""
-
-
 @dataclass(frozen=True)
 class FolderKind:
     """What is common to the folders that pass between the stages: files, and one record of them all.
@@ -110,13 +106,12 @@ def _sha256_of_sealed(record: Mapping[str, Any], kind: FolderKind) -> str:
 
 
 def write_record(folder: Path, kind: FolderKind, content: Mapping[str, Any], *, unhashed: Sequence[str] = ()) -> None:
-    """Write the record of a folder whose other files are complete; an older signature of it ends here.
+    """Write the record of a folder whose other files are complete.
 
     Args:
         content: what it shall hold besides the format version and the hashes.
         unhashed: files that a person may edit.
     """
-    (folder / SIGNATURE).unlink(missing_ok=True)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in unhashed]
     hashes = {path.name: sha256_of_file(path) for path in files}
     value = seal({_VERSION: kind.format_version, **content, _HASHES: hashes}, kind)
