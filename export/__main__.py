@@ -1,17 +1,10 @@
 """``python -m export ADAPTER --out BUNDLE``: fold an adapter into an ONNX bundle. See ``--help``."""
 
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from train.console import Parser, names, run_main, say
-from train.errors import UsageError
-
-if TYPE_CHECKING:
-    from export.fold import ExportConfig
 
 
 def _command(argv: Sequence[str] | None) -> None:
@@ -48,27 +41,14 @@ def _command(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument("--text-columns", type=names, default=(), metavar="COLUMNS", help="that file's text columns")
     parser.add_argument("--label-column", metavar="COLUMN", help="its label column")
-    parser.add_argument(
-        "--layout",
-        default="bundle",
-        metavar="LAYOUT",
-        help="bundle, or triton: a model in the repository at --out, as `python -m export.triton` makes it of a bundle "
-        "(default: %(default)s)",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace an older bundle at --out")
     options = vars(parser.parse_args(argv))
 
     from export.fold import ExportConfig, export_adapters
 
-    layout = options.pop("layout")
     for name in ("adapters", "validation_files"):
         options[name] = tuple(options[name])
     config = ExportConfig(**options)
-    if layout == "triton":
-        _export_to_triton(config)
-        return
-    if layout != "bundle":
-        raise UsageError(f"--layout {layout}: choose bundle or triton.")
     bundle = export_adapters(config)
     for graph in bundle.graphs:
         path = bundle.graph_path(graph.precision)
@@ -76,22 +56,6 @@ def _command(argv: Sequence[str] | None) -> None:
         exact = f"largest logit difference {difference:.1e}" if graph.precision == "fp32" else "ungated"
         costs = [str(gate) for gate in graph.gates] or [exact]
         say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {'; '.join(costs)}")
-
-
-def _export_to_triton(config: "ExportConfig") -> None:
-    """Export into a bundle that nobody sees, and lay it out."""
-    from export.fold import export_adapters, task_name
-    from export.triton import check_model_place, write_triton_repository
-
-    if config.add:
-        raise UsageError("--add needs a bundle to add to. Add there first, then run python -m export.triton BUNDLE.")
-    name = task_name(config.adapters[0])
-    # The export takes its time; whether its result may be written is known before.
-    check_model_place(config.out, name, overwrite=config.overwrite)
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = export_adapters(replace(config, out=Path(scratch) / name))
-        folder = write_triton_repository(bundle, config.out, name=name, overwrite=config.overwrite)
-    say(f"{folder}: serve it with tritonserver --model-repository {config.out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

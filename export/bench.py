@@ -15,8 +15,6 @@ logits are compared with PEFT's, and what cannot run says why. Run it on an idle
     python -m export.bench demo/adapters/minilm-mrpc-v2 bundles/minilm-mrpc --file validation.jsonl
     python -m export.bench --shape-of roberta-large --shapes 1x16,1x60,1x200,8x60
 
-With ``--scale`` it is one bundle that grows instead, in tasks and in replicas: see `export.bench_scale`.
-
 Prints a table, writes a chart with ``--png``, and prints one JSON document as the last line.
 """
 
@@ -54,9 +52,6 @@ from train.errors import EngineError, PromptfoldError
 
 ROOT = Path(__file__).parent.parent
 """The repository, from which the engines' processes import."""
-
-SCALE = "--scale"
-"""The flag that asks for `export.bench_scale`."""
 
 DEFAULT_SHAPES = "1x16,1x60,1x200,8x60,32x60"
 
@@ -242,17 +237,11 @@ def _progress(measured: Measured | str) -> str:
 
 
 def _command(argv: Sequence[str] | None) -> None:
-    if SCALE in (sys.argv[1:] if argv is None else argv):
-        from export.bench_scale import scale_command
-
-        scale_command(argv)
-        return
     parser = Parser(
         prog="python -m export.bench",
         description="Time every way to run one P-tuned model, side by side; the last line is JSON.",
         epilog="example: python -m export.bench demo/adapters/minilm-mrpc-v2 bundles/minilm-mrpc --file validation.jsonl",
     )
-    parser.add_argument(SCALE, action="store_true", help=f"another benchmark: python -m export.bench {SCALE} --help")
     parser.add_argument("adapter", type=Path, nargs="?", metavar="ADAPTER", help="folder that `python -m train` wrote")
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder that was exported from it")
     parser.add_argument(
@@ -295,7 +284,6 @@ def _command(argv: Sequence[str] | None) -> None:
         help="go on beyond --min-runs for so long (default: %(default)s)",
     )
     options = vars(parser.parse_args(argv))
-    del options[SCALE.strip("-")]
     plan = Plan(
         pause_seconds=options.pop("pause"),
         min_runs=options.pop("min_runs"),

@@ -36,7 +36,7 @@ KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
 TOKEN_TYPES = ("bert", "electra")
 """Families whose tiny tokenizer tells the two sentences apart."""
 
-CLUSTERS = ("test_bench_scale", "test_score_ray", "test_serving")
+CLUSTERS = ("test_growth", "test_score_ray", "test_serving")
 """Test files that start Ray."""
 
 

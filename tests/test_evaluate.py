@@ -1,4 +1,4 @@
-"""``python -m train.evaluate`` and ``python -m train.bench`` through their entry points."""
+"""``python -m train.evaluate`` and ``python -m tests.measure.training`` through their entry points."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from tests.conftest import DECODERS, Data, family_of, make_pairs, peft_logits, write_jsonl
-from train.bench import main as bench
+from tests.measure.training import main as bench
 from train.evaluate import main
 
 Folders = Callable[[str], Path]

@@ -17,9 +17,9 @@ from demo.__main__ import parse_config as parse_demo
 from export.__main__ import main as export_main
 from export.serve import parse_config as parse_serve
 from tests.conftest import ROOT, SHIPPED, Data
+from tests.measure.training import main as bench_main
 from tests.server import serve
 from train.adapter import load_adapter
-from train.bench import main as bench_main
 from train.config import parse_config as parse_train
 from train.evaluate import main as evaluate_main
 
@@ -52,7 +52,7 @@ def test_imports_run_one_way(room: str) -> None:
 
 def test_the_command_lines_import_nothing_heavy_until_they_work() -> None:
     code = (
-        "import sys, train.__main__, train.bench, train.evaluate, export.__main__, export.runtime, export.bundle\n"
+        "import sys, train.__main__, train.evaluate, export.__main__, export.runtime, export.bundle\n"
         "import export.score, export.serve, demo.__main__, demo.backends, demo.stage\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
@@ -108,11 +108,12 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
     counts = {
         "export": 1,
         "model_signing": 2,
-        "export.bench": 3,
-        "export.score_bench": 1,
+        "export.bench": 2,
         "export.score": 2,
         "train.evaluate": 1,
-        "train.bench": 1,
+        "tests.measure.growth": 1,
+        "tests.measure.ray_scoring": 1,
+        "tests.measure.training": 1,
         "pytest": 1,
     }
     for module, count in counts.items():
@@ -122,13 +123,14 @@ def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> No
         "export",
         "export.bench",
         "export.score",
-        "export.score_bench",
         "export.serve",
         "export.triton",
         "model_signing",
         "pytest",
+        "tests.measure.growth",
+        "tests.measure.ray_scoring",
+        "tests.measure.training",
         "train",
-        "train.bench",
         "train.evaluate",
     )
     assert set(re.findall(r"python -m ([\w.]+)", README)) <= set(known)
@@ -162,7 +164,7 @@ def test_the_readmes_evaluate_command_runs(
 def test_the_readmes_bench_command_runs(
     data: Data, base_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (words,) = readme_commands("train.bench")
+    (words,) = readme_commands("tests.measure.training")
     places = {"--model": str(base_model("bert")), "--rounds": "1", "--epochs": "1"}
     places |= dict(zip(data.flags[::2], data.flags[1::2], strict=True))
     for flag, value in places.items():

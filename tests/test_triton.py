@@ -285,31 +285,6 @@ def test_a_wrong_argument_ends_with_one_sentence_and_status_2(
     assert sorted(path.name for path in no_leftovers.iterdir()) == ["taken", "x.txt"]
 
 
-def test_an_adapter_is_exported_into_a_repository_in_one_go(
-    adapter: Folders, bundle: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = no_leftovers / "models"
-    command = [str(adapter("bert")), "--out", str(repository), "--layout", "triton"]
-    assert export_main(command) == 0
-    # No bundle is left behind, and the model is the one that a bundle would have made.
-    assert [path.name for path in repository.iterdir()] == ["bert"]
-    folder = write(bundle("bert"), no_leftovers / "others")
-    for name in ("config.pbtxt", "1/model.onnx", "labels.txt", "tokenizer.json"):
-        assert (repository / "bert" / name).read_bytes() == (folder / name).read_bytes()
-
-    capsys.readouterr()
-    for flags, words in (
-        (command, "holds an older Triton model. Add --overwrite"),
-        ([*command[:-1], "docker"], "--layout docker: choose bundle or triton"),
-        ([*command, "--add"], "--add needs a bundle to add to"),
-    ):
-        assert export_main(flags) == 2
-        printed = capsys.readouterr()
-        assert words in printed.err
-        assert "[1/5]" not in printed.out  # before any work is done
-    assert export_main([*command, "--overwrite"]) == 0
-
-
 def test_a_damaged_bundle_is_not_served(
     bundle: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,28 +296,3 @@ def test_a_damaged_bundle_is_not_served(
     assert main([str(copy), "--out", str(no_leftovers / "models")]) == 2
     assert "model.onnx is damaged" in capsys.readouterr().err
     assert not (no_leftovers / "models").exists()
-
-
-def test_an_adapter_becomes_a_model_of_a_repository_in_one_command(
-    adapter: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "models"
-    command = [str(adapter("bert")), "--precision", "fp32", "--out", str(out), "--layout"]
-    assert export_main([*command, "triton"]) == 0
-    assert [path.name for path in out.iterdir()] == ["bert"]
-    config = (out / "bert" / "config.pbtxt").read_text()
-    # The same as from a bundle of that name.
-    assert export_main([*command[:-2], str(tmp_path / "bert")]) == 0
-    assert main([str(tmp_path / "bert"), "--out", str(tmp_path / "others")]) == 0
-    assert config == (tmp_path / "others" / "bert" / "config.pbtxt").read_text()
-    capsys.readouterr()
-    for words, flags in {
-        "holds an older Triton model": ["triton"],
-        "--layout pigeon: choose bundle or triton.": ["pigeon"],
-        "--add needs a bundle to add to": ["triton", "--add"],
-    }.items():
-        assert export_main([*command, *flags]) == 2
-        error = capsys.readouterr()
-        assert words in error.err
-        # Nothing was computed first.
-        assert "[1/5]" not in error.out

@@ -1,10 +1,10 @@
-"""``python -m export.score_bench BUNDLE --rows N --workers 1,2``: what a million rows cost on a cluster that grows.
+"""``python -m tests.measure.ray_scoring BUNDLE --rows N --workers 1,2``: what a million rows cost on a cluster that grows.
 
 Rows of a few common words are written as Parquet files, and ``python -m export.score --engine ray`` labels them, once
 for every number of workers, each time with a cluster of its own on this machine. Of each output every row is then held
 against its input: there must be exactly one, in order. Run it on an idle machine:
 
-    python -m export.score_bench bundles/minilm-mrpc --rows 20000 --workers 1,2
+    python -m tests.measure.ray_scoring bundles/minilm-mrpc --rows 20000 --workers 1,2
 
 Prints a table, and one JSON document as the last line. A worker has ``--threads`` threads, 1 by default, so that a
 second one is a second core; its time holds the start of the workers and the loading of their models.
@@ -26,7 +26,7 @@ from train.console import Parser, names, run_main, say
 from train.errors import EngineError, UsageError
 from train.tasks import Task
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 """The repository, from which the command is started."""
 
 WORDS = [
@@ -180,7 +180,7 @@ def measure(bundle: Path, folder: Path, *, rows: int, workers: int, threads: int
 
 def _command(argv: Sequence[str] | None) -> None:
     parser = Parser(
-        prog="python -m export.score_bench", description="Measure export.score --engine ray on made-up rows."
+        prog="python -m tests.measure.ray_scoring", description="Measure export.score --engine ray on made-up rows."
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `python -m export` wrote")
     parser.add_argument("--task", metavar="NAME", help="which task, where the bundle holds several")

@@ -1,4 +1,4 @@
-"""``python -m export.bench --scale BUNDLE``: what grows when more is asked of one bundle.
+"""``python -m tests.measure.growth BUNDLE``: what grows when more is asked of one bundle.
 
 - Tasks: the bundle's graph with the constants of 1, 10, 100 and 1,000 tasks (`with_tasks`), each in a process of its
   own: file, load time, memory, and latency of batches whose rows belong to any of them. Straight lines are fitted.
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from export.bench_prepare import Shape, random_batch
 from export.bundle import BUNDLE, FILES, TASK_IDS, Bundle, finish_bundle, load_bundle
 from export.memory import peak_memory_mib
 from export.runtime import OnnxClassifier, best_precision, bundle_tokenizer, usable_cores
-from train.console import Parser, names, say
+from train.console import Parser, names, run_main, say
 from train.errors import EngineError, UsageError
 from train.files import content_of, read_record
 
@@ -556,18 +557,12 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(number) for number in names(text))
 
 
-def scale_command(argv: Sequence[str] | None) -> None:
-    """What ``python -m export.bench --scale`` does.
-
-    Raises:
-        PromptfoldError: what a user can mend.
-    """
+def _command(argv: Sequence[str] | None) -> None:
     parser = Parser(
-        prog="python -m export.bench --scale",
+        prog="python -m tests.measure.growth",
         description="Time one bundle with more tasks and with more replicas; the last line is JSON.",
         epilog="an empty list leaves a part out: --tasks '' needs no bundle of several tasks, --replicas '' no Ray",
     )
-    parser.add_argument("--scale", action="store_true", help="this benchmark, and not that of the engines")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `python -m export` wrote")
     parser.add_argument(
         "--tasks", type=_whole_numbers, default=(1, 10, 100, 1000), help="numbers of tasks (default: 1,10,100,1000)"
@@ -590,6 +585,14 @@ def scale_command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each burst over HTTP (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the graph while tasks are counted (default: all usable cores)")
     options = vars(parser.parse_args(argv))
-    del options["scale"]
     plan = Plan(pause_seconds=0.5, min_runs=5, max_runs=50, budget_seconds=4.0)
     say(json.dumps(run_scale(ScaleConfig(plan=plan, **options))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run_main(_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from export.__main__ import main as export_main
-from export.bench import main
-from export.bench_scale import BUSY_SHARE, Line, ServingCell, cpu_seconds, demands, request_bodies, with_tasks
 from export.bundle import Bundle, load_bundle
 from export.runtime import OnnxClassifier, bundle_tokenizer
 from tests.conftest import ON_CPU, ROOT
+from tests.measure.growth import BUSY_SHARE, Line, ServingCell, cpu_seconds, demands, main, request_bodies, with_tasks
 from train.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
@@ -52,7 +51,7 @@ def test_more_tasks_than_a_file_holds_are_refused(shared: Bundle, tmp_path: Path
 
 
 def test_a_bundle_of_one_task_is_refused(bundle: Folders, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--scale", str(bundle("bert")), "--tasks", "1,2", "--replicas", ""]) == 2
+    assert main([str(bundle("bert")), "--tasks", "1,2", "--replicas", ""]) == 2
     assert "was exported for one task. For --tasks export several adapters together" in capsys.readouterr().err
 
 
@@ -68,7 +67,7 @@ def test_a_bundle_of_one_task_is_refused(bundle: Folders, capsys: pytest.Capture
 def test_numbers_that_cannot_be_are_refused(
     flags: list[str], words: str, bundle: Folders, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--scale", str(bundle("bert")), *flags]) == 2
+    assert main([str(bundle("bert")), *flags]) == 2
     assert words in capsys.readouterr().err
 
 
@@ -111,7 +110,7 @@ def test_it_measures_tasks_and_replicas(shared: Bundle) -> None:
         "1",
     ]
     ended = subprocess.run(
-        [sys.executable, "-m", "export.bench", "--scale", str(shared.folder), *flags, "--threads", "1"],
+        [sys.executable, "-m", "tests.measure.growth", str(shared.folder), *flags, "--threads", "1"],
         cwd=ROOT,
         env=ON_CPU_ENVIRONMENT,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""``python -m train.bench``: the tutorial's training loop against ours, on the same machine, data and epochs.
+"""``python -m tests.measure.training``: the tutorial's training loop against ours, on the same machine, data and epochs.
 
 What is measured: rows per second of a whole training, scoring the validation rows after every epoch
 included, as both do; loading models and tokenising left out.
@@ -12,7 +12,7 @@ included, as both do; loading models and tokenising left out.
 Each training has a process of its own, and they take turns, so that neither sits in the other's caches or
 beside its threads. The figure is the ratio of the medians. Run it on an idle machine:
 
-    python -m train.bench --model minilm --train-file train.jsonl --validation-file validation.jsonl --epochs 2 --rounds 3
+    python -m tests.measure.training --model minilm --train-file train.jsonl --validation-file validation.jsonl --epochs 2 --rounds 3
 
 Prints a table, then one JSON document as the last line.
 """
@@ -198,7 +198,7 @@ def measure(loop: str, config: TrainConfig) -> Measured:
 
 def _command(argv: Sequence[str] | None) -> None:
     parser = Parser(
-        prog="python -m train.bench",
+        prog="python -m tests.measure.training",
         description="Time the PEFT tutorial's training loop against ours; the last line is JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
