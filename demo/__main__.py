@@ -11,18 +11,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.ports import PortFlags, check_port
-from export.ports import find_port as find_free_port
-from export.serve import add_serving_flags, serving_config
-from export.serving import Service, ServingConfig
-from train.console import Parser, run_main, say
-from train.errors import UsageError
+from export.serve.__main__ import add_serving_flags, serving_config
+from export.serve.config import ServingConfig
+from export.serve.ports import PortFlags, check_port
+from export.serve.ports import find_port as find_free_port
+from export.serve.service import Service
+from train.common.console import Parser, run_main, say
+from train.common.errors import UsageError
 
 if TYPE_CHECKING:
     import gradio as gr
 
-    from demo.sharing import Accounts, ShareState
-    from demo.stage import Stage
+    from demo.access.accounts import Accounts
+    from demo.access.public_link import ShareState
+    from demo.engines.stage import Stage
 
 RAY = "ray"
 ENGINES = ("both", "onnx", RAY)
@@ -111,7 +113,7 @@ def find_port(host: str, port: int | None) -> int:
     """The port to listen on, found before anything slow is done.
 
     Raises:
-        UsageError: as `export.ports.find_port`.
+        UsageError: as `export.serve.ports.find_port`.
     """
     return find_free_port(host, port, first=DEFAULT_PORT)
 
@@ -135,9 +137,10 @@ def run(config: DemoConfig) -> None:
 
 
 def _serve(config: DemoConfig) -> None:
-    from demo.sharing import parse_auth, parse_root_path
-    from demo.shipped import choose_adapters
-    from demo.stage import Stage
+    from demo.access.accounts import parse_auth
+    from demo.access.public_link import parse_root_path
+    from demo.engines.adapters import choose_adapters
+    from demo.engines.stage import Stage
 
     find_port(config.host, config.port)  # before anything slow is done
     accounts = parse_auth(config.auth, config.auth_file)
@@ -164,7 +167,7 @@ def _serve(config: DemoConfig) -> None:
 
 def _show(stage: "Stage", config: DemoConfig, accounts: "Accounts | None", root_path: str | None) -> None:
     """Serve the page of a stage, and close that in the end."""
-    from demo.sharing import SHARE_WARNING, ShareState
+    from demo.access.public_link import SHARE_WARNING, ShareState
 
     setup = stage.default()
     adapter = stage.choices[setup.adapter].adapter
@@ -175,8 +178,8 @@ def _show(stage: "Stage", config: DemoConfig, accounts: "Accounts | None", root_
         say("starting the engines, each in a process of its own")
         stage.start(setup)
         # Gradio takes seconds to import; meanwhile the engines load.
-        from demo.app import build_page, page_style
-        from demo.gate import launch_options
+        from demo.access.gate import launch_options
+        from demo.page.app import build_page, page_style
 
         share = ShareState(requested=config.share)
         page = build_page(stage, stage.open(setup), share)
@@ -235,7 +238,7 @@ def _launch(page: "gr.Blocks", config: DemoConfig, port: int, **options: Any) ->
 
 def _share(page: "gr.Blocks", share: "ShareState") -> None:
     """Make the public link, say what came of it, and keep it until an exception ends the page."""
-    from demo.sharing import close_tunnel, open_tunnel
+    from demo.access.public_link import close_tunnel, open_tunnel
 
     try:
         share.tunnel = open_tunnel(page)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.console import Parser, names, run_main, say
+from train.common.console import Parser, names, run_main, say
 
 
 def _command(argv: Sequence[str] | None) -> None:
@@ -44,7 +44,7 @@ def _command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an older bundle at --out")
     options = vars(parser.parse_args(argv))
 
-    from export.fold import ExportConfig, export_adapters
+    from export.fold.pipeline import ExportConfig, export_adapters
 
     for name in ("adapters", "validation_files"):
         options[name] = tuple(options[name])

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from export.bundle import FILES, FP16, INT8, Bundle, load_bundle
-from export.runtime import best_precision
-from export.strangers import check_graph
-from train.console import Parser, run_main, say
-from train.errors import BundleError, UsageError
-from train.files import FolderKind, check_target, new_folder
+from export.bundle.folder import FILES, FP16, INT8, Bundle, load_bundle
+from export.bundle.graph_outline import check_graph
+from export.runtime.classifier import best_precision
+from train.common.atomic_folder import check_target, new_folder
+from train.common.console import Parser, run_main, say
+from train.common.errors import BundleError, UsageError
+from train.common.folder_record import FolderKind
 
 
 @dataclass(frozen=True)

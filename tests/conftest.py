@@ -314,7 +314,7 @@ def bundle_in(
     tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path], data: Data
 ) -> Callable[[str, str], Path]:
     """A function from a kind and a precision to a bundle that holds it beside fp32, whatever it costs in quality."""
-    import export.precision
+    import export.fold.gate
     from export.__main__ import main
 
     made: dict[tuple[str, str], Path] = {}
@@ -325,7 +325,7 @@ def bundle_in(
             rows = ["--validation-file", str(data.validation_file)]
             with pytest.MonkeyPatch.context() as patch:
                 # No metric can fall by more.
-                patch.setattr(export.precision, "GATE_TOLERANCE", 2.0)
+                patch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
                 assert main([str(adapter(kind)), "--out", str(out), "--precision", precision, *rows]) == 0
             made[kind, precision] = out
         return made[kind, precision]
@@ -356,7 +356,7 @@ def peft_logits(
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from train.model import quiet_transformers
+    from train.common.console import quiet_transformers
 
     with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=n_labels)

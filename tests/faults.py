@@ -37,20 +37,20 @@ PROGRAMS = {
 WARM = (
     *PROGRAMS.values(),
     "datasets",
-    "export.fold",
-    "export.graph",
-    "export.parity",
-    "export.precision",
-    "export.runtime",
-    "export.shared",
+    "export.fold.pipeline",
+    "export.fold.trace",
+    "export.fold.parity",
+    "export.fold.quantize",
+    "export.runtime.session",
+    "export.fold.many_tasks",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "peft",
     "pyarrow.parquet",
     "sklearn.metrics",
     "tqdm",
-    "train.loop",
-    "train.run",
+    "train.fit.loop",
+    "train.fit.seeds",
     "transformers.models.bert.modeling_bert",
     "transformers.trainer",
 )
@@ -233,7 +233,7 @@ def _child(program: str, words: list[str], fault: Fault, *, report: int) -> int:
 
 def _strike(moments: list[str], fault: Fault) -> None:
     """Put a fault into the calls that make something last, and note each of them."""
-    import train.files
+    import train.common.atomic_folder
 
     def struck(name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         if str(arguments[0]).startswith(tempfile.gettempdir()):
@@ -250,9 +250,9 @@ def _strike(moments: list[str], fault: Fault) -> None:
     for name in ("rename", "replace", "fsync"):
         setattr(os, name, partial(struck, name, getattr(os, name)))
     if fault.no_exchange:
-        train.files.exchange = lambda *_: False
+        train.common.atomic_folder.exchange = lambda *_: False
     else:
-        train.files.exchange = partial(struck, "exchange", train.files.exchange)
+        train.common.atomic_folder.exchange = partial(struck, "exchange", train.common.atomic_folder.exchange)
 
 
 class _CapabilityHeader(ctypes.Structure):

@@ -13,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from demo.shipped import SHIPPED
+from demo.engines.adapters import SHIPPED
 from tests.conftest import make_pairs, write_jsonl
 from tests.server import serve
 from tests.test_demo import MOODS, make_mood_adapter

@@ -14,10 +14,12 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tests.conftest import WORDS, Data, make_pairs, peft_logits, write_jsonl
 from train.__main__ import main
-from train.adapter import find_adapter_base, load_adapter
-from train.data import LengthGroupedSampler, load_split
-from train.model import load_classifier
-from train.tasks import get_task
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base
+from train.data.load import load_split
+from train.data.tasks import get_task
+from train.data.token_ids import LengthGroupedSampler
+from train.model.classifier import load_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -407,8 +409,9 @@ def test_half_of_the_pairs_come_in_the_other_order() -> None:
 
 
 def test_swapped_pairs_are_the_same_pairs_with_the_sentences_exchanged(base_model: Folders, tmp_path: Path) -> None:
-    from train.data import encode
-    from train.model import base_tokenizer, find_base_model
+    from train.data.token_ids import encode
+    from train.model.find import find_base_model
+    from train.model.tokenizer import base_tokenizer
 
     rows = make_pairs(5, seed=4)
     turned = [{**row, "sentence1": row["sentence2"], "sentence2": row["sentence1"]} for row in rows]

@@ -24,32 +24,24 @@ from gradio_client.exceptions import AppError
 from scipy.special import softmax
 
 from demo.__main__ import DEFAULT_PORT, find_port, main
-from demo.app import model_facts, quality_words
-from demo.backends import (
-    BF16,
-    COMPILED,
-    EAGER,
-    WARM_UP_RUNS,
-    Arrays,
-    Backend,
-    BurstPlan,
-    Engine,
-    make_onnx_backend,
-    make_pytorch_backend,
-)
-from demo.compare import MAX_RUNS, MIN_RUNS, ROUNDS, Comparison, Latency, compare
-from demo.shipped import SHIPPED, Choice, choose_adapters
-from demo.stage import Opened, Setup, Stage
+from demo.engines.adapters import SHIPPED, Choice, choose_adapters
+from demo.engines.engine_process import Engine, make_onnx_backend
+from demo.engines.pytorch import BF16, COMPILED, EAGER, make_pytorch_backend
+from demo.engines.stage import Opened, Setup, Stage
+from demo.engines.timing import WARM_UP_RUNS, Arrays, Backend, BurstPlan
+from demo.measure.compare import MAX_RUNS, MIN_RUNS, ROUNDS, Comparison, Latency, compare
+from demo.page.app import model_facts, quality_words
 from export.__main__ import main as export_main
-from export.bundle import load_bundle
-from export.runtime import Execution, OnnxClassifier, bundle_tokenizer
-from export.texts import MAX_CHARACTERS
+from export.bundle.folder import load_bundle
+from export.runtime.check_text import MAX_CHARACTERS
+from export.runtime.classifier import Execution, OnnxClassifier
+from export.runtime.tokenizer import bundle_tokenizer
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Data, flip_bit, make_pairs, peft_logits, write_jsonl
 from tests.server import exists, serve, wait_until_gone
 from train.__main__ import main as train_main
-from train.adapter import load_adapter
-from train.errors import AdapterError, EngineError, PromptfoldError, TextError, UsageError
-from train.tasks import Scores
+from train.adapter.folder import load_adapter
+from train.common.errors import AdapterError, EngineError, PromptfoldError, TextError, UsageError
+from train.data.tasks import Scores
 
 Folders = Callable[[str], Path]
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from gradio_client import Client
 
-from demo.shipped import SHIPPED
-from demo.tab_compare import EXAMPLES
+from demo.engines.adapters import SHIPPED
+from demo.page.tab_compare import EXAMPLES
 from export.__main__ import main as export_main
-from export.bundle import load_bundle
-from export.runtime import OnnxClassifier
+from export.bundle.folder import load_bundle
+from export.runtime.classifier import OnnxClassifier
 from tests.conftest import Data, make_pairs, peft_logits, write_jsonl
 from tests.server import serve
 from train.__main__ import main as train_main
-from train.adapter import load_adapter
-from train.model import find_base_model
-from train.tasks import MRPC
+from train.adapter.folder import load_adapter
+from train.data.tasks import MRPC
+from train.model.find import find_base_model
 
 REDWOODS = EXAMPLES[0]
 

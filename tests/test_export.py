@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import export.graph
+import export.fold.trace
 from export.__main__ import main
-from export.bundle import load_bundle
-from export.folded import FoldedEncoder
-from export.runtime import OnnxClassifier, TextTokenizer
+from export.bundle.folder import load_bundle
+from export.fold.encoder import FoldedEncoder
+from export.runtime.classifier import OnnxClassifier
+from export.runtime.tokenizer import TextTokenizer
 from tests.conftest import (
     DECODERS,
     ENCODERS,
@@ -36,8 +37,9 @@ from tests.conftest import (
     random_batch,
 )
 from train.__main__ import main as train_main
-from train.adapter import find_adapter_base, load_adapter, load_prompted_classifier
-from train.errors import BundleError
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_prompted_classifier
+from train.common.errors import BundleError
 
 Folders = Callable[[str], Path]
 
@@ -303,11 +305,11 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The fault is put into the graph: one learned number is off by a little."""
-    write_graph = export.graph.write_graph
+    write_graph = export.fold.trace.write_graph
 
     def write_wrong_graph(
-        classifier: export.graph.PromptedClassifier, path: Path, *, is_decoder: bool, virtual_tokens: int
-    ) -> export.graph.Graph:
+        classifier: export.fold.trace.PromptedClassifier, path: Path, *, is_decoder: bool, virtual_tokens: int
+    ) -> export.fold.trace.Graph:
         graph = write_graph(classifier, path, is_decoder=is_decoder, virtual_tokens=virtual_tokens)
         model = onnx.load(path)
         for item in model.graph.initializer:
@@ -318,7 +320,7 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
         onnx.save(model, path)
         return graph
 
-    monkeypatch.setattr(export.graph, "write_graph", write_wrong_graph)
+    monkeypatch.setattr(export.fold.trace, "write_graph", write_wrong_graph)
     folder = adapter(kind)
     capsys.readouterr()
     assert main([str(folder), "--out", str(no_leftovers / "b")]) == 2
@@ -472,7 +474,7 @@ def test_the_runtime_says_on_what_it_runs(bundle: Folders) -> None:
 
 
 def test_a_graph_that_onnx_runtime_cannot_load_is_refused(tmp_path: Path) -> None:
-    from export.runtime import open_session
+    from export.runtime.session import open_session
 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no protobuf")

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.bench import main
-from export.bench_arithmetic import Dimensions
-from export.bench_engines import ENGINES, OURS, PEFT, PLAIN, Inputs, Measured, Timed, padded_on_the_left
-from export.bench_prepare import Cell, Prepared, Shape
-from export.bench_report import compare, summarise
+from export.bench.__main__ import main
+from export.bench.config import Cell, Shape
+from export.bench.engines import ENGINES, OURS, PEFT, PLAIN, Inputs, Measured, Timed
+from export.bench.flops import Dimensions
+from export.bench.prepare import Prepared
+from export.bench.report import compare, summarise
+from export.bench.worker import padded_on_the_left
 from tests.conftest import VIRTUAL_TOKENS, Data, family_of
-from train.model import quiet_transformers
-from train.tasks import MRPC
+from train.common.console import quiet_transformers
+from train.data.tasks import MRPC
 
 Folders = Callable[[str], Path]
 
@@ -245,8 +247,9 @@ def test_the_count_of_a_whole_model_is_that_of_pytorchs_own_counter(family: str,
 def test_the_count_of_ours_is_what_the_folded_model_computes(kind: str, adapter: Folders) -> None:
     import torch
 
-    from export.folded import FoldedEncoder
-    from train.adapter import find_adapter_base, load_adapter, load_prompted_classifier
+    from export.fold.encoder import FoldedEncoder
+    from train.adapter.folder import load_adapter
+    from train.adapter.peft import find_adapter_base, load_prompted_classifier
 
     loaded = load_adapter(adapter(kind))
     classifier = load_prompted_classifier(loaded, find_adapter_base(loaded), attention="eager")

@@ -27,13 +27,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import train.files
-from export.bundle import Bundle, load_bundle
+import train.common.atomic_folder
+from export.bundle.folder import Bundle, load_bundle
 from tests.conftest import make_pairs, write_jsonl
 from tests.faults import KILL, Ended, Fault, Launcher, launcher
-from train.adapter import Adapter, find_adapter_base, load_adapter
-from train.errors import AdapterError, BundleError, PromptfoldError, UsageError
-from train.files import exchange, new_folder, sha256_of_file, write_whole
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base
+from train.adapter.record import Adapter
+from train.common.atomic_folder import exchange, new_folder, write_whole
+from train.common.errors import AdapterError, BundleError, PromptfoldError, UsageError
+from train.common.folder_record import sha256_of_file
 
 Folders = Callable[[str], Path]
 Precisions = Callable[[str, str], Path]
@@ -523,8 +526,8 @@ def test_a_path_may_have_any_name(
 
 def test_a_pattern_for_a_name_reads_no_other_file(tmp_path: Path) -> None:
     """The library below takes a path for a pattern."""
-    from train.data import load_split
-    from train.tasks import MRPC
+    from train.data.load import load_split
+    from train.data.tasks import MRPC
 
     wanted = write_jsonl(tmp_path / "a*.jsonl", make_pairs(4, seed=1))
     write_jsonl(tmp_path / "ab.jsonl", make_pairs(9, seed=2))
@@ -573,7 +576,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
 
 @dataclass
 class Disk:
-    """The calls of `train.files` that make something last, in their order; one of them fails."""
+    """The calls of `train.common.folder_record` that make something last, in their order; one of them fails."""
 
     fails_at: int
     calls: list[str]
@@ -585,14 +588,19 @@ class Disk:
         return call(*arguments)
 
     def patch(self, patch: pytest.MonkeyPatch, *, can_exchange: bool) -> None:
-        rename, replace_file, sync, swap = os.rename, os.replace, train.files.sync_path, train.files.exchange
+        rename, replace_file, sync, swap = (
+            os.rename,
+            os.replace,
+            train.common.atomic_folder.sync_path,
+            train.common.atomic_folder.exchange,
+        )
         patch.setattr(os, "rename", lambda *arguments: self("rename", rename, *arguments))
         patch.setattr(os, "replace", lambda *arguments: self("replace", replace_file, *arguments))
-        patch.setattr(train.files, "sync_path", lambda path: self("sync", sync, path))
+        patch.setattr(train.common.atomic_folder, "sync_path", lambda path: self("sync", sync, path))
         if can_exchange:
-            patch.setattr(train.files, "exchange", lambda *both: self("exchange", swap, *both))
+            patch.setattr(train.common.atomic_folder, "exchange", lambda *both: self("exchange", swap, *both))
         else:
-            patch.setattr(train.files, "exchange", lambda *_: False)
+            patch.setattr(train.common.atomic_folder, "exchange", lambda *_: False)
 
 
 def write_folder(target: Path) -> None:
@@ -696,8 +704,8 @@ def test_what_a_killed_run_left_is_removed_and_what_another_one_writes_is_not(tm
 
 
 def test_a_chart_of_the_benchmark_is_whole_or_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from export.bench_prepare import Prepared
-    from export.bench_report import draw
+    from export.bench.chart import draw
+    from export.bench.prepare import Prepared
 
     path = tmp_path / "bench.png"
     path.write_bytes(b"older")
@@ -739,7 +747,7 @@ TEXTS = [tuple(str(row[name]) for name in ("sentence1", "sentence2")) for row in
 
 
 def bundle_logits(bundle: Bundle) -> np.ndarray:
-    from export.runtime import OnnxClassifier
+    from export.runtime.classifier import OnnxClassifier
 
     classifier = OnnxClassifier(bundle, threads=1, use_cuda=False)
     return classifier.logits(classifier.tokenize(TEXTS).arrays)
@@ -749,8 +757,8 @@ def adapter_logits(adapter: Adapter) -> np.ndarray:
     """As scoring and exporting load it, its base model too."""
     import torch
 
-    from train.adapter import load_prompted_classifier
-    from train.model import load_tokenizer
+    from train.adapter.peft import load_prompted_classifier
+    from train.model.tokenizer import load_tokenizer
 
     base = find_adapter_base(adapter)
     tokenizer = load_tokenizer(adapter.folder, adapter.max_length)

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 
-import export.precision
+import export.fold.gate
 from export.__main__ import main
 from tests.conftest import DECODERS, KINDS, ROOT, TOKEN_TYPES, Data, family_of, peft_logits, random_batch
 
@@ -64,7 +64,7 @@ def test_every_operator_that_can_be_fused_is_and_the_logits_are_pefts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Of 40 rows one that changes its label would close the gate, which is not the point here.
-    monkeypatch.setattr(export.precision, "GATE_TOLERANCE", 1.0)
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 1.0)
     out = tmp_path / "b"
     command = [str(adapter(kind)), "--precision", "fp16", "--validation-file", str(data.validation_file)]
     assert main([*command, "--out", str(out)]) == 0

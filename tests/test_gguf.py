@@ -13,9 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import POSITIONS, WORDS, Data, flip_bit
 from train.__main__ import main
-from train.adapter import find_adapter_base, load_adapter, load_prompted_classifier
-from train.errors import ModelError
-from train.model import SMOLLM2, find_base_model, load_classifier, load_tokenizer
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_prompted_classifier
+from train.common.errors import ModelError
+from train.config import SMOLLM2
+from train.model.classifier import load_classifier
+from train.model.find import find_base_model
+from train.model.tokenizer import load_tokenizer
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -158,9 +162,9 @@ def test_gguf_without_its_package_names_the_command(
 
 
 def test_another_file_in_smollm2s_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.model
+    import train.model.find
 
-    monkeypatch.setattr(train.model, "smollm2_folder", lambda: tmp_path)
+    monkeypatch.setattr(train.model.find, "smollm2_folder", lambda: tmp_path)
     with pytest.raises(ModelError, match="is not there"):
         find_base_model(SMOLLM2)
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(json.dumps({}).encode())

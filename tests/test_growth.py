@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from export.__main__ import main as export_main
-from export.bundle import Bundle, load_bundle
-from export.runtime import OnnxClassifier, bundle_tokenizer
+from export.bundle.folder import Bundle, load_bundle
+from export.runtime.classifier import OnnxClassifier
+from export.runtime.tokenizer import bundle_tokenizer
 from tests.conftest import ON_CPU, ROOT
 from tests.measure.growth import BUSY_SHARE, Line, ServingCell, cpu_seconds, demands, main, request_bodies, with_tasks
-from train.errors import UsageError
+from train.common.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 

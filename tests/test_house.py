@@ -15,11 +15,11 @@ import pytest
 
 from demo.__main__ import parse_config as parse_demo
 from export.__main__ import main as export_main
-from export.serve import parse_config as parse_serve
+from export.serve.__main__ import parse_config as parse_serve
 from tests.conftest import ROOT, SHIPPED, Data
 from tests.measure.training import main as bench_main
 from tests.server import serve
-from train.adapter import load_adapter
+from train.adapter.folder import load_adapter
 from train.config import parse_config as parse_train
 from train.evaluate import main as evaluate_main
 
@@ -52,8 +52,8 @@ def test_imports_run_one_way(room: str) -> None:
 
 def test_the_command_lines_import_nothing_heavy_until_they_work() -> None:
     code = (
-        "import sys, train.__main__, train.evaluate, export.__main__, export.runtime, export.bundle\n"
-        "import export.score, export.serve, demo.__main__, demo.backends, demo.stage\n"
+        "import sys, train.__main__, train.evaluate, export.__main__, export.runtime.session, export.bundle.folder\n"
+        "import export.score, export.serve, demo.__main__, demo.engines.engine_process, demo.engines.stage\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -21,15 +21,16 @@ from pyarrow import parquet
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 
-from demo.gate import API, MAX_BODY_BYTES
-from demo.scorefile import MAX_BYTES, Upload, read_upload
-from export.bundle import load_bundle
-from export.runtime import OnnxClassifier
-from export.texts import MAX_CHARACTERS, check_text
+from demo.access.gate import API, MAX_BODY_BYTES
+from demo.access.limits import MAX_BYTES
+from demo.measure.upload import Upload, read_upload
+from export.bundle.folder import load_bundle
+from export.runtime.check_text import MAX_CHARACTERS, check_text
+from export.runtime.classifier import OnnxClassifier
 from tests.conftest import ON_CPU, ROOT, WORDS
 from tests.server import Server, serve
-from train.errors import PromptfoldError, TextError
-from train.tasks import MRPC
+from train.common.errors import PromptfoldError, TextError
+from train.data.tasks import MRPC
 
 Folders = Callable[[str], Path]
 

@@ -23,10 +23,11 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-import demo.lab
-from demo.backends import PYTORCH_MODES
-from demo.controls import Selectors
-from demo.lab import (
+import demo.measure.sweep
+from demo.engines.adapters import choose_adapters
+from demo.engines.pytorch import PYTORCH_MODES
+from demo.engines.stage import Stage
+from demo.measure.sweep import (
     MAX_RUNS,
     MIN_RUNS,
     ONE_TEXT_ONLY,
@@ -35,18 +36,16 @@ from demo.lab import (
     Row,
     Sweep,
     Times,
-    charts_png,
-    charts_svg,
     choose_cells,
     random_batch,
     sweep,
 )
-from demo.shipped import choose_adapters
-from demo.stage import Stage
-from demo.tab_lab import build_lab_tab
-from export.bundle import load_bundle
+from demo.page.controls import Selectors
+from demo.page.sweep_charts import charts_png, charts_svg
+from demo.page.tab_lab import build_lab_tab
+from export.bundle.folder import load_bundle
 from tests.conftest import POSITIONS, ROOT, VIRTUAL_TOKENS, WORDS
-from train.errors import EngineError, UsageError
+from train.common.errors import EngineError, UsageError
 
 Folders = Callable[[str], Path]
 
@@ -56,7 +55,7 @@ LONGEST = POSITIONS - VIRTUAL_TOKENS
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure is looked at here, so nothing has to come to rest."""
-    monkeypatch.setattr(demo.lab, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(demo.measure.sweep, "PAUSE_SECONDS", 0.01)
 
 
 def open_stage(kind: str, adapter: Folders, bundle: Folders, *, has_pytorch: bool = True) -> Stage:
@@ -80,7 +79,7 @@ def measure(stage: Stage, cells: tuple[Cell, ...]) -> list[Sweep]:
 def steps(stage: Stage) -> list[Sweep]:
     """A sweep over two batch sizes and two lengths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo.lab, "PAUSE_SECONDS", 0.01)
+        patch.setattr(demo.measure.sweep, "PAUSE_SECONDS", 0.01)
         return measure(stage, choose_cells([1, 3], [8, LONGEST], max_length=LONGEST))
 
 
@@ -249,7 +248,7 @@ def test_a_decoder_in_pytorch_is_measured_one_text_at_a_time(
         charts_svg(last)
 
         # It is no choice of ours: PEFT cannot do it. So an engine dies here, and what was measured before is there.
-        monkeypatch.setattr(demo.lab, "DECODERS", ())
+        monkeypatch.setattr(demo.measure.sweep, "DECODERS", ())
         taken: list[Sweep] = []
         with pytest.raises(EngineError, match=r"In cell 2 of 2 \(batch 2, 8 tokens\): The PyTorch engine's process"):
             taken.extend(sweep(stage, stage.default(), cells, stop=threading.Event()))
@@ -332,7 +331,7 @@ def test_the_tab_offers_what_the_adapter_reads_and_refuses_the_rest(stage: Stage
 def test_an_engine_that_dies_takes_no_row_along(
     adapter: Folders, bundle: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo.lab, "DECODERS", ())
+    monkeypatch.setattr(demo.measure.sweep, "DECODERS", ())
     stage = open_stage("gpt2", adapter, bundle)
     try:
         page = make_page(stage)
@@ -387,7 +386,7 @@ def serve(adapter_folder: str, bundle_folder: str) -> None:
     """What that process does until it is told to end."""
     # As an exception, so that the engines are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    demo.lab.PAUSE_SECONDS = 0.01
+    demo.measure.sweep.PAUSE_SECONDS = 0.01
     stage = Stage(choose_adapters([Path(adapter_folder)]), bundles=[Path(bundle_folder)], threads=1)
     try:
         page = make_page(stage)

@@ -26,8 +26,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from demo.gate import API, MAX_BODY_BYTES, Gate, launch_options
-from demo.scorefile import MAX_BYTES
+from demo.access.gate import API, MAX_BODY_BYTES, Gate, launch_options
+from demo.access.limits import MAX_BYTES
 from tests.conftest import ON_CPU, ROOT, Data, make_pairs, write_jsonl
 from tests.server import Server, serve
 from tests.test_browser import CHROMIUM

@@ -8,8 +8,8 @@ import pytest
 from gradio_client import Client
 from gradio_client.utils import QueueError
 
-from demo.controls import QUEUE_SIZE
-from demo.gate import API, BUSY
+from demo.access.gate import API, BUSY
+from demo.access.limits import QUEUE_SIZE
 from tests.conftest import ON_CPU
 from tests.load import Load, known_pairs, work
 from tests.server import Server, exists, serve

@@ -19,10 +19,13 @@ from tests.conftest import (
     peft_logits,
     random_batch,
 )
-from train.adapter import find_adapter_base, load_adapter, load_adapter_weights, load_prompted_classifier
-from train.errors import ModelError
-from train.model import base_tokenizer, find_base_model, load_classifier, prompted_classifier, text_limit
-from train.prompted import PooledRowLayer, PromptedClassifier
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_adapter_weights, load_prompted_classifier
+from train.common.errors import ModelError
+from train.model.classifier import load_classifier, prompted_classifier
+from train.model.find import find_base_model, text_limit
+from train.model.prompted import PooledRowLayer, PromptedClassifier
+from train.model.tokenizer import base_tokenizer
 
 Folders = Callable[[str], Path]
 

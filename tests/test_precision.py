@@ -17,10 +17,11 @@ from onnx import TensorProto, numpy_helper
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 
-import export.precision
+import export.fold.gate
+import export.fold.quantize
 from export.__main__ import main
-from export.bundle import load_bundle
-from export.precision import cpu_flags
+from export.bundle.folder import load_bundle
+from export.fold.quantize import cpu_flags
 from tests.conftest import (
     ENCODERS,
     FAMILIES,
@@ -160,7 +161,7 @@ def test_what_int8_costs_is_counted_where_labels_change(
     bundle: Folders, adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rows are refused in the next test; here the gate is open, so that the graph stays and can be run again."""
-    monkeypatch.setattr(export.precision, "GATE_TOLERANCE", 2.0)
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
     file = hard_rows(tmp_path / "rows.jsonl", bundle("bert") / "model.onnx")
     out = tmp_path / "b"
     assert export_bundle(adapter("bert"), out, "--precision", "int8", "--validation-file", file) == 0
@@ -341,7 +342,7 @@ def test_without_labelled_rows_auto_is_fp32_alone_and_says_why(
 def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unchanged(
     adapter: Folders, bundle: Folders, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.precision, "GATE_TOLERANCE", 2.0)
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
     monkeypatch.chdir(tmp_path)
     copy = tmp_path / data.validation_file.name
     shutil.copy(data.validation_file, copy)
@@ -363,7 +364,7 @@ def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unc
 def test_the_columns_of_a_validation_file_may_have_other_names(
     adapter: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.precision, "GATE_TOLERANCE", 2.0)
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
     labels = ("not_equivalent", "equivalent")
     rows: list[dict[str, object]] = [
         {"first": row["sentence1"], "second": row["sentence2"], "gold": labels[index % 2]}
@@ -509,11 +510,11 @@ def test_a_processor_that_would_overflow_gets_weights_of_seven_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without VNNI, pairs of products are summed in 16 bits: 2 · 255 · 127 is more than 32,767, 2 · 255 · 64 is not."""
-    monkeypatch.setattr(export.precision, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(export.fold.quantize, "cpu_flags", lambda: flags)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     folder = tmp_path / "b"
     shutil.copytree(bundle("bert"), folder)
-    export.precision._quantize(folder, folder / "model_int8.onnx", keep=set())
+    export.fold.quantize._quantize(folder, folder / "model_int8.onnx", keep=set())
     assert {path.name for path in folder.iterdir()} == {path.name for path in bundle("bert").iterdir()} | {
         "model_int8.onnx"
     }
@@ -528,7 +529,7 @@ def test_a_processor_that_would_overflow_gets_weights_of_seven_bits(
 
 def test_what_the_processor_can_do_is_read_as_linux_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cpuinfo"
-    monkeypatch.setattr(export.precision, "Path", lambda _: file)
+    monkeypatch.setattr(export.fold.quantize, "Path", lambda _: file)
     assert cpu_flags() == frozenset()  # no such file: not Linux
     file.write_text("processor\t: 0\nmodel name\t: X avx9\nflags\t\t: fpu sse2 avx512_vnni\nbugs\t\t: a b\n")
     assert cpu_flags() == {"fpu", "sse2", "avx512_vnni"}
@@ -541,14 +542,14 @@ def test_a_layer_search_never_keeps_more_than_half_of_the_layers(
 ) -> None:
     """With a gate that nothing passes, every candidate is tried, and each leaves one more layer alone."""
     tried: list[set[int]] = []
-    quantize = export.precision._quantize
+    quantize = export.fold.quantize._quantize
 
     def spy(folder: Path, target: Path, *, keep: set[int]) -> None:
         tried.append(set(keep))
         quantize(folder, target, keep=keep)
 
-    monkeypatch.setattr(export.precision, "GATE_TOLERANCE", -1.0)
-    monkeypatch.setattr(export.precision, "_quantize", spy)
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", -1.0)
+    monkeypatch.setattr(export.fold.quantize, "_quantize", spy)
     file = easy_rows(tmp_path / "rows.jsonl", bundle("gpt2") / "model.onnx")
     assert export_bundle(adapter("gpt2"), tmp_path / "b", "--precision", "int8", "--validation-file", file) == 2
     # All of it, each layer spared alone to rank them, and the better of the two.

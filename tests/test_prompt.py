@@ -27,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from demo.backends import PYTORCH_MODES, Engine, PyTorchBackend
-from demo.controls import Selectors
-from demo.prompt import (
+from demo.engines.adapters import choose_adapters
+from demo.engines.engine_process import Engine
+from demo.engines.pytorch import PYTORCH_MODES, PyTorchBackend
+from demo.engines.stage import Setup, Stage
+from demo.measure.prompt import (
     NEAREST_WORDS,
     RANDOM_PROMPTS,
     PromptEffect,
@@ -40,10 +42,9 @@ from demo.prompt import (
     stored_tensors,
     training_curves,
 )
-from demo.shipped import choose_adapters
-from demo.stage import Setup, Stage
-from demo.tab_prompt import _effect, _learned, build_prompt_tab
-from export.bundle import FP32, load_bundle
+from demo.page.controls import Selectors
+from demo.page.tab_prompt import _effect, _learned, build_prompt_tab
+from export.bundle.folder import FP32, load_bundle
 from tests.conftest import (
     ENCODERS,
     ON_CPU,
@@ -60,9 +61,10 @@ from tests.conftest import (
 )
 from tests.test_gguf import write_gguf
 from train.__main__ import main as train_main
-from train.adapter import Adapter, load_adapter
-from train.errors import ModelError, PromptfoldError, TextError, UsageError
-from train.files import sha256_of_files
+from train.adapter.folder import load_adapter
+from train.adapter.record import Adapter
+from train.common.errors import ModelError, PromptfoldError, TextError, UsageError
+from train.common.folder_record import sha256_of_files
 
 Folders = Callable[[str], Path]
 
@@ -165,13 +167,13 @@ def test_keys_and_values_are_those_that_peft_gives_each_layer(
 def test_reading_what_was_learned_needs_neither_torch_nor_transformers(adapter: Folders) -> None:
     """Nor does the tab: pages that run ONNX Runtime alone."""
     code = (
-        "import sys\nfrom pathlib import Path\nimport demo.tab_prompt\n"
-        "from demo.prompt import learned_prompt, measure_sizes, training_curves\n"
-        "from demo.shipped import choose_adapters\n"
+        "import sys\nfrom pathlib import Path\nimport demo.page.tab_prompt\n"
+        "from demo.measure.prompt import learned_prompt, measure_sizes, training_curves\n"
+        "from demo.engines.adapters import choose_adapters\n"
         "for choice in choose_adapters([Path(name) for name in sys.argv[1:]]):\n"
         "    learned = learned_prompt(choice.adapter)\n"
         "    print(bool(learned.vocabulary), measure_sizes(choice.adapter, None).frozen_numbers)\n"
-        "    demo.tab_prompt._about(learned, choice.adapter, measure_sizes(choice.adapter, None),\n"
+        "    demo.page.tab_prompt._about(learned, choice.adapter, measure_sizes(choice.adapter, None),\n"
         "                           training_curves(choice.adapter))\n"
         "assert 'torch' not in sys.modules, 'torch'\nassert 'transformers' not in sys.modules, 'transformers'\n"
     )

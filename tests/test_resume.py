@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import train.loop
+import train.fit.loop
 from tests.conftest import ON_CPU, ROOT, Data, flip_bit, make_pairs, write_jsonl
 from train.__main__ import main
-from train.adapter import load_adapter
-from train.data import LengthGroupedSampler
+from train.adapter.folder import load_adapter
+from train.data.token_ids import LengthGroupedSampler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
@@ -77,7 +77,7 @@ class Runs:
         kept = self.folder / f"{setting}-{step}.checkpoints"
         if not kept.exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train.loop, "complete_checkpoint", dies_after(f"checkpoint-{step}"))
+                patch.setattr(train.fit.loop, "complete_checkpoint", dies_after(f"checkpoint-{step}"))
                 with pytest.raises(Killed):
                     main(self.flags(setting, kept.with_suffix("")))
             assert not kept.with_suffix("").exists()
@@ -86,7 +86,7 @@ class Runs:
 
 def dies_after(checkpoint: str) -> Callable[[Path], None]:
     """The function that completes a checkpoint, and the end after the one of this name."""
-    complete = train.loop.complete_checkpoint
+    complete = train.fit.loop.complete_checkpoint
 
     def complete_and_die(folder: Path) -> None:
         complete(folder)
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_of_the_two_that_are_kept(
     out = tmp_path / "adapter"
     folder = runs.interrupted("mlp", 20, out) / "seed-0"
     cut(folder / "checkpoint-20" / "optimizer.pt")
-    monkeypatch.setattr(train.loop, "complete_checkpoint", dies_after("checkpoint-20"))
+    monkeypatch.setattr(train.fit.loop, "complete_checkpoint", dies_after("checkpoint-20"))
     with pytest.raises(Killed):
         main([*runs.flags("mlp", out), "--resume"])
     assert checkpoints_in(folder) == {"checkpoint-16", "checkpoint-20"}
@@ -307,7 +307,7 @@ def test_a_base_model_whose_weights_changed_under_its_name_is_refused(
     out = tmp_path / "adapter"
     flags = [*runs.flags("mlp", out), "--model", str(base)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loop, "complete_checkpoint", dies_after("checkpoint-5"))
+        patch.setattr(train.fit.loop, "complete_checkpoint", dies_after("checkpoint-5"))
         with pytest.raises(Killed):
             main(flags)
     flip_bit(base / "model.safetensors", -5)

@@ -11,15 +11,18 @@ import numpy as np
 import onnxruntime
 import pytest
 
-import export.fixed_shapes
-import export.runtime
-from export.bundle import BUNDLE, load_bundle
-from export.fixed_shapes import FixedShapes
-from export.predict import classify
-from export.runtime import CPU, CUDA, TENSORRT, OnnxClassifier, cuda_absence, has_tensorrt, providers, usable_cores
+import export.runtime.classifier
+import export.runtime.cuda_graphs
+import export.runtime.session
+from export.bundle.folder import BUNDLE, load_bundle
+from export.runtime.batches import classify
+from export.runtime.classifier import OnnxClassifier
+from export.runtime.cuda_graphs import FixedShapes
+from export.runtime.session import CPU, CUDA, TENSORRT, cuda_absence, has_tensorrt, providers
 from tests.conftest import POSITIONS, TOKEN_TYPES, VIRTUAL_TOKENS, WORDS, family_of, make_pairs, random_batch
-from train.errors import BundleError, TextError
-from train.files import seal, sha256_of_file
+from train.common.errors import BundleError, TextError
+from train.common.folder_record import seal, sha256_of_file
+from train.common.machine import usable_cores
 
 Folders = Callable[[str], Path]
 Precisions = Callable[[str, str], Path]
@@ -70,8 +73,8 @@ def test_fp16_is_left_to_gpus(bundle_in: Precisions) -> None:
     loaded = load_bundle(bundle_in("bert", "fp16"))
     assert OnnxClassifier(loaded, threads=1, use_cuda=False).execution.precision == "fp32"
     assert OnnxClassifier(loaded, precision="fp16", threads=1, use_cuda=False).execution.precision == "fp16"
-    assert export.runtime.best_precision(loaded, on_cuda=True) == "fp16"
-    assert export.runtime.best_precision(load_bundle(bundle_in("bert", "int8")), on_cuda=True) == "fp32"
+    assert export.runtime.classifier.best_precision(loaded, on_cuda=True) == "fp16"
+    assert export.runtime.classifier.best_precision(load_bundle(bundle_in("bert", "int8")), on_cuda=True) == "fp32"
 
 
 def test_a_precision_that_the_bundle_does_not_hold_is_named(bundle: Folders, bundle_in: Precisions) -> None:
@@ -141,7 +144,7 @@ def test_the_threads_it_reports_are_those_it_has(bundle: Folders) -> None:
 def test_providers_are_tried_from_the_fastest_down(
     use_cuda: bool, tensorrt: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.runtime, "has_tensorrt", lambda: tensorrt)
+    monkeypatch.setattr(export.runtime.session, "has_tensorrt", lambda: tensorrt)
     found = providers(use_cuda=use_cuda)
     assert [name for name, _ in found] == expected
     # fp32 stays fp32 on a GPU, or the logits would not be PyTorch's.
@@ -192,15 +195,15 @@ def test_a_driver_without_a_gpu_is_told_from_one_with(
     status: int, n_devices: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(export.runtime.ctypes, "CDLL", lambda _: Driver(status, n_devices))
+    monkeypatch.setattr(export.runtime.session.ctypes, "CDLL", lambda _: Driver(status, n_devices))
     assert cuda_absence() == expected
 
 
 def test_why_it_does_not_run_on_a_gpu_is_said(bundle: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_bundle(bundle("bert"))
-    monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "no NVIDIA driver on this machine")
     assert OnnxClassifier(loaded, threads=1).execution.note == "no NVIDIA driver on this machine"
-    monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "")
     assert OnnxClassifier(loaded, threads=1, use_cuda=False).execution.note == "CUDA is switched off"
 
 
@@ -208,8 +211,8 @@ def test_where_cuda_fails_the_graph_for_the_cpu_is_taken(
     bundle_in: Precisions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime then goes on without a word, with the graph that was chosen for a GPU."""
-    monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "")
-    monkeypatch.setattr(export.runtime, "providers", lambda **_: [(CPU, {})])
+    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime.session, "providers", lambda **_: [(CPU, {})])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     for precision, expected in (("fp16", "fp32"), ("int8", "int8")):
         execution = OnnxClassifier(load_bundle(bundle_in("bert", precision)), threads=1).execution
@@ -222,7 +225,7 @@ def test_a_graph_that_cannot_be_captured_runs_without_and_says_so(
 ) -> None:
     """ONNX Runtime refuses to load such a graph. Only the loading is played: there is no GPU in this test."""
     opened: list[bool] = []
-    on_cpu = export.runtime.open_session
+    on_cpu = export.runtime.session.open_session
 
     def open_session(path: Path, *, threads: int, use_cuda: bool, cuda_graphs: bool = False) -> object:
         opened.append(cuda_graphs)
@@ -230,10 +233,10 @@ def test_a_graph_that_cannot_be_captured_runs_without_and_says_so(
             raise BundleError("This session cannot use the graph capture feature.")
         return on_cpu(path, threads=threads, use_cuda=False)
 
-    monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "")
-    monkeypatch.setattr(export.runtime, "open_session", open_session)
+    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime.session, "open_session", open_session)
     loaded = load_bundle(bundle("bert"))
-    found = export.runtime._open_graph(loaded, None, threads=1, use_cuda=True, cuda_graphs=True)
+    found = export.runtime.classifier._open_graph(loaded, None, threads=1, use_cuda=True, cuda_graphs=True)
     assert (opened, found.cuda_graphs) == ([True, False], False)
     assert found.why.startswith("no CUDA graphs, which this graph cannot be captured in: This session cannot")
     # Where there is no GPU there is nothing to capture, and nothing more to say than that.
@@ -272,19 +275,19 @@ def test_a_gpu_that_misreads_padding_is_found_out_before_it_answers(
 ) -> None:
     loaded = load_bundle(bundle_in(kind, "fp16"))
     fp16 = loaded.graph_path("fp16")
-    monkeypatch.setattr(export.runtime, "_run_on_cuda", lambda session, arrays: session.run(arrays))
+    monkeypatch.setattr(export.runtime.classifier, "_run_on_cuda", lambda session, arrays: session.run(arrays))
 
     def open_session(path: Path, **_: object) -> OnAGpu:
         return OnAGpu(path, misread if path == fp16 else lambda mask: mask)
 
-    monkeypatch.setattr(export.runtime, "open_session", open_session)
-    opened = export.runtime._open_graph(loaded, None, threads=1, use_cuda=True)
+    monkeypatch.setattr(export.runtime.session, "open_session", open_session)
+    opened = export.runtime.classifier._open_graph(loaded, None, threads=1, use_cuda=True)
     assert (opened.precision, opened.why == "") == (("fp16", True) if is_right else ("fp32", False))
     if not is_right:
         assert "fp32 instead of fp16, which cannot be loaded here" in opened.why
         assert "misreads padding on this GPU" in opened.why
         with pytest.raises(BundleError, match="misreads padding on this GPU"):
-            export.runtime._open_graph(loaded, "fp16", threads=1, use_cuda=True)
+            export.runtime.classifier._open_graph(loaded, "fp16", threads=1, use_cuda=True)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
@@ -292,7 +295,7 @@ def test_arrays_that_stay_in_place_give_each_batch_its_own_logits(
     kind: str, bundle: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a CUDA graph replays on, here on the CPU: the same buffers for a shape, and no answer of an earlier batch."""
-    monkeypatch.setattr(export.fixed_shapes, "MAX_SHAPES", 2)
+    monkeypatch.setattr(export.runtime.cuda_graphs, "MAX_SHAPES", 2)
     classifier = OnnxClassifier(load_bundle(bundle(kind)), threads=1, use_cuda=False)
     shapes = FixedShapes(classifier._session, device="cpu", n_labels=2)
     generator = np.random.default_rng(2)

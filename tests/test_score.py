@@ -24,12 +24,12 @@ from pyarrow import parquet
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-import export.parts
-import export.runtime
-from export.bundle import load_bundle
-from export.predict import classify, score_counts
-from export.runtime import OnnxClassifier
-from export.score import main
+import export.runtime.session
+import export.score.parts
+from export.bundle.folder import load_bundle
+from export.runtime.batches import classify, score_counts
+from export.runtime.classifier import OnnxClassifier
+from export.score.__main__ import main
 from tests.conftest import (
     ON_CPU,
     POSITIONS,
@@ -43,7 +43,7 @@ from tests.conftest import (
     peft_logits,
     write_jsonl,
 )
-from train.tasks import MRPC, TASKS, Task, custom_task, score
+from train.data.tasks import MRPC, TASKS, Task, custom_task, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +115,7 @@ def golden_probabilities(
 @pytest.fixture(autouse=True)
 def cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime on the CPU, wherever the tests run: only there the same bits come again."""
-    monkeypatch.setattr(export.runtime, "cuda_absence", lambda: "not in these tests")
+    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "not in these tests")
 
 
 @pytest.fixture
@@ -511,7 +511,7 @@ def test_wherever_a_run_ends_it_goes_on_to_the_very_same_bytes(
     out, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
     flags = ["--chunk-rows", "10"]
     unbroken = label(bundle("bert"), source, whole, *flags)
-    sync = export.parts.sync_path
+    sync = export.score.parts.sync_path
     moments = 0
     # run.json, three parts and their records, the whole
     for last in range(8):
@@ -525,7 +525,7 @@ def test_wherever_a_run_ends_it_goes_on_to_the_very_same_bytes(
             sync(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(export.parts, "sync_path", sync_or_die)
+            patch.setattr(export.score.parts, "sync_path", sync_or_die)
             with pytest.raises(Killed):
                 label(bundle("bert"), source, out, *flags)
         assert not out.exists()
@@ -542,15 +542,17 @@ def interrupted(
     """The words of a command line that was ended after two of three parts."""
     source = long_file(tmp_path / "in.jsonl", 23)
     words = [str(bundle("bert")), "--in", str(source), "--out", str(tmp_path / "out.jsonl"), "--chunk-rows", "10"]
-    add = export.parts.Parts.add
+    add = export.score.parts.Parts.add
 
-    def add_or_stop(self: export.parts.Parts, number: int, *arguments: Any, **named: Any) -> export.parts.PartRecord:
+    def add_or_stop(
+        self: export.score.parts.Parts, number: int, *arguments: Any, **named: Any
+    ) -> export.score.parts.PartRecord:
         if number == 2:
             raise KeyboardInterrupt
         return add(self, number, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.parts.Parts, "add", add_or_stop)
+        patch.setattr(export.score.parts.Parts, "add", add_or_stop)
         assert main(words) == 130
     assert "What is done is kept: add --resume to go on.\ninterrupted\n" in capsys.readouterr().err
     return words
@@ -647,13 +649,13 @@ def test_an_input_that_changes_under_the_run_is_noticed(
     bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
 ) -> None:
     source = long_file(tmp_path / "in.jsonl", 23)
-    add = export.parts.Parts.add
+    add = export.score.parts.Parts.add
 
-    def add_and_touch(self: export.parts.Parts, *arguments: Any, **named: Any) -> export.parts.PartRecord:
+    def add_and_touch(self: export.score.parts.Parts, *arguments: Any, **named: Any) -> export.score.parts.PartRecord:
         os.utime(source, (1, 1))
         return add(self, *arguments, **named)
 
-    monkeypatch.setattr(export.parts.Parts, "add", add_and_touch)
+    monkeypatch.setattr(export.score.parts.Parts, "add", add_and_touch)
     assert f"{source} changed while it was read, so nothing was written" in refusal(
         bundle("bert"), "--in", source, "--out", tmp_path / "out.csv"
     )

@@ -21,13 +21,13 @@ import pytest
 from pyarrow import fs, parquet
 from sklearn.metrics import accuracy_score, f1_score
 
-import export.score_ray
-from export.dataset import Block, BlockReader, find_data_set, parse_place
-from export.score import main
+import export.score.on_ray
+from export.score.__main__ import main
+from export.score.data_set import Block, BlockReader, find_data_set, parse_place
 from tests.conftest import ON_CPU, ROOT, Data, flip_bit, make_pairs
 from tests.test_score import golden_probabilities
-from train.errors import DataError
-from train.tasks import MRPC
+from train.common.errors import DataError
+from train.data.tasks import MRPC
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -398,7 +398,7 @@ def test_no_row_is_labelled_by_another_model(
         if change == "another":
             place.symlink_to(bundle("bert-v2"))
 
-    monkeypatch.setattr(export.score_ray, "_inspect", change_place)
+    monkeypatch.setattr(export.score.on_ray, "_inspect", change_place)
     folder = write_files(tmp_path / "in", make_pairs(20, seed=25), {"1.parquet": 20})
     error = refusal(ray_words(place, folder, tmp_path / "out", "--chunk-rows", "5", "--address", address))
     assert (

@@ -27,30 +27,21 @@ from playwright.sync_api import Page, expect, sync_playwright
 from pyarrow import parquet
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-import demo.scorefile
-from demo.backends import COMPILED
-from demo.controls import Selectors
-from demo.scorefile import (
-    BATCH_ROWS,
-    MAX_BYTES,
-    MAX_PREVIEW_ROWS,
-    MAX_ROWS,
-    Progress,
-    Scored,
-    Upload,
-    label_upload,
-    read_upload,
-    write_labelled,
-)
-from demo.shipped import choose_adapters
-from demo.stage import Setup, Stage
-from demo.tab_score import _results, build_score_tab
-from export.predict import Classified
-from export.texts import MAX_CHARACTERS
+import demo.measure.label_file
+from demo.access.limits import MAX_BYTES
+from demo.engines.adapters import choose_adapters
+from demo.engines.pytorch import COMPILED
+from demo.engines.stage import Setup, Stage
+from demo.measure.label_file import BATCH_ROWS, MAX_PREVIEW_ROWS, Progress, Scored, label_upload, write_labelled
+from demo.measure.upload import MAX_ROWS, Upload, read_upload
+from demo.page.controls import Selectors
+from demo.page.tab_score import _results, build_score_tab
+from export.runtime.batches import Classified
+from export.runtime.check_text import MAX_CHARACTERS
 from tests.conftest import ON_CPU, POSITIONS, ROOT, VIRTUAL_TOKENS, make_pairs
 from tests.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
-from train.errors import DataError, EngineError, PromptfoldError, UsageError
-from train.tasks import MRPC, custom_task
+from train.common.errors import DataError, EngineError, PromptfoldError, UsageError
+from train.data.tasks import MRPC, custom_task
 
 Folders = Callable[[str], Path]
 Rows = list[dict[str, Any]]
@@ -94,7 +85,7 @@ def handler(page: gr.Blocks, name: str) -> Callable[..., Any]:
 
 def serve_page(adapters: list[str], bundles: list[str]) -> None:
     """A page with this tab alone, as a process of its own: Gradio leaves sockets open where it has served."""
-    from demo.app import page_style
+    from demo.page.app import page_style
 
     stage = Stage(choose_adapters(list(map(Path, adapters))), bundles=list(map(Path, bundles)), threads=1)
     page = make_page(stage)
@@ -227,10 +218,10 @@ def test_without_pytorch_onnx_runtime_labels_alone(
 def test_a_decoder_and_torch_compile_get_one_text_at_a_time_and_encoders_batches(stage: Stage) -> None:
     for kind, rows in (("gpt2", 1), ("bert", BATCH_ROWS)):
         opened = stage.open(Setup(kind))
-        assert demo.scorefile._batch_rows(opened, "pytorch") == rows
-        assert demo.scorefile._batch_rows(opened, "onnx") == BATCH_ROWS
+        assert demo.measure.label_file._batch_rows(opened, "pytorch") == rows
+        assert demo.measure.label_file._batch_rows(opened, "onnx") == BATCH_ROWS
         compiled = replace(opened, setup=replace(opened.setup, pytorch=COMPILED))
-        assert demo.scorefile._batch_rows(compiled, "pytorch") == 1
+        assert demo.measure.label_file._batch_rows(compiled, "pytorch") == 1
 
 
 class NoNumbers:
@@ -245,7 +236,7 @@ class NoNumbers:
 def test_logits_that_are_no_numbers_become_no_label(stage: Stage) -> None:
     opened = replace(stage.open(Setup("bert")), onnx=NoNumbers())  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="The half engine gave logits that are no numbers"):
-        demo.scorefile._finite_logits(opened, "onnx", opened.tokenize([("word1", "word2")]).arrays)
+        demo.measure.label_file._finite_logits(opened, "onnx", opened.tokenize([("word1", "word2")]).arrays)
 
 
 # Formats.
@@ -338,7 +329,7 @@ def pairs_table(n: int, **columns: Any) -> pyarrow.Table:
 
 
 def png() -> bytes:
-    return (Path(demo.scorefile.__file__).parent / "bench.png").read_bytes()[:1000]
+    return (Path(demo.measure.label_file.__file__).parent / "bench.png").read_bytes()[:1000]
 
 
 REFUSED: list[tuple[str, Callable[[], bytes], str]] = [
@@ -610,7 +601,7 @@ def test_many_labels_have_no_matrix_on_the_page(tmp_path: Path) -> None:
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch a step."""
-    monkeypatch.setattr(demo.scorefile, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(demo.measure.label_file, "SLICE_SECONDS", 0.0)
 
 
 def test_others_may_measure_between_two_batches_and_none_runs_beside_them(

@@ -30,16 +30,17 @@ from scipy.special import softmax
 
 from demo.__main__ import main as demo_main
 from export.__main__ import main as export_main
-from export.bundle import Bundle, load_bundle
-from export.questions import MAX_TEXTS
-from export.runtime import bundle_tokenizer
-from export.serve import main as serve_main
-from export.serving import Service, ServingConfig
-from export.texts import MAX_CHARACTERS
+from export.bundle.folder import Bundle, load_bundle
+from export.runtime.check_text import MAX_CHARACTERS
+from export.runtime.tokenizer import bundle_tokenizer
+from export.serve.__main__ import main as serve_main
+from export.serve.config import ServingConfig
+from export.serve.requests import MAX_TEXTS
+from export.serve.service import Service
 from tests.conftest import ON_CPU, ROOT, make_pairs, peft_logits
 from tests.server import serve, wait_until_gone
 from tests.test_demo import connect
-from train.errors import BundleError, EngineError
+from train.common.errors import BundleError, EngineError
 
 Folders = Callable[[str], Path]
 Pairs = list[tuple[str, str]]
@@ -468,7 +469,7 @@ def test_without_ray_the_command_to_install_it_is_named(
 
 
 def test_a_replica_refuses_what_it_was_not_meant_to_load(models: Models, tmp_path: Path) -> None:
-    from export.deployments import ReplicaPlan, load_planned
+    from export.serve.deployments import ReplicaPlan, load_planned
 
     plan = ReplicaPlan(models.bert.bundle.folder, "0" * 64, None, threads=1, batch_size=1, batch_wait_ms=0)
     with pytest.raises(BundleError, match="holds another bundle"):

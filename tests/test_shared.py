@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from export.__main__ import main
-from export.bundle import load_bundle
-from export.runtime import OnnxClassifier
-from export.score import main as score_main
+from export.bundle.folder import load_bundle
+from export.runtime.classifier import OnnxClassifier
+from export.score.__main__ import main as score_main
 from tests.conftest import (
     DECODERS,
     TOKEN_TYPES,
@@ -23,7 +23,7 @@ from tests.conftest import (
     random_batch,
     write_three_labels,
 )
-from train.errors import TextError, UsageError
+from train.common.errors import TextError, UsageError
 
 Folders = Callable[[str], Path]
 

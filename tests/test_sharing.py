@@ -21,21 +21,11 @@ import pytest
 from gradio import networking, tunneling
 from gradio_client import Client
 
-from demo.sharing import (
-    LONGEST_DELAY_SECONDS,
-    SLOTS,
-    Accounts,
-    Throttle,
-    Tunnel,
-    close_tunnel,
-    open_tunnel,
-    parse_auth,
-    parse_root_path,
-    qr_svg,
-)
+from demo.access.accounts import LONGEST_DELAY_SECONDS, SLOTS, Accounts, Throttle, parse_auth
+from demo.access.public_link import Tunnel, close_tunnel, open_tunnel, parse_root_path, qr_svg
 from tests.conftest import ROOT
 from tests.server import exists, wait_until_gone
-from train.errors import UsageError
+from train.common.errors import UsageError
 
 # Accounts
 
@@ -291,7 +281,7 @@ def test_a_link_is_told_and_ends_with_the_page(helper: Helper, tmp_path: Path) -
 def test_a_helper_that_does_not_listen_to_a_signal_is_ended_too(
     helper: Helper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("demo.sharing.END_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("demo.access.public_link.END_TIMEOUT_SECONDS", 0.2)
     helper("trap '' TERM; " + SAYS_LINK)
     page = make_page()
     assert open_tunnel(page).url == LINK
@@ -307,7 +297,7 @@ def test_the_link_ends_however_the_page_ends(how: str, helper: Helper, tmp_path:
         "import hashlib, signal, sys, time\n"
         "from pathlib import Path\n"
         "from gradio import networking, tunneling\n"
-        "from demo.sharing import open_tunnel\n"
+        "from demo.access.public_link import open_tunnel\n"
         "from tests.test_sharing import make_page\n"
         "tunneling.BINARY_PATH = sys.argv[1]\n"
         "tunneling.CHECKSUMS[tunneling.BINARY_URL] = hashlib.sha256(Path(sys.argv[1]).read_bytes()).hexdigest()\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import load_bundle
+from export.bundle.folder import load_bundle
 from tests.conftest import ROOT, flip_bit
-from train.adapter import load_adapter
+from train.adapter.folder import load_adapter
 
 Folders = Callable[[str], Path]
 

@@ -21,20 +21,27 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-import export.strangers
-import train.limits
+import export.runtime.trial
+import train.common.limits
 from export.__main__ import main as export_main
-from export.bundle import BUNDLE, load_bundle
-from export.runtime import OnnxClassifier, TextTokenizer, open_session
-from export.score import main as score_main
-from export.strangers import check_graph, try_bundle
+from export.bundle.folder import BUNDLE, load_bundle
+from export.bundle.graph_outline import check_graph
+from export.runtime.classifier import OnnxClassifier
+from export.runtime.session import open_session
+from export.runtime.tokenizer import TextTokenizer
+from export.runtime.trial import try_bundle
+from export.score.__main__ import main as score_main
 from export.triton import write_triton_repository
 from tests.conftest import KINDS, ROOT, Data
 from train.__main__ import main as train_main
-from train.adapter import ADAPTER, find_adapter_base, load_adapter, load_peft_model, load_prompted_classifier
-from train.errors import AdapterError, BundleError, ModelError, PromptfoldError
-from train.files import FolderKind, content_of, write_record
-from train.model import find_base_model, load_classifier, load_tokenizer
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
+from train.adapter.record import ADAPTER
+from train.common.errors import AdapterError, BundleError, ModelError, PromptfoldError
+from train.common.folder_record import FolderKind, content_of, write_record
+from train.model.classifier import load_classifier
+from train.model.find import find_base_model
+from train.model.tokenizer import load_tokenizer
 
 Folders = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
@@ -215,7 +222,7 @@ def test_a_file_larger_than_any_is_refused_by_its_length(
 
 @pytest.mark.parametrize("name", KIND_NAMES)
 def test_thousands_of_files_are_refused(name: str, copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.limits, "MAX_ENTRIES", 30)
+    monkeypatch.setattr(train.common.limits, "MAX_ENTRIES", 30)
     folder, kind = copies(name)
     load(folder, kind)
     for number in range(30):
@@ -429,7 +436,7 @@ def test_an_adapter_that_names_a_file_of_this_machine_to_be_judged_by_does_not_g
     copies: Copies, data: Data, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """It is opened only where its hash is known to the stranger, and never where it is larger than any."""
-    from train.files import sha256_of_file
+    from train.common.folder_record import sha256_of_file
 
     folder, kind = copies("adapter")
     training = json.loads((folder / "training.json").read_text())
@@ -989,7 +996,7 @@ def put_in_its_place(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_other(_: list[str], **settings: Any) -> Any:
         return run([sys.executable, "-c", code], **settings)
 
-    monkeypatch.setattr(export.strangers.subprocess, "run", run_other)
+    monkeypatch.setattr(export.runtime.trial.subprocess, "run", run_other)
 
 
 def test_a_process_that_does_nothing_at_all_is_stopped(bundle: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1014,7 +1021,7 @@ def test_a_process_that_ends_without_a_word_is_described(
 def test_the_process_can_write_no_file_and_its_limits_are_set(tmp_path: Path) -> None:
     code = (
         "import pathlib, resource, sys\n"
-        "from export.strangers import _limit\n"
+        "from export.runtime.trial import _limit\n"
         "_limit(4096, 7)\n"
         "print(resource.getrlimit(resource.RLIMIT_AS)[1] >> 20, resource.getrlimit(resource.RLIMIT_CPU)[0])\n"
         "pathlib.Path(sys.argv[1]).write_text('x')\n"

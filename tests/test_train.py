@@ -34,9 +34,10 @@ from tests.conftest import (
     write_jsonl,
 )
 from train.__main__ import main
-from train.adapter import find_adapter_base, load_adapter
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base
+from train.common.errors import AdapterError, ModelError
 from train.config import TrainConfig, flag, parse_config
-from train.errors import AdapterError, ModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -235,11 +236,11 @@ def test_a_running_average_is_what_is_scored_and_kept(base_model: Folders, data:
     steps = []
     for step in (1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("train.loop._arguments", constant_learning_rate())
+            patch.setattr("train.fit.loop._arguments", constant_learning_rate())
             run(base_model("bert"), data, tmp_path / f"{step}", *flags, "--max-steps", str(step))
             steps.append(read_state(tmp_path / f"{step}"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.loop._arguments", constant_learning_rate())
+        patch.setattr("train.fit.loop._arguments", constant_learning_rate())
         training = run(base_model("bert"), data, tmp_path / "a", *flags, "--max-steps", "3", "--average", "0.25")
     averaged = read_state(tmp_path / "a")
     for name, value in averaged.items():
@@ -255,10 +256,12 @@ def test_a_running_average_is_what_is_scored_and_kept(base_model: Folders, data:
 
 
 def constant_learning_rate() -> Callable[..., Any]:
-    """`train.loop._arguments` with a schedule that stays level."""
-    import train.loop
+    """`train.fit.loop._arguments` with a schedule that stays level."""
+    import train.fit.loop
+    import train.fit.seeds
+    import train.model.find
 
-    arguments = train.loop._arguments
+    arguments = train.fit.loop._arguments
 
     def level(*args: Any) -> Any:
         result = arguments(*args)
@@ -621,15 +624,17 @@ def test_an_unknown_type_is_refused_by_name(tmp_path: Path, data: Data, capsys: 
 
 
 def test_minilm_is_refused_when_its_weights_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.model
+    import train.fit.loop
+    import train.fit.seeds
+    import train.model.find
 
-    intact = train.model.find_base_model("minilm")
+    intact = train.model.find.find_base_model("minilm")
     copy = tmp_path / "model"
     shutil.copytree(intact.folder, copy)
     flip_bit(copy / "model.safetensors", 50_000_000)
-    monkeypatch.setattr(train.model, "minilm_folder", lambda: copy)
+    monkeypatch.setattr(train.model.find, "minilm_folder", lambda: copy)
     with pytest.raises(ModelError, match=r"is damaged .* pip install --force-reinstall"):
-        train.model.find_base_model("minilm")
+        train.model.find.find_base_model("minilm")
 
 
 def test_an_older_adapter_is_replaced_only_when_asked(
@@ -653,7 +658,9 @@ def test_a_run_that_fails_while_it_writes_leaves_the_older_adapter_untouched(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import train.run
+    import train.fit.loop
+    import train.fit.seeds
+    import train.model.find
 
     out = no_leftovers / "a"
     flags = ["--model", str(base_model("bert")), *data.flags, "--epochs", "1", "--virtual-tokens", "4"]
@@ -663,7 +670,7 @@ def test_a_run_that_fails_while_it_writes_leaves_the_older_adapter_untouched(
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.run, "finish_adapter", no_space)
+    monkeypatch.setattr(train.fit.seeds, "finish_adapter", no_space)
     assert main([*flags, "--out", str(out), "--seed", "1", "--overwrite"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert load_adapter(out) == before

@@ -18,8 +18,8 @@ from google.protobuf import (  # type: ignore[import-untyped]
 )
 
 from export.__main__ import main as export_main
-from export.bundle import load_bundle
-from export.runtime import OnnxClassifier
+from export.bundle.folder import load_bundle
+from export.runtime.classifier import OnnxClassifier
 from export.triton import main
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS
 

@@ -28,8 +28,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from demo.sharing import SAFE_URL
-from demo.tab_use import EXAMPLE, endpoint_table, mcp_config, pipeline_snippet, snippets, visitor_url
+from demo.access.public_link import SAFE_URL
+from demo.page.tab_use import EXAMPLE, endpoint_table, mcp_config, pipeline_snippet, snippets, visitor_url
 from tests.conftest import ROOT
 
 LOGIN = ("ann", "a:b ü")
@@ -52,10 +52,11 @@ def compare(sentence1: str, sentence2: str = "", adapter: str = "first", precisi
 
 def serve_page(**options: Any) -> None:
     """A page with the tab and the sharing box, as a process of its own; its address is the first thing it prints."""
-    from demo.sharing import Accounts, ShareState, Tunnel, parse_auth
-    from demo.shipped import choose_adapters
-    from demo.stage import Stage
-    from demo.tab_use import build_share_box, build_use_tab
+    from demo.access.accounts import Accounts, parse_auth
+    from demo.access.public_link import ShareState, Tunnel
+    from demo.engines.adapters import choose_adapters
+    from demo.engines.stage import Stage
+    from demo.page.tab_use import build_share_box, build_use_tab
 
     state = ShareState(requested="tunnel" in options or "why_not" in options)
     accounts: Accounts | None = parse_auth(options.get("auth"), None)

@@ -4,13 +4,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from train.common.console import run_main, say
 from train.config import parse_config
-from train.console import run_main, say
-from train.tasks import METRICS
+from train.data.tasks import METRICS
 
 
 def _command(argv: Sequence[str] | None) -> None:
-    from train.run import train
+    from train.fit.seeds import train
 
     config = parse_config(argv)
     # The card shall show what makes the adapter anew, not what an interruption or an older one asked for.

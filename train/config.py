@@ -8,13 +8,27 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from train.console import Parser
-from train.errors import UsageError
+from train.common.console import Parser
+from train.common.errors import UsageError
+
+MINILM = "minilm"
+
+
+SMOLLM2 = "smollm2"
+
 
 P_TUNING, P_TUNING_V2 = "p-tuning", "p-tuning-v2"
+
+
 METHODS = (P_TUNING, P_TUNING_V2)
+
+
 REPARAMETERIZATIONS = ("mlp", "lstm", "residual", "none")
+
+
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+
 REPORTERS = ("none", "tensorboard", "trackio")
 
 

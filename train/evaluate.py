@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.adapter import Adapter, find_adapter_base, load_adapter, load_prompted_classifier
-from train.console import Parser, names, run_main, say
-from train.data import encode, load_split
-from train.errors import UsageError
-from train.model import load_tokenizer
-from train.tasks import Scores
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_prompted_classifier
+from train.adapter.record import Adapter
+from train.common.console import Parser, names, run_main, say
+from train.common.errors import UsageError
+from train.data.load import load_split
+from train.data.tasks import Scores
+from train.data.token_ids import encode
+from train.model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def evaluate_file(
         DataError: the file cannot be read, lacks a column, or a row of it cannot be used.
         AdapterError, ModelError, HubError: the adapter or its base model cannot be used.
     """
-    from train.loop import evaluate
+    from train.fit.loop import evaluate
 
     task = adapter.task.with_columns(text_columns, label_column, owner=adapter.folder)
     rows = load_split(task, "", file)

@@ -61,7 +61,7 @@ def machine() -> None:
     import onnxruntime
     from onnx import TensorProto, helper
 
-    from export.runtime import cuda_absence, providers
+    from export.runtime.session import cuda_absence, providers
 
     onnxruntime.preload_dlls()
     names = ("onnxruntime-gpu", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "numpy")
@@ -92,17 +92,17 @@ def _tiny(kind: str) -> tuple[Path, Path]:
     """Adapter and bundle of a tiny model with random weights."""
     from transformers import AutoConfig
 
-    from export import bench_prepare
-    from export.fold import ExportConfig, export_adapters
-    from train.tasks import custom_task
+    from export.bench import random_model
+    from export.fold.pipeline import ExportConfig, export_adapters
+    from train.data.tasks import custom_task
 
     family, _, suffix = kind.partition("-")
     folder = WORK / "tiny" / kind
     settings = AutoConfig.for_model(family, vocab_size=200, pad_token_id=1, **TINY[family])
-    bench_prepare._write_random_base(settings, [f"word{number}" for number in range(32)], folder / "base")
+    random_model._write_random_base(settings, [f"word{number}" for number in range(32)], folder / "base")
     task = custom_task(("text",), "label", ("first", "second"))
     method = "p-tuning-v2" if suffix else "p-tuning"
-    bench_prepare._write_random_adapter(folder / "base", task, folder / "adapter", method=method, head_bias=0.0)
+    random_model._write_random_adapter(folder / "base", task, folder / "adapter", method=method, head_bias=0.0)
     export_adapters(ExportConfig((folder / "adapter",), folder / "bundle", precision="fp16", ungated=True))
     return folder / "adapter", folder / "bundle"
 
@@ -132,10 +132,11 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
     import numpy as np
     import torch
 
-    from export.bundle import load_bundle
-    from export.memory import gpu_memory_used_mib
-    from export.runtime import OnnxClassifier
-    from train.adapter import find_adapter_base, load_adapter, load_peft_model
+    from export.bundle.folder import load_bundle
+    from export.runtime.classifier import OnnxClassifier
+    from train.adapter.folder import load_adapter
+    from train.adapter.peft import find_adapter_base, load_peft_model
+    from train.common.machine import gpu_memory_used_mib
 
     adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
     base = find_adapter_base(adapter)
@@ -191,7 +192,8 @@ def _batches(bundle: Any, shapes: tuple[str, ...], *, padded: bool) -> Iterator[
     """Each shape three times, all shapes before the first comes again."""
     import numpy as np
 
-    from export.bench_prepare import Shape, random_batch
+    from export.bench.config import Shape
+    from export.bench.prepare import random_batch
 
     generator = np.random.default_rng(1)
     for turn in range(3):
@@ -214,8 +216,8 @@ def _folders(name: str) -> tuple[Path, Path]:
 
 
 def _config(name: str, **changed: Any) -> Any:
-    from export.bench_engines import Plan
-    from export.bench_prepare import BenchConfig
+    from export.bench.config import BenchConfig
+    from export.bench.engines import Plan
 
     adapter, bundle = _folders(name)
     plan = Plan(pause_seconds=0.1, min_runs=15, max_runs=200, budget_seconds=0.4)
@@ -225,11 +227,11 @@ def _config(name: str, **changed: Any) -> Any:
 
 def prepare(name: str) -> None:
     """Export, and make what `export.bench` needs, so that only measuring is left."""
-    from export import bench_prepare
-    from export.bundle import load_bundle
-    from export.fold import ExportConfig, export_adapters
-    from export.runtime import usable_cores
-    from train.files import read_record
+    from export.bench import prepare as preparation, random_model
+    from export.bundle.folder import load_bundle
+    from export.fold.pipeline import ExportConfig, export_adapters
+    from train.common.folder_record import read_record
+    from train.common.machine import usable_cores
 
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,11 +240,11 @@ def prepare(name: str) -> None:
         rows = ROWS if ROWS.is_file() else None
         if name == "large":
             rows = None
-            bench_prepare.make_random_bundle(_large(), folder, device=DEVICE)
+            random_model.make_random_bundle(_large(), folder, device=DEVICE)
         else:
             gate = {"validation_files": (rows,)} if rows else {"ungated": True}
             export_adapters(ExportConfig((ADAPTERS[name],), folder / "bundle", precision="fp16", **gate))
-        manifest = read_record(folder / "bundle", __import__("export.bundle").bundle.BUNDLE)
+        manifest = read_record(folder / "bundle", __import__("export.bundle.folder").bundle.BUNDLE)
         gates = {
             graph.precision: [str(gate) for gate in graph.gates] for graph in load_bundle(folder / "bundle").graphs
         }
@@ -251,7 +253,7 @@ def prepare(name: str) -> None:
         tell("exported", found | {"seconds": round(time.monotonic() - began, 1)})
         work = folder / "bench"
         work.mkdir(exist_ok=True)
-        prepared = bench_prepare.prepare(_config(name, file=rows), work, usable_cores())
+        prepared = preparation.prepare(_config(name, file=rows), work, usable_cores())
         (folder / "prepared.tmp").write_bytes(pickle.dumps(prepared))
         (folder / "prepared.tmp").rename(folder / "prepared.pickle")
         tell("prepared", {"absent": prepared.absent, "seconds": round(time.monotonic() - began, 1)})
@@ -271,7 +273,7 @@ def _large() -> str:
 
 def bench(name: str, engines: str = "") -> None:
     """`export.bench` without torch.compile, whose engines are ``compile``'s."""
-    from export.bench_engines import ENGINES, OPENVINO
+    from export.bench.engines import ENGINES, OPENVINO
 
     chosen = [
         name
@@ -283,15 +285,15 @@ def bench(name: str, engines: str = "") -> None:
 
 def compile(name: str, engines: str = "") -> None:
     """`export.bench` with torch.compile alone."""
-    from export.bench_engines import ENGINES, REFERENCE
+    from export.bench.engines import ENGINES, REFERENCE
 
     chosen = [name for name, one in ENGINES.items() if one.compile_mode and DEVICE in one.devices]
     _time(name, (REFERENCE, *(engines.split(",") if engines else reversed(chosen))), COMPILED_SHAPES.get(name, SHAPES))
 
 
 def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
-    from export.bench import time_engines
-    from export.runtime import usable_cores
+    from export.bench.rounds import time_engines
+    from train.common.machine import usable_cores
 
     folder = WORK / name
     prepared = pickle.loads((folder / "prepared.pickle").read_bytes())  # noqa: S301 -- our own
@@ -318,11 +320,13 @@ def profile(name: str) -> None:
     import numpy as np
     import torch
 
-    from export.bench_engines import peft_for_batches
-    from export.bench_prepare import Shape, random_batch
-    from export.bundle import load_bundle
-    from export.runtime import OnnxClassifier
-    from train.adapter import find_adapter_base, load_adapter
+    from export.bench.config import Shape
+    from export.bench.prepare import random_batch
+    from export.bench.worker import peft_for_batches
+    from export.bundle.folder import load_bundle
+    from export.runtime.classifier import OnnxClassifier
+    from train.adapter.folder import load_adapter
+    from train.adapter.peft import find_adapter_base
 
     adapter_folder, bundle_folder = _folders(name)
     adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
@@ -391,11 +395,11 @@ def _profiled(request: Callable[[], Any], n_requests: int = 5) -> dict[str, Any]
 
 def hidden() -> None:
     """`tests.gpu.check` hides the GPU from this process; then the driver's library as well, where root may."""
-    from export.runtime import cuda_absence
+    from export.runtime.session import cuda_absence
 
     tell("with CUDA_VISIBLE_DEVICES empty", cuda_absence())
     code = (
-        "from export.bundle import load_bundle; from export.runtime import OnnxClassifier; from pathlib import Path; "
+        "from export.bundle.folder import load_bundle; from export.runtime.session import OnnxClassifier; from pathlib import Path; "
         f"print(OnnxClassifier(load_bundle(Path({str(_folders('v2')[1])!r}))).execution)"
     )
     tell("OnnxClassifier then", _last_line([sys.executable, "-c", code]))
@@ -418,9 +422,10 @@ def demo() -> None:
     """`PyTorchBackend` in its modes, held against the graph in fp32."""
     import numpy as np
 
-    from demo.backends import BurstPlan, PyTorchBackend, timed_runs
-    from export.bundle import load_bundle
-    from export.runtime import OnnxClassifier
+    from demo.engines.pytorch import PyTorchBackend
+    from demo.engines.timing import BurstPlan, timed_runs
+    from export.bundle.folder import load_bundle
+    from export.runtime.classifier import OnnxClassifier
 
     onnx = OnnxClassifier(load_bundle(_folders("v2")[1]), precision="fp32", use_cuda=ON_CUDA)
     texts = [

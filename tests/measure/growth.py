@@ -29,17 +29,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from export.bench_engines import Plan, time_passes
-from export.bench_prepare import Shape, random_batch
-from export.bundle import BUNDLE, FILES, TASK_IDS, Bundle, finish_bundle, load_bundle
-from export.memory import peak_memory_mib
-from export.runtime import OnnxClassifier, best_precision, bundle_tokenizer, usable_cores
-from train.console import Parser, names, run_main, say
-from train.errors import EngineError, UsageError
-from train.files import content_of, read_record
+from export.bench.config import Shape
+from export.bench.engines import Plan
+from export.bench.prepare import random_batch
+from export.bench.worker import time_passes
+from export.bundle.folder import BUNDLE, FILES, TASK_IDS, Bundle, finish_bundle, load_bundle
+from export.runtime.classifier import OnnxClassifier, best_precision
+from export.runtime.tokenizer import bundle_tokenizer
+from train.common.console import Parser, names, run_main, say
+from train.common.errors import EngineError, UsageError
+from train.common.folder_record import content_of, read_record
+from train.common.machine import peak_memory_mib, usable_cores
 
 if TYPE_CHECKING:
-    from export.serving import Service
+    from export.serve.service import Service
 
 T = TypeVar("T")
 
@@ -443,7 +446,8 @@ def measure_all_serving(bundle: Bundle, config: ScaleConfig) -> list[ServingCell
         UsageError: Ray is not installed.
         EngineError: the cluster, or a replica, cannot start.
     """
-    from export.serving import Service, ServingConfig
+    from export.serve.config import ServingConfig
+    from export.serve.service import Service
 
     bodies = {pairs: request_bodies(bundle, N_TOKENS, pairs, N_BODIES) for pairs in config.pairs}
     cells = []

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from export.bundle import load_bundle
-from export.labelling import PREDICTION
-from train.console import Parser, names, run_main, say
-from train.errors import EngineError, UsageError
-from train.tasks import Task
+from export.bundle.folder import load_bundle
+from export.score.label import PREDICTION
+from train.common.console import Parser, names, run_main, say
+from train.common.errors import EngineError, UsageError
+from train.data.tasks import Task
 
 ROOT = Path(__file__).parent.parent.parent
 """The repository, from which the command is started."""

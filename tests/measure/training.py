@@ -6,7 +6,7 @@ included, as both do; loading models and tokenising left out.
 - tutorial: PEFT's P-tuning tutorial as it stands (https://huggingface.co/docs/peft/main/en/task_guides/
   ptuning-seq-classification): `PeftModel` in the Trainer, random batches padded to their longest text, fp32,
   dropout in the frozen model.
-- promptfold: `train.loop.fit` with the same method, sizes and learning rate: batches of like length, no dropout
+- promptfold: `train.fit.loop.fit` with the same method, sizes and learning rate: batches of like length, no dropout
   in what is frozen, the last layer for the pooled row alone.
 
 Each training has a process of its own, and they take turns, so that neither sits in the other's caches or
@@ -30,9 +30,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from train.common.console import Parser, run_main, say
+from train.common.errors import EngineError, PromptfoldError, UsageError
 from train.config import TrainConfig
-from train.console import Parser, run_main, say
-from train.errors import EngineError, PromptfoldError, UsageError
 
 PAUSE_SECONDS = 2.0
 """Before each training: what the one before it still writes or frees is done by then."""
@@ -65,9 +65,12 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
     from peft import PromptEncoderConfig, TaskType, get_peft_model
     from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-    from train.data import encode, load_splits
-    from train.model import base_tokenizer, find_base_model, load_classifier, text_limit
-    from train.tasks import score
+    from train.data.load import load_splits
+    from train.data.tasks import score
+    from train.data.token_ids import encode
+    from train.model.classifier import load_classifier
+    from train.model.find import find_base_model, text_limit
+    from train.model.tokenizer import base_tokenizer
 
     splits = load_splits(config)
     base = find_base_model(config.model)
@@ -125,9 +128,11 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
 
 def train_as_promptfold(config: TrainConfig) -> Measured:
     """Our loop, with the same settings."""
-    from train.data import encode, load_splits
-    from train.loop import fit
-    from train.model import base_tokenizer, find_base_model, text_limit
+    from train.data.load import load_splits
+    from train.data.token_ids import encode
+    from train.fit.loop import fit
+    from train.model.find import find_base_model, text_limit
+    from train.model.tokenizer import base_tokenizer
 
     splits = load_splits(config)
     base = find_base_model(config.model)
@@ -158,7 +163,7 @@ LOOPS: dict[str, Callable[[TrainConfig], Measured]] = {
 def _measured(loop: str, seconds: float, n_samples: int, scores: dict[str, float]) -> Measured:
     import resource
 
-    from train.run import describe_machine
+    from train.common.machine import describe_machine
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kilobytes, but bytes on macOS.

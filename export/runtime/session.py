@@ -1,0 +1,118 @@
+"""ONNX Runtime sessions: which execution providers there are, and how a graph is opened."""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.bundle.graph_outline import check_graph
+from train.common.errors import BundleError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+
+CUDA = "CUDAExecutionProvider"
+
+
+CPU = "CPUExecutionProvider"
+
+
+TENSORRT = "TensorrtExecutionProvider"
+
+
+NO_DEVICE = 100
+"""``CUDA_ERROR_NO_DEVICE`` of NVIDIA's cuda.h."""
+
+
+EXPORT_AGAIN = "Export the bundle again."
+
+
+def open_session(
+    path: Path, *, threads: int, use_cuda: bool | None = None, cuda_graphs: bool = False
+) -> "InferenceSession":
+    """Open a graph in ONNX Runtime with CUDA before CPU where CUDA can be used, ready for CUDA graphs if asked.
+
+    Raises:
+        BundleError: it holds what no graph of ours does (`check_graph`), or ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    check_graph(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if use_cuda is None:
+        use_cuda = not cuda_absence()
+    if use_cuda:
+        # The provider's libraries come from NVIDIA's wheels, which no loader path names.
+        onnxruntime.preload_dlls()
+    wanted = providers(use_cuda=use_cuda, cuda_graphs=cuda_graphs)
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=wanted)
+    except Exception as cause:
+        if not is_of_onnxruntime(cause):
+            raise
+        raise BundleError(f"ONNX Runtime cannot load {path} ({cause}). {EXPORT_AGAIN}") from cause
+
+
+def is_of_onnxruntime(cause: Exception) -> bool:
+    """Whether ONNX Runtime raised it; its exceptions share no base but Exception."""
+    return type(cause).__module__.startswith("onnxruntime")
+
+
+def providers(*, use_cuda: bool, cuda_graphs: bool = False) -> list[tuple[str, dict[str, str]]]:
+    """Execution providers and their options, the preferred one first: TensorRT where it is installed, CUDA, CPU.
+
+    ``cuda_graphs`` are the CUDA provider's, which must then have every kernel of the graph to itself.
+    """
+    wanted: list[tuple[str, dict[str, str]]] = [(CPU, {})]
+    if use_cuda:
+        # TF32 is on by default; it rounds fp32's 23 bits of mantissa to 10, and parity with PyTorch would be lost.
+        options = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graphs else {})
+        wanted.insert(0, (CUDA, options))
+        if not cuda_graphs and has_tensorrt():
+            wanted.insert(0, (TENSORRT, {"trt_fp16_enable": "0"}))
+    return wanted
+
+
+def has_tensorrt() -> bool:
+    """Whether ONNX Runtime has the provider and TensorRT's library is installed (``pip install tensorrt``)."""
+    import onnxruntime
+
+    if TENSORRT not in onnxruntime.get_available_providers():
+        return False
+    try:
+        # The package names its library's folder to the loader.
+        import tensorrt  # type: ignore[import-not-found]  # noqa: F401
+
+        ctypes.CDLL("libnvinfer.so.10")
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def run_session(session: "InferenceSession", arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Run a graph on the CPU; arrays by name → logits, float32, shape = (n_batch, n_labels)."""
+    return np.asarray(session.run(["logits"], dict(arrays))[0])
+
+
+def cuda_absence() -> str:
+    """Why ONNX Runtime cannot use CUDA here, in words for the page; empty where it can."""
+    import onnxruntime
+
+    if CUDA not in onnxruntime.get_available_providers():
+        return "this ONNX Runtime has no CUDA provider"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver on this machine"
+    # A container without its GPU, or CUDA_VISIBLE_DEVICES: ONNX Runtime would print a warning and take the CPU.
+    count = ctypes.c_int()
+    failure = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if failure or not count.value:
+        return f"the NVIDIA driver shows no GPU (CUDA error {failure or NO_DEVICE})"
+    return ""

@@ -1,0 +1,107 @@
+"""Rows of text → token ids, and the order in which training sees them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from train.data.tasks import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as token ids, in their own order.
+
+    Attributes:
+        rows: for each row ``input_ids``, ``attention_mask`` and what else the tokenizer gives, each a
+            list of n_tokens integers, and ``labels``, a class index. (Plain lists: indexing a
+            `datasets.Dataset` costs more than the step's own Python.)
+        swapped: the same rows with their sentences in the other order; empty for single texts.
+        texts_cut: how many texts were longer than the limit and lost their end.
+    """
+
+    rows: "list[dict[str, Any]]"
+    swapped: "list[dict[str, Any]]"
+    texts_cut: int
+
+
+def texts_of(dataset: "Dataset", task: Task) -> list[tuple[str, ...]]:
+    """Of each row its one or two sentences."""
+    return list(zip(*(dataset[column] for column in task.text_columns), strict=True))
+
+
+def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast", *, swap: bool = False) -> Encoded:
+    """Tokenise a split. Texts over the tokenizer's ``model_max_length`` lose their end, the longer sentence first.
+
+    Args:
+        swap: whether to tokenise the pairs in the other order as well.
+    """
+    texts = [list(dataset[column]) for column in task.text_columns]
+    labels = list(dataset[task.label_column])
+    whole_lengths = [len(ids) for ids in tokenizer(*texts, verbose=False)["input_ids"]]
+    return Encoded(
+        rows=_rows(tokenizer, texts, labels),
+        swapped=_rows(tokenizer, texts[::-1], labels) if swap else [],
+        texts_cut=sum(length > tokenizer.model_max_length for length in whole_lengths),
+    )
+
+
+def _rows(tokenizer: "PreTrainedTokenizerFast", texts: list[list[str]], labels: list[int]) -> list[dict[str, Any]]:
+    encoded = tokenizer(*texts, truncation="longest_first")
+    names = list(encoded)
+    return [
+        dict(zip(names, values, strict=True)) | {"labels": label}
+        for label, *values in zip(labels, *(encoded[name] for name in names), strict=True)
+    ]
+
+
+class LengthGroupedSampler:
+    """An order of the training rows in which each batch holds texts of like length.
+
+    Rows are shuffled, cut into blocks of fifty batches, and sorted by length within a block; then the
+    batches change places. Padding all but vanishes and the batches stay random. (transformers had the
+    same in `LengthGroupedSampler`, which version 5 removed from the Trainer.)
+
+    The order, and which of a pair's two orders is shown, follow from the seed and the epoch alone, so
+    an interrupted run meets the same batches again, and each of several processes the same ones.
+    """
+
+    BATCHES_IN_A_BLOCK = 50
+
+    def __init__(self, lengths: list[int], *, batch_size: int, seed: int, swap: bool) -> None:
+        """Set an order up.
+
+        Args:
+            lengths: of each row in tokens, shape = (n_rows,)
+            batch_size: over all processes together.
+            swap: whether half of the rows, at random, come from the second half of `EpochRows`.
+        """
+        self.epoch = 0
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._swap = swap
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import numpy as np
+
+        generator = np.random.default_rng((self._seed, self.epoch))
+        order = generator.permutation(len(self._lengths))
+        block = self._batch_size * self.BATCHES_IN_A_BLOCK
+        batches = []
+        for start in range(0, len(order), block):
+            rows = sorted(order[start : start + block].tolist(), key=lambda row: self._lengths[row])
+            batches += [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
+        # An incomplete batch stays last: in the middle it would shift the rows of all that follow.
+        last = [batches.pop()] if len(batches[-1]) < self._batch_size else []
+        generator.shuffle(batches)
+        swapped = generator.random(len(order)) < 0.5 if self._swap else np.zeros(len(order), bool)
+        for batch in batches + last:
+            for row in batch:
+                yield row + len(self._lengths) * int(swapped[row])

@@ -1,0 +1,32 @@
+"""The chart of a training run: loss and scores per epoch."""
+
+from pathlib import Path
+
+from train.data.tasks import METRICS, Scores
+from train.fit.checkpoint import EpochScores
+
+
+def draw_curves(path: Path, epochs: tuple[EpochScores, ...], best_epoch: int, baselines: dict[str, Scores]) -> None:
+    """Loss and scores per epoch as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no window system is touched
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    numbers = [epoch.epoch for epoch in epochs]
+    marker = "o" if len(epochs) < 30 else ""
+    left.plot(numbers, [epoch.train_loss for epoch in epochs], marker=marker, label="training")
+    left.plot(numbers, [epoch.validation_loss for epoch in epochs], marker=marker, label="validation")
+    left.set(xlabel="epoch", ylabel="cross entropy", title="loss")
+    for index, name in enumerate(epochs[0].scores.values):
+        color = f"C{index}"
+        values = [100 * epoch.scores.values[name] for epoch in epochs]
+        right.plot(numbers, values, marker=marker, color=color, label=METRICS[name])
+        best = max(scores.values[name] for scores in baselines.values())
+        right.axhline(100 * best, color=color, linestyle=":", label=f"{METRICS[name]}, best baseline")
+    right.set(xlabel="epoch", ylabel="percent", title="validation")
+    for axes in (left, right):
+        axes.axvline(best_epoch, color="gray", linewidth=0.8, linestyle="--", label="kept")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

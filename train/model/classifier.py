@@ -1,0 +1,106 @@
+"""A base model with a classification head, and with a prompt before its text."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from train.common.console import quiet_transformers
+from train.common.errors import ModelError, first_line
+from train.config import P_TUNING_V2
+from train.model.find import BERT_LIKE, MALFORMED, BaseModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from train.model.prompted import PromptedClassifier
+
+
+def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | None = None) -> "PreTrainedModel":
+    """Load the base model with a classification head of one row a label.
+
+    The head is new, so its values come from torch's global generator: seed it first.
+
+    Args:
+        labels: class names in the order of the logits.
+        attention: which implementation of attention, or transformers' own choice.
+
+    Raises:
+        ModelError: its weights cannot be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                **base.source,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: index for index, label in enumerate(labels)},
+                # A head for another number of labels is replaced, as a missing one is.
+                ignore_mismatched_sizes=True,
+                attn_implementation=attention,
+                use_safetensors=base.gguf_file is None,
+            )
+    except (*MALFORMED, SafetensorError, RuntimeError, ImportError) as cause:
+        raise ModelError(
+            f"Base model {base.name}: the weights in {base.folder} cannot be loaded ({first_line(cause)}). "
+            "Take an unbroken copy."
+        ) from cause
+    if model.config.pad_token_id is None:
+        # transformers' own forward, which PEFT calls, wants one before it takes a batch.
+        model.config.pad_token_id = model.config.eos_token_id
+    return model
+
+
+def put_prompt_before(
+    model: "PreTrainedModel", base: BaseModel, method: str, prompt: "torch.Tensor | torch.nn.Module"
+) -> "PromptedClassifier":
+    """The one definition of "base + prompt → logits" for a kind of model and a method.
+
+    Args:
+        model: a classifier as from `load_classifier`. Its last layer is replaced where only one row of it is read.
+        prompt: the table, or the prompt encoder that computes it.
+    """
+    from train.model.prompted import EmbeddingPrompt, KeyValuePrompt, PooledRowLayer, has_absolute_positions
+
+    if base.model_type in BERT_LIKE and has_absolute_positions(model.config):
+        backbone: Any = model.base_model
+        layers = backbone.encoder.layer
+        if not isinstance(layers[-1], PooledRowLayer):
+            layers[-1] = PooledRowLayer(layers[-1])
+    in_every_layer = method == P_TUNING_V2
+    if base.is_decoder or in_every_layer:
+        return KeyValuePrompt(model, prompt, is_decoder=base.is_decoder, in_every_layer=in_every_layer)
+    return EmbeddingPrompt(model, prompt)
+
+
+def prompted_classifier(
+    model: "PreTrainedModel", base: BaseModel, method: str, adapter_state: "dict[str, torch.Tensor]"
+) -> "PromptedClassifier":
+    """A classifier with an adapter's prompt and head.
+
+    Args:
+        model: a classifier as from `load_classifier`; its head is overwritten.
+        method: by which the adapter was trained.
+        adapter_state: the tensors of ``adapter_model.safetensors``: ``prompt_embeddings``,
+            shape = (n_virtual, n_width), and the head's under ``base_model.``.
+
+    Returns:
+        The module in evaluation mode.
+
+    Raises:
+        ModelError: the adapter holds a tensor that the model has no place for.
+    """
+    state = dict(adapter_state)
+    prompt = state.pop("prompt_embeddings")
+    head = {name.removeprefix("base_model."): tensor for name, tensor in state.items()}
+    try:
+        result = model.load_state_dict(head, strict=False)
+    except RuntimeError as cause:
+        raise ModelError(f"The adapter's head does not fit the base model ({first_line(cause)}).") from cause
+    if result.unexpected_keys:
+        raise ModelError(
+            f"The adapter holds tensors that the base model has no place for: {', '.join(result.unexpected_keys)}."
+        )
+    return put_prompt_before(model, base, method, prompt).eval()
