@@ -13,7 +13,7 @@ from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import Data, make_pairs, peft_logits, write_jsonl
-from tests.server import serve
+from tests.demo.server import serve
 from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
 from train.data.tasks import MRPC

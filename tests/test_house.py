@@ -17,37 +17,15 @@ from demo.__main__ import parse_config as parse_demo
 from export.__main__ import main as export_main
 from export.serve.__main__ import parse_config as parse_serve
 from tests.conftest import ROOT, SHIPPED, Data
+from tests.demo.server import serve
 from tests.measure.training import main as bench_main
-from tests.server import serve
 from train.adapter.folder import load_adapter
 from train.config import parse_config as parse_train
 from train.evaluate import main as evaluate_main
 
-ROOMS = ("train", "export", "demo")
-"""From below to above: each may import itself and what stands before it."""
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "optimum", "onnxruntime", "sklearn", "gradio", "pandas", "ray")
-
-
-def imported_modules(path: Path) -> set[str]:
-    """The first names of every import in a file, also of those inside functions."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.partition(".")[0])
-    return names
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_run_one_way(room: str) -> None:
-    above = set(ROOMS[ROOMS.index(room) + 1 :]) | {"tests"}
-    files = list((ROOT / room).glob("*.py"))
-    assert files
-    assert {str(path): found for path in files if (found := imported_modules(path) & above)} == {}
 
 
 def test_the_command_lines_import_nothing_heavy_until_they_work() -> None:
@@ -67,7 +45,7 @@ def test_telemetry_is_off_before_anything_could_send_it() -> None:
         "import {room}, gradio, huggingface_hub.constants as hub\n"
         "print(os.environ['ORT_DISABLE_TELEMETRY'], gradio.Blocks().analytics_enabled, hub.HF_HUB_DISABLE_TELEMETRY)"
     )
-    for room in ROOMS:
+    for room in ("train", "export", "demo"):
         command = [sys.executable, "-c", code.format(room=room)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "1 False True"

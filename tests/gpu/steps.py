@@ -227,7 +227,8 @@ def _config(name: str, **changed: Any) -> Any:
 
 def prepare(name: str) -> None:
     """Export, and make what `export.bench` needs, so that only measuring is left."""
-    from export.bench import prepare as preparation, random_model
+    from export.bench import prepare as preparation
+    from export.bench import random_model
     from export.bundle.folder import load_bundle
     from export.fold.pipeline import ExportConfig, export_adapters
     from train.common.folder_record import read_record

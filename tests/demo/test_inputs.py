@@ -28,7 +28,7 @@ from export.bundle.folder import load_bundle
 from export.runtime.check_text import MAX_CHARACTERS, check_text
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import ON_CPU, ROOT, WORDS
-from tests.server import Server, serve
+from tests.demo.server import Server, serve
 from train.common.errors import PromptfoldError, TextError
 from train.data.tasks import MRPC
 

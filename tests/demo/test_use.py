@@ -87,7 +87,7 @@ def serve_page(**options: Any) -> None:
 @contextmanager
 def small_page(**options: Any) -> Iterator[str]:
     """`serve_page` in a process of its own; its address. It may print no traceback."""
-    command = [sys.executable, "-m", "tests.test_use", json.dumps(options)]
+    command = [sys.executable, "-m", "tests.demo.test_use", json.dumps(options)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     printed = ""

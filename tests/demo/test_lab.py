@@ -366,7 +366,7 @@ def test_without_pytorch_onnx_runtime_is_measured_alone(adapter: Folders, bundle
 @pytest.fixture(scope="module")
 def url(adapter: Folders, bundle: Folders) -> Iterator[str]:
     """A served page, in a process of its own: in this one Gradio would leave sockets open."""
-    command = [sys.executable, "-m", "tests.test_lab", str(adapter("bert")), str(bundle("bert"))]
+    command = [sys.executable, "-m", "tests.demo.test_lab", str(adapter("bert")), str(bundle("bert"))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     printed = ""

@@ -11,8 +11,8 @@ from gradio_client.utils import QueueError
 from demo.access.gate import API, BUSY
 from demo.access.limits import QUEUE_SIZE
 from tests.conftest import ON_CPU
-from tests.load import Load, known_pairs, work
-from tests.server import Server, exists, serve
+from tests.demo.load import Load, known_pairs, work
+from tests.demo.server import Server, exists, serve
 
 Folders = Callable[[str], Path]
 

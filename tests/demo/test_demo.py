@@ -37,7 +37,7 @@ from export.runtime.check_text import MAX_CHARACTERS
 from export.runtime.classifier import Execution, OnnxClassifier
 from export.runtime.tokenizer import bundle_tokenizer
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Data, flip_bit, make_pairs, peft_logits, write_jsonl
-from tests.server import exists, serve, wait_until_gone
+from tests.demo.server import exists, serve, wait_until_gone
 from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
 from train.common.errors import AdapterError, EngineError, PromptfoldError, TextError, UsageError

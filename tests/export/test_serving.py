@@ -38,8 +38,8 @@ from export.serve.config import ServingConfig
 from export.serve.requests import MAX_TEXTS
 from export.serve.service import Service
 from tests.conftest import ON_CPU, ROOT, make_pairs, peft_logits
-from tests.server import serve, wait_until_gone
-from tests.test_demo import connect
+from tests.demo.server import serve, wait_until_gone
+from tests.demo.test_demo import connect
 from train.common.errors import BundleError, EngineError
 
 Folders = Callable[[str], Path]

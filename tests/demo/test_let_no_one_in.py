@@ -29,8 +29,8 @@ from starlette.routing import Route
 from demo.access.gate import API, MAX_BODY_BYTES, Gate, launch_options
 from demo.access.limits import MAX_BYTES
 from tests.conftest import ON_CPU, ROOT, Data, make_pairs, write_jsonl
-from tests.server import Server, serve
-from tests.test_browser import CHROMIUM
+from tests.demo.server import Server, serve
+from tests.demo.test_browser import CHROMIUM
 
 Folders = Callable[[str], Path]
 

@@ -59,7 +59,7 @@ from tests.conftest import (
     peft_logits,
     write_jsonl,
 )
-from tests.test_gguf import write_gguf
+from tests.train.test_gguf import write_gguf
 from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
 from train.adapter.record import Adapter
@@ -501,7 +501,7 @@ def serve_page(bundle_folder: str, has_pytorch: bool, *adapters: str) -> None:
 def visit(bundle_folder: Path, adapters: Sequence[Path], *, has_pytorch: bool = True) -> Iterator[Client]:
     """Serve the page and visit it with a program."""
     arguments = (str(bundle_folder), has_pytorch, *map(str, adapters))
-    code = f"from tests.test_prompt import serve_page; serve_page(*{arguments!r})"
+    code = f"from tests.demo.test_prompt import serve_page; serve_page(*{arguments!r})"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -39,7 +39,7 @@ from demo.page.tab_score import _results, build_score_tab
 from export.runtime.batches import Classified
 from export.runtime.check_text import MAX_CHARACTERS
 from tests.conftest import ON_CPU, POSITIONS, ROOT, VIRTUAL_TOKENS, make_pairs
-from tests.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
+from tests.export.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
 from train.common.errors import DataError, EngineError, PromptfoldError, UsageError
 from train.data.tasks import MRPC, custom_task
 
@@ -107,7 +107,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(adapter: Folders, bundle: Folders, served: Path) -> Iterator[str]:
     """The address of a page with the tiny encoder and the tiny decoder."""
     folders = [[str(make(kind)) for kind in KINDS] for make in (adapter, bundle)]
-    code = f"from tests.test_scorefile import serve_page; serve_page(*{folders!r})"
+    code = f"from tests.demo.test_scorefile import serve_page; serve_page(*{folders!r})"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -329,7 +329,7 @@ def pairs_table(n: int, **columns: Any) -> pyarrow.Table:
 
 
 def png() -> bytes:
-    return (Path(demo.measure.label_file.__file__).parent / "bench.png").read_bytes()[:1000]
+    return (ROOT / "demo" / "bench.png").read_bytes()[:1000]
 
 
 REFUSED: list[tuple[str, Callable[[], bytes], str]] = [

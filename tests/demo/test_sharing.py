@@ -24,7 +24,7 @@ from gradio_client import Client
 from demo.access.accounts import LONGEST_DELAY_SECONDS, SLOTS, Accounts, Throttle, parse_auth
 from demo.access.public_link import Tunnel, close_tunnel, open_tunnel, parse_root_path, qr_svg
 from tests.conftest import ROOT
-from tests.server import exists, wait_until_gone
+from tests.demo.server import exists, wait_until_gone
 from train.common.errors import UsageError
 
 # Accounts
@@ -298,7 +298,7 @@ def test_the_link_ends_however_the_page_ends(how: str, helper: Helper, tmp_path:
         "from pathlib import Path\n"
         "from gradio import networking, tunneling\n"
         "from demo.access.public_link import open_tunnel\n"
-        "from tests.test_sharing import make_page\n"
+        "from tests.demo.test_sharing import make_page\n"
         "tunneling.BINARY_PATH = sys.argv[1]\n"
         "tunneling.CHECKSUMS[tunneling.BINARY_URL] = hashlib.sha256(Path(sys.argv[1]).read_bytes()).hexdigest()\n"
         "networking.GRADIO_SHARE_SERVER_ADDRESS = '127.0.0.1:1'\n"

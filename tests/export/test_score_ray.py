@@ -25,7 +25,7 @@ import export.score.on_ray
 from export.score.__main__ import main
 from export.score.data_set import Block, BlockReader, find_data_set, parse_place
 from tests.conftest import ON_CPU, ROOT, Data, flip_bit, make_pairs
-from tests.test_score import golden_probabilities
+from tests.export.test_score import golden_probabilities
 from train.common.errors import DataError
 from train.data.tasks import MRPC
 

@@ -15,8 +15,8 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from demo.engines.adapters import SHIPPED
 from tests.conftest import make_pairs, write_jsonl
-from tests.server import serve
-from tests.test_demo import MOODS, make_mood_adapter
+from tests.demo.server import serve
+from tests.demo.test_demo import MOODS, make_mood_adapter
 
 REDWOODS = (
     "Coast redwood trees are the tallest trees on the planet and can grow over 300 feet tall.",
