@@ -5,6 +5,7 @@ label can be learned: "equivalent" pairs share their words.
 """
 
 import json
+import os
 import random
 import shlex
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import train  # noqa: F401  -- switches telemetry off before anything below it is imported
 
@@ -31,7 +33,10 @@ P_TUNED_V2 = ("bert", "electra", "gpt2", "llama", "opt", "roberta", "xlm-roberta
 """Families that take learned keys and values (P-Tuning v2)."""
 
 KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
-"""Every family with every method that it takes; "-v2" marks P-Tuning v2."""
+"""Every family with every method that it takes; "-v2" marks P-Tuning v2. For the slow tests."""
+
+MAIN_KINDS = ("bert", "roberta-v2", "gpt2", "llama-v2")
+"""Of encoders and decoders each method once: enough for the tests that run by default."""
 
 TOKEN_TYPES = ("bert", "electra")
 """Families whose tiny tokenizer tells the two sentences apart."""
@@ -65,6 +70,16 @@ def pytest_configure() -> None:
     from playwright.sync_api import expect
 
     expect.set_options(timeout=180_000)  # the other worker's tests want the processor too
+
+
+SLOW = ROOT / "tests" / "slow"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies in tests/slow, which `python -m pytest` leaves out and `python -m pytest -m slow` runs."""
+    for item in items:
+        if item.path.is_relative_to(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -200,51 +215,68 @@ class Data:
         return ["--train-file", str(self.train_file), "--validation-file", str(self.validation_file)]
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    folder = tmp_path_factory.mktemp("data")
-    return Data(
-        write_jsonl(folder / "train.jsonl", make_pairs(64, seed=1)),
-        write_jsonl(folder / "validation.jsonl", make_pairs(40, seed=2)),
-    )
+Make = Callable[[Path], object]
+"""Writes something into a folder that it may make."""
+
+
+class MadeOnce:
+    """Folders that are made once a run, whichever of pytest-xdist's workers asks first; the others wait for it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._root.mkdir(exist_ok=True)
+
+    def __call__(self, name: str, make: Make) -> Path:
+        """The folder of a name, made if it is not there."""
+        folder, whole = self._root / name, self._root / f"{name}.whole"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._root / f"{name}.lock"):
+            if not whole.exists():
+                make(folder)
+                whole.touch()
+        return folder
 
 
 @pytest.fixture(scope="session")
-def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from a family to a folder with a tiny model of it, made once a session."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_base_model(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return get
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    base = tmp_path_factory.getbasetemp()
+    # A worker's own folder lies in that of the run.
+    return MadeOnce((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "made")
 
 
 @pytest.fixture(scope="session")
-def adapter(
-    tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path], data: Data
-) -> Callable[[str], Path]:
+def data(made_once: MadeOnce) -> Data:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        write_jsonl(folder / "train.jsonl", make_pairs(64, seed=1))
+        write_jsonl(folder / "validation.jsonl", make_pairs(40, seed=2))
+
+    folder = made_once("data", make)
+    return Data(folder / "train.jsonl", folder / "validation.jsonl")
+
+
+@pytest.fixture(scope="session")
+def base_model(made_once: MadeOnce) -> Callable[[str], Path]:
+    """A function from a family to a folder with a tiny model of it, made once a run."""
+    return lambda family: made_once(f"base-{family}", lambda folder: make_base_model(folder, family))
+
+
+@pytest.fixture(scope="session")
+def adapter(made_once: MadeOnce, base_model: Callable[[str], Path], data: Data) -> Callable[[str], Path]:
     """A function from a kind ("bert", "bert-v2") to an adapter folder that ``python -m train`` wrote for it."""
     from train.__main__ import main
 
-    made: dict[str, Path] = {}
-
     def get(kind: str) -> Path:
-        if kind not in made:
-            out = tmp_path_factory.mktemp("adapters") / kind
-            method = "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"
-            status = main(
-                shlex.split(
-                    f"--model {base_model(family_of(kind))} --method {method} --out {out} "
-                    f"--virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16 --epochs 3 --learning-rate 1e-2"
-                )
-                + data.flags
+        method = "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"
+
+        def make(folder: Path) -> None:
+            flags = (
+                f"--model {base_model(family_of(kind))} --method {method} --out {folder} "
+                f"--virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16 --epochs 3 --learning-rate 1e-2"
             )
-            assert status == 0
-            made[kind] = out
-        return made[kind]
+            assert main([*shlex.split(flags), *data.flags]) == 0
+
+        return made_once(f"adapters/{kind}", make)
 
     return get
 
@@ -262,73 +294,62 @@ def write_three_labels(path: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def second(
-    tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path], data: Data
-) -> Callable[..., Path]:
+def second(made_once: MadeOnce, base_model: Callable[[str], Path], data: Data) -> Callable[..., Path]:
     """A function from a kind to another adapter of it; ``three`` labels, or other ``flags``."""
     from train.__main__ import main
 
-    made: dict[str, Path] = {}
-
     def get(kind: str, *, three: bool = False, flags: str = "") -> Path:
-        key = f"{kind} {three} {flags}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("second")
+        place = "second-" + "".join(c if c.isalnum() else "-" for c in f"{kind}{flags}")
+
+        def make(folder: Path) -> None:
             files = data.flags
             if three:
-                train, validation = (write_three_labels(folder / f"{seed}.jsonl", seed) for seed in (3, 4))
-                files = ["--train-file", str(train), "--validation-file", str(validation)]
+                paths = (write_three_labels(folder.parent / f"{seed}.jsonl", seed) for seed in (3, 4))
+                train, validation = map(str, paths)
+                files = ["--train-file", train, "--validation-file", validation]
                 files += ["--text-columns", "left,right", "--label-column", "kind"]
             command = [
-                *("--model", str(base_model(family_of(kind))), "--out", str(folder / ("three" if three else "other"))),
+                *("--model", str(base_model(family_of(kind))), "--out", str(folder)),
                 *("--method", "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"),
                 *("--virtual-tokens", str(VIRTUAL_TOKENS), "--encoder-hidden-size", "16"),
                 *("--epochs", "1", "--learning-rate", "3e-2", "--seed", "5", *flags.split(), *files),
             ]
             assert main(command) == 0
-            made[key] = folder / ("three" if three else "other")
-        return made[key]
+
+        return made_once(f"{place}/{'three' if three else 'other'}", make)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path]) -> Callable[[str], Path]:
+def bundle(made_once: MadeOnce, adapter: Callable[[str], Path]) -> Callable[[str], Path]:
     """A function from a kind to a bundle folder that ``python -m export`` wrote from its adapter."""
     from export.__main__ import main
 
-    made: dict[str, Path] = {}
+    def get(kind: str) -> Path:
+        def make(folder: Path) -> None:
+            assert main([str(adapter(kind)), "--out", str(folder)]) == 0
 
-    def get(family: str) -> Path:
-        if family not in made:
-            out = tmp_path_factory.mktemp("bundles") / family
-            assert main([str(adapter(family)), "--out", str(out)]) == 0
-            made[family] = out
-        return made[family]
+        return made_once(f"bundles/{kind}", make)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def bundle_in(
-    tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[str], Path], data: Data
-) -> Callable[[str, str], Path]:
+def bundle_in(made_once: MadeOnce, adapter: Callable[[str], Path], data: Data) -> Callable[[str, str], Path]:
     """A function from a kind and a precision to a bundle that holds it beside fp32, whatever it costs in quality."""
     import export.fold.gate
     from export.__main__ import main
 
-    made: dict[tuple[str, str], Path] = {}
-
     def get(kind: str, precision: str) -> Path:
-        if (kind, precision) not in made:
-            out = tmp_path_factory.mktemp("precisions") / kind
+        def make(folder: Path) -> None:
             rows = ["--validation-file", str(data.validation_file)]
             with pytest.MonkeyPatch.context() as patch:
                 # No metric can fall by more.
                 patch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
-                assert main([str(adapter(kind)), "--out", str(out), "--precision", precision, *rows]) == 0
-            made[kind, precision] = out
-        return made[kind, precision]
+                assert main([str(adapter(kind)), "--out", str(folder), "--precision", precision, *rows]) == 0
+
+        return made_once(f"{precision}/{kind}", make)
 
     return get
 

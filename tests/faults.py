@@ -29,7 +29,7 @@ from tests.conftest import ON_CPU, ROOT
 PROGRAMS = {
     "train": "train.__main__",
     "export": "export.__main__",
-    "score": "export.score",
+    "score": "export.score.__main__",
     "triton": "export.triton",
 }
 """The module whose ``main`` a command line is given to."""

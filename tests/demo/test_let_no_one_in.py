@@ -596,7 +596,7 @@ def test_the_page_reaches_for_no_machine_but_this_one(page: Watched, tmp_path: P
 def test_training_export_and_scoring_reach_for_no_machine(base_model: Folders, data: Data, tmp_path: Path) -> None:
     # In one process: most of the time goes into imports.
     code = (
-        "import json, sys, train.__main__, export.__main__, export.score\n"
+        "import json, sys, train.__main__, export.__main__, export.score.__main__\n"
         "for name, words in json.loads(sys.argv[1]):\n"
         "    assert sys.modules[name].main(words) == 0, name"
     )
@@ -604,7 +604,7 @@ def test_training_export_and_scoring_reach_for_no_machine(base_model: Folders, d
         "train.__main__": f"--model {base_model('bert')} --out {tmp_path / 'adapter'} --virtual-tokens 5 "
         f"--encoder-hidden-size 16 --epochs 1 {shlex.join(data.flags)}",
         "export.__main__": f"{tmp_path / 'adapter'} --out {tmp_path / 'bundle'}",
-        "export.score": f"{tmp_path / 'bundle'} --in {data.validation_file} --out {tmp_path / 'labelled.jsonl'}",
+        "export.score.__main__": f"{tmp_path / 'bundle'} --in {data.validation_file} --out {tmp_path / 'labelled.jsonl'}",
     }
     words = json.dumps([(name, shlex.split(command)) for name, command in commands.items()])
     environment = os.environ | watching(tmp_path / "watch")

@@ -201,9 +201,9 @@ def test_a_driver_without_a_gpu_is_told_from_one_with(
 
 def test_why_it_does_not_run_on_a_gpu_is_said(bundle: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_bundle(bundle("bert"))
-    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "no NVIDIA driver on this machine")
+    monkeypatch.setattr(export.runtime.classifier, "cuda_absence", lambda: "no NVIDIA driver on this machine")
     assert OnnxClassifier(loaded, threads=1).execution.note == "no NVIDIA driver on this machine"
-    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime.classifier, "cuda_absence", lambda: "")
     assert OnnxClassifier(loaded, threads=1, use_cuda=False).execution.note == "CUDA is switched off"
 
 
@@ -211,7 +211,7 @@ def test_where_cuda_fails_the_graph_for_the_cpu_is_taken(
     bundle_in: Precisions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime then goes on without a word, with the graph that was chosen for a GPU."""
-    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime.classifier, "cuda_absence", lambda: "")
     monkeypatch.setattr(export.runtime.session, "providers", lambda **_: [(CPU, {})])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     for precision, expected in (("fp16", "fp32"), ("int8", "int8")):
@@ -233,8 +233,8 @@ def test_a_graph_that_cannot_be_captured_runs_without_and_says_so(
             raise BundleError("This session cannot use the graph capture feature.")
         return on_cpu(path, threads=threads, use_cuda=False)
 
-    monkeypatch.setattr(export.runtime.session, "cuda_absence", lambda: "")
-    monkeypatch.setattr(export.runtime.session, "open_session", open_session)
+    monkeypatch.setattr(export.runtime.classifier, "cuda_absence", lambda: "")
+    monkeypatch.setattr(export.runtime.classifier, "open_session", open_session)
     loaded = load_bundle(bundle("bert"))
     found = export.runtime.classifier._open_graph(loaded, None, threads=1, use_cuda=True, cuda_graphs=True)
     assert (opened, found.cuda_graphs) == ([True, False], False)
@@ -280,7 +280,7 @@ def test_a_gpu_that_misreads_padding_is_found_out_before_it_answers(
     def open_session(path: Path, **_: object) -> OnAGpu:
         return OnAGpu(path, misread if path == fp16 else lambda mask: mask)
 
-    monkeypatch.setattr(export.runtime.session, "open_session", open_session)
+    monkeypatch.setattr(export.runtime.classifier, "open_session", open_session)
     opened = export.runtime.classifier._open_graph(loaded, None, threads=1, use_cuda=True)
     assert (opened.precision, opened.why == "") == (("fp16", True) if is_right else ("fp32", False))
     if not is_right:

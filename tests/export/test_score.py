@@ -844,7 +844,7 @@ def test_an_older_output_is_replaced_only_when_asked_and_by_a_whole_one(
 
 PEAK = """
 import sys
-from export.score import main
+from export.score.__main__ import main
 status = main(sys.argv[1:])
 with open("/proc/self/status") as lines:
     print(*[line.split()[1] for line in lines if line.startswith("VmHWM")])
@@ -903,6 +903,6 @@ def test_importing_it_imports_nothing_heavy() -> None:
         "pyarrow",
         "tqdm",
     )
-    code = f"import sys, export.score\nprint([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, export.score.__main__\nprint([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -41,7 +41,7 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_R
 
 CLUSTER = """
 import sys
-from export.cluster import ray_cluster
+from export.ray_cluster import ray_cluster
 with ray_cluster(num_cpus=2) as cluster:
     print(cluster.address, flush=True)
     sys.stdin.read()
