@@ -462,7 +462,7 @@ def test_what_is_for_ray_is_refused_without_it(bundle: Folders, tmp_path: Path, 
 
 
 def test_a_missing_ray_is_named_and_the_other_engine_does_without(bundle: Folders, tmp_path: Path) -> None:
-    code = "import sys\nsys.modules['ray'] = None\nfrom export.score import main\nsys.exit(main(sys.argv[1:]))"
+    code = "import sys\nsys.modules['ray'] = None\nfrom export.score.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     rows = tmp_path / "in.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(make_pairs(4, seed=27)), rows)
     for flags, status in ((["--engine", "ray"], 2), ([], 0)):
