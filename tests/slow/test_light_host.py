@@ -72,19 +72,30 @@ def test_it_labels_a_file_answers_over_http_and_opens_the_page(
 ) -> None:
     source, out = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("sentence1,sentence2\nword1 word2,word2 word1\n", encoding="utf-8")
-    score = [python, "-m", "export.score", bundle("bert"), "--in", source, "--out", out]
+    score: list[str | Path] = [python, "-m", "export.score", bundle("bert"), "--in", source, "--out", out]
     subprocess.run(score, cwd=ROOT, check=True, capture_output=True)
     label = out.read_text(encoding="utf-8").splitlines()[1].split(",")[2]
 
     port = find_port("127.0.0.1", None, first=8100)
     url = f"http://127.0.0.1:{port}/v1"
-    with running([python, "-m", "export.serve", bundle("bert"), "--port", str(port)], f"{url}/health"):
+    serve: list[str | Path] = [python, "-m", "export.serve", bundle("bert"), "--port", str(port)]
+    with running(serve, f"{url}/health"):
         question = json.dumps({"pair": ["word1 word2", "word2 word1"]}).encode()
         answer = json.load(urllib.request.urlopen(f"{url}/classify", question, timeout=60))  # noqa: S310 -- the same
     assert answer["answers"][0]["label"] == label
 
     port = find_port("127.0.0.1", None, first=7960)
-    page = [python, "-m", "demo", "--engine", "onnx", "--adapter", adapter("bert"), "--bundle", bundle("bert")]
+    page: list[str | Path] = [
+        python,
+        "-m",
+        "demo",
+        "--engine",
+        "onnx",
+        "--adapter",
+        adapter("bert"),
+        "--bundle",
+        bundle("bert"),
+    ]
     with running([*page, "--port", str(port)], f"http://127.0.0.1:{port}/"):
         code = (
             "import sys; from gradio_client import Client; "
