@@ -102,6 +102,6 @@ def test_it_labels_a_file_answers_over_http_and_opens_the_page(
             "answer = Client(sys.argv[1], verbose=False).predict('word1 word2', 'word2 word1', api_name='/compare'); "
             "print(answer['onnx']['label'])"
         )
-        command = [python, "-c", code, f"http://127.0.0.1:{port}/"]
+        command: list[str | Path] = [python, "-c", code, f"http://127.0.0.1:{port}/"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == label
