@@ -49,8 +49,8 @@ WARM = (
     "pyarrow.parquet",
     "sklearn.metrics",
     "tqdm",
-    "train.fit.loop",
     "train.fit.seeds",
+    "train.fit.trainer",
     "transformers.models.bert.modeling_bert",
     "transformers.trainer",
 )

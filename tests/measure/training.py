@@ -128,30 +128,13 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
 
 def train_as_promptfold(config: TrainConfig) -> Measured:
     """Our loop, with the same settings."""
-    from train.data.load import load_splits
-    from train.data.token_ids import encode
-    from train.fit.loop import fit
-    from train.model.find import find_base_model, text_limit
-    from train.model.tokenizer import base_tokenizer
+    from train.fit.loop import fit, prepare
 
-    splits = load_splits(config)
-    base = find_base_model(config.model)
-    tokenizer = base_tokenizer(base, text_limit(base, config.virtual_tokens))
-    train, validation = (encode(split, splits.task, tokenizer) for split in (splits.train, splits.validation))
+    prepared = prepare(config)
     with tempfile.TemporaryDirectory() as work:
-        fitted = fit(
-            config,
-            seed=config.seed,
-            task=splits.task,
-            base=base,
-            tokenizer=tokenizer,
-            train=train,
-            validation=validation,
-            checkpoints=Path(work),
-            log_folder=Path(work) / "runs",
-        )
-    best = fitted.epochs[fitted.best_epoch - 1].scores.values
-    return _measured("promptfold", fitted.seconds, len(train.rows) * config.epochs, best)
+        _, progress = fit(prepared, seed=config.seed, checkpoints=Path(work), log_folder=Path(work) / "runs")
+    best = progress.epochs[progress.best_epoch - 1].scores
+    return _measured("promptfold", progress.seconds, len(prepared.train.rows) * config.epochs, best)
 
 
 LOOPS: dict[str, Callable[[TrainConfig], Measured]] = {

@@ -1,16 +1,19 @@
-"""The adapter folder: written, finished, read and checked."""
+"""The adapter folder: written, read and checked."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from train.adapter.card import model_card
-from train.adapter.peft import check_peft_config, method_of
+from train.adapter.peft import TokenCount, check_peft_config
 from train.adapter.record import ADAPTER, FILES, Adapter
+from train.common.errors import AdapterError
 from train.common.folder_record import check_seal, read_record, reading, write_record
-from train.common.limits import MAX_TOKENS, whole_number
-from train.data.tasks import METRICS, Scores, Task
+from train.common.records import parse_record
+from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
 
 if TYPE_CHECKING:
@@ -18,64 +21,74 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def save_weights(folder: Path, peft_model: "PeftModel", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Write PEFT's own files and the tokenizer's into an existing, empty folder.
+@dataclass(frozen=True)
+class _ModelRecord:
+    name: str
+    sha256: str
 
-    The prompt encoder runs once, here; what is written is the table it computed.
-    """
+
+@dataclass(frozen=True)
+class _SettingsRecord:
+    validation_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class _TrainingRecord:
+    """The entries of training.json that `Adapter` is made of; the others are for people."""
+
+    model: _ModelRecord
+    task: dict[str, Any]
+    method: Literal["p-tuning", "p-tuning-v2"]
+    virtual_tokens: TokenCount
+    max_length: TokenCount
+    validation: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+    baseline_rules: Baselines
+    n_validation: int
+    config: _SettingsRecord
+    data_sha256: dict[str, str]
+
+
+def save_weights(folder: Path, peft_model: "PeftModel", tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Write PEFT's own files and the tokenizer's; of the prompt encoder only the table that it computes."""
     # save_embedding_layers: "auto" would ask the hub about the base model's vocabulary.
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
 
 
 def finish_adapter(folder: Path, training: dict[str, Any]) -> None:
-    """Add training.json and the model card to what `save_weights` wrote.
-
-    Args:
-        training: what training.json shall hold besides its format and hashes.
-    """
+    """Add training.json, of which ``training`` is the content, and the model card to what `save_weights` wrote."""
     (folder / FILES.card).write_text(model_card(training), encoding="utf-8")
     write_record(folder, ADAPTER, training, unhashed=[FILES.card, FILES.curves])
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder and check it file by file.
-
-    Raises:
-        AdapterError: it is not there, is no adapter made by promptfold, or a file of it was changed.
-    """
+    """Read an adapter folder and check it file by file; an AdapterError where it is none or was changed."""
     training = read_record(folder, ADAPTER)
+    record = parse_record(_TrainingRecord, training, AdapterError, str(folder / FILES.training), ADAPTER.remedy)
     with reading(folder, ADAPTER):
-        adapter = Adapter(
-            folder=folder,
-            model=str(training["model"]["name"]),
-            model_sha256=str(training["model"]["sha256"]),
-            task=Task.from_json(training["task"]),
-            method=method_of(training["method"]),
-            virtual_tokens=whole_number(training, "virtual_tokens", 1, MAX_TOKENS),
-            max_length=whole_number(training, "max_length", 1, MAX_TOKENS),
-            scores=_read_scores(training["validation"]),
-            baselines={str(name): _read_scores(scores) for name, scores in training["baselines"].items()},
-            baseline_rules=Baselines.from_json(training["baseline_rules"]),
-            n_validation=int(training["n_validation"]),
-            validation_file=_path(training["config"].get("validation_file")),
-            validation_sha256=str(training["data_sha256"].get("validation", "")),
-            sha256=_sha256_of_answers(training),
-        )
-        check_seal(folder, training, ADAPTER)
-    check_peft_config(adapter)
-    return adapter
-
-
-def _path(name: str | None) -> Path | None:
-    return Path(name) if name else None
-
-
-def _read_scores(scores: dict[str, Any]) -> Scores:
-    return Scores({name: float(scores[name]) for name in METRICS if name in scores})
-
-
-def _sha256_of_answers(training: dict[str, Any]) -> str:
-    """Hash what decides an answer: the files, the base model, the labels, the limit; not the scores or the card."""
+        task = Task.from_json(record.task)
+    check_seal(folder, training, ADAPTER)
+    # Everything that changes predictions; not the scores or the card.
     parts = [training[name] for name in ("sha256", "model", "task", "method", "virtual_tokens", "max_length")]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    check_peft_config(folder, record.method, record.virtual_tokens)
+    return Adapter(
+        folder=folder,
+        model=record.model.name,
+        model_sha256=record.model.sha256,
+        task=task,
+        method=record.method,
+        virtual_tokens=record.virtual_tokens,
+        max_length=record.max_length,
+        scores=_scores(task, record.validation),
+        baselines={name: _scores(task, values) for name, values in record.baselines.items()},
+        baseline_rules=record.baseline_rules,
+        n_validation=record.n_validation,
+        validation_file=record.config.validation_file,
+        validation_sha256=record.data_sha256.get("validation", ""),
+        sha256=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _scores(task: Task, values: dict[str, float]) -> Scores:
+    return Scores({name: values[name] for name in task.metrics if name in values})

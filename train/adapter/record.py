@@ -1,4 +1,4 @@
-"""What an adapter folder holds: the names of its files, its record, and `Adapter`, which is read from it."""
+"""The files of an adapter folder, the kind of folder it is, and `Adapter`, which is read from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from train.model.baselines import Baselines
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Names inside an adapter folder."""
+    """File names inside an adapter folder."""
 
     config: str = "adapter_config.json"
     weights: str = "adapter_model.safetensors"
@@ -26,11 +26,10 @@ class AdapterFiles:
 FILES = AdapterFiles()
 
 
-def _decisive(training: Mapping[str, Any]) -> list[object]:
-    """What of training.json decides an answer.
+def _sealed(training: Mapping[str, Any]) -> list[object]:
+    """The parts of training.json that change predictions; only these are hashed, as scores may be corrected by hand.
 
-    Not the scores and their history, which a person may correct, nor the base model's name: it may have been moved, and
-    its weights' hash says whether it is the right one.
+    The base model may have been moved, so its weights' hash counts and not its name.
     """
     names = ("sha256", "task", "method", "virtual_tokens", "max_length", "baseline_rules")
     return [training["model"]["sha256"], *(training[name] for name in names)]
@@ -44,45 +43,35 @@ ADAPTER = FolderKind(
     error=AdapterError,
     command="python -m train --out",
     remedy="Train it again with `python -m train`, or take an unbroken copy.",
-    sealed=_decisive,
+    sealed=_sealed,
 )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder that was checked.
-
-    Attributes:
-        folder: where it lies.
-        model: the base model's name, as for `train.model.find.find_base_model`.
-        model_sha256: hash of the base model's weights.
-        task: what was learned.
-        method: "p-tuning" or "p-tuning-v2".
-        virtual_tokens: length of the prompt.
-        max_length: longest text in tokens.
-        scores: on validation.
-        baselines: what scores on the same rows without any prompt, by a name for people.
-        baseline_rules: how those answer, for other rows.
-        n_validation: how many rows those are.
-        validation_file: where they came from, None for the hub; on another machine it is somewhere else, or nowhere.
-        validation_sha256: hash of that file; empty for the hub.
-        sha256: hash over everything in the folder that changes an answer.
-    """
+    """An adapter folder that was checked."""
 
     folder: Path
     model: str
+    """The base model's name, as for `train.model.find.find_base_model`."""
     model_sha256: str
     task: Task
     method: str
+    """ "p-tuning" or "p-tuning-v2"."""
     virtual_tokens: int
     max_length: int
+    """The longest text in tokens."""
     scores: Scores
+    """On the validation rows, as are ``baselines``, whose names are for people."""
     baselines: dict[str, Scores]
     baseline_rules: Baselines
     n_validation: int
     validation_file: Path | None
+    """Its name at training; None for the hub's data."""
     validation_sha256: str
+    """Empty for the hub's data."""
     sha256: str
+    """One hash over everything in the folder that changes predictions."""
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -1,18 +1,4 @@
-"""Every error a user of promptfold can cause.
-
-PromptfoldError
-├── UsageError      a flag or an argument that cannot be used
-├── TextError       a sentence that cannot be classified (empty, not valid Unicode)
-│   └── LongTextError   … because it is too long
-├── DataError       a data file that cannot be read, or rows in it that cannot be used
-├── HubError        a model or data set that the Hugging Face hub did not give
-├── ModelError      a base model that is missing, damaged or of an unsupported kind
-├── AdapterError    a folder that is not an adapter, or an adapter that does not fit
-├── BundleError     a folder that is not a bundle, or a bundle that does not fit
-├── ParityError     an exported graph whose logits differ from PyTorch's
-├── PrecisionError  a graph in another precision that scores worse than the gate allows
-├── RequestError    a request to a served bundle that is refused
-└── EngineError     an engine process that died or did not answer in time
+"""Every error that a user of promptfold can cause.
 
 Each message says what was wrong, where, and what to do next, so that it can be shown as it is: on the
 command line (exit status 2) and on the page.
@@ -20,7 +6,7 @@ command line (exit status 2) and on the page.
 
 
 class PromptfoldError(Exception):
-    """The root: whatever promptfold raises on purpose."""
+    """The root of all errors that promptfold raises on purpose."""
 
 
 class UsageError(PromptfoldError):
@@ -28,7 +14,7 @@ class UsageError(PromptfoldError):
 
 
 class TextError(PromptfoldError):
-    """A sentence that cannot be classified."""
+    """A sentence that cannot be classified: empty, or not valid Unicode."""
 
 
 class LongTextError(TextError):
@@ -64,23 +50,24 @@ class PrecisionError(PromptfoldError):
 
 
 class RequestError(PromptfoldError):
-    """A request to a served bundle that is refused.
-
-    Attributes:
-        status: of HTTP.
-    """
+    """A request to a served bundle that is refused."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+        """The HTTP status."""
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[int, str]]:
+        """How to pickle it; an exception's own way passes on the message alone."""
+        return RequestError, (self.status, str(self))
 
 
 class EngineError(PromptfoldError):
-    """An engine process that died or did not answer in time."""
+    """A process that died or did not answer in time."""
 
 
 def is_of_tokenizers(cause: BaseException) -> bool:
-    """Whether the library tokenizers raised it: a bare Exception, or a panic of its Rust code, which is not even that."""
+    """Whether the library tokenizers raised it: a bare Exception, or a Rust panic, which is a BaseException."""
     return type(cause) is Exception or type(cause).__name__ == "PanicException"
 
 

@@ -1,7 +1,6 @@
-"""What is looked at before a file is read that somebody else may have made: that it is a plain file, and how large.
+"""What is checked before an untrusted file is read: that it is a regular file, and how large it is.
 
-A folder's hashes tell of accidents. Whoever makes a folder makes its hashes too, so they say nothing about intent; what
-is refused here and by whoever reads the files holds for every folder.
+Hashes in a folder only reveal accidents, because its author computes them. These checks hold for every folder.
 """
 
 import os
@@ -14,47 +13,16 @@ from train.common.errors import PromptfoldError
 
 MIB = 2**20
 
-
-MAX_RECORD_BYTES = 16 * MIB
-"""Of a JSON file that is read whole: a record, a configuration. Those of the largest models are below 1 MiB."""
-
-
-MAX_TEXT_BYTES = 64 * MIB
-"""Of any other file that is no model: the largest tokenizers in use have 33 MiB."""
-
-
-MAX_MODEL_BYTES = 2**31
-"""Of an ONNX graph, which is one protobuf message, and of an adapter's weights."""
-
-
-MAX_BASE_BYTES = 2**36
-"""Of a file with a base model's weights: 64 GiB."""
-
-
-MAX_TOKENS = 2**24
-"""Of a text, of a prompt, of a vocabulary."""
-
-
-MAX_ENTRIES = 1000
-"""Of files and folders in an adapter or a bundle, which have about ten."""
-
-
-_MODELS = (".onnx", ".safetensors")
-
-
-def largest_bytes(name: str) -> int:
-    """How large a file of an adapter or a bundle may be, by its name."""
-    return MAX_MODEL_BYTES if name.endswith(_MODELS) else MAX_TEXT_BYTES
+MAX_RECORD_BYTES = 16 * MIB  # a record or a configuration; those of the largest models are below 1 MiB
+MAX_TEXT_BYTES = 64 * MIB  # any other file that is no model; the largest tokenizers in use have 33 MiB
+MAX_MODEL_BYTES = 2**31  # an ONNX graph, which is one protobuf message, and an adapter's weights
+MAX_BASE_BYTES = 2**36  # a file with a base model's weights: 64 GiB
+MAX_TOKENS = 2**24  # any token count: text, prompt or vocabulary
+MAX_ENTRIES = 1000  # files and folders in an adapter or a bundle, which have about ten
 
 
 def check_file(path: Path, max_bytes: int, error: type[PromptfoldError], remedy: str) -> None:
-    """Refuse what is no plain file (to read a named pipe never ends), or is larger than anything of its kind.
-
-    A link counts as what it points to.
-
-    Raises:
-        error: it is, or it is not there; the message ends in ``remedy``.
-    """
+    """Refuse a file that is missing, not regular (reading a named pipe never ends) or too large; follows links."""
     try:
         state = path.stat()
     except OSError as cause:
@@ -63,14 +31,7 @@ def check_file(path: Path, max_bytes: int, error: type[PromptfoldError], remedy:
 
 
 def check_entries(folder: Path, error: type[PromptfoldError], remedy: str) -> None:
-    """Refuse an adapter or a bundle that holds a link, anything but plain files and folders, or a file that is too large.
-
-    Folders in it are nobody's business: nothing in them is ever read.
-
-    Raises:
-        error: it does.
-        OSError: it cannot be listed.
-    """
+    """Refuse an adapter or a bundle that holds a link, a special file, a file that is too large, or too many files."""
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries):
             path = Path(entry.path)
@@ -81,9 +42,9 @@ def check_entries(folder: Path, error: type[PromptfoldError], remedy: str) -> No
                     f"{path} is a link, and a link may lead to any file of this machine. If it is your own, take a "
                     f"copy without links: cp -rL {folder} COPY"
                 )
-            if not entry.is_dir(follow_symlinks=False):
-                state = entry.stat(follow_symlinks=False)
-                _check_state(path, state, largest_bytes(entry.name), error, remedy)
+            if not entry.is_dir(follow_symlinks=False):  # nothing in a folder is ever read
+                max_bytes = MAX_MODEL_BYTES if path.suffix in {".onnx", ".safetensors"} else MAX_TEXT_BYTES
+                _check_state(path, entry.stat(follow_symlinks=False), max_bytes, error, remedy)
 
 
 def _check_state(path: Path, state: os.stat_result, max_bytes: int, error: type[PromptfoldError], remedy: str) -> None:
@@ -96,12 +57,7 @@ def _check_state(path: Path, state: os.stat_result, max_bytes: int, error: type[
 
 
 def whole_number(record: Mapping[str, Any], name: str, lowest: int, highest: int) -> int:
-    """A whole number of a record.
-
-    Raises:
-        KeyError: it is not there.
-        ValueError: it is none, or out of range; the message reads on from "lacks".
-    """
+    """A whole number of a record; a KeyError, or a ValueError that reads on from "lacks"."""
     value = record[name]
     if type(value) is not int or not lowest <= value <= highest:
         raise ValueError(f"a {name} from {lowest} to {highest}")

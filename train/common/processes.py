@@ -1,4 +1,4 @@
-"""Training in several processes: how many there are, and which of them speaks and writes."""
+"""Training in several processes (`torchrun`, `accelerate launch`): their number, and the main one."""
 
 import os
 from typing import TypeVar
@@ -7,12 +7,11 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """How many processes train together (`torchrun` and `accelerate launch` say so)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this is the one that speaks and writes."""
+    """Whether this process prints and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 

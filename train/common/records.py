@@ -13,12 +13,8 @@ T = TypeVar("T")
 def parse_record(kind: type[T], value: object, error: type[PromptfoldError], where: str, remedy: str) -> T:
     """A JSON value → the pydantic dataclass that describes it.
 
-    Args:
-        kind: a dataclass of pydantic's, or a type made of such.
-        value: what `json.loads` gave.
-        error: what is raised where a field is missing, unknown, of another type or out of bounds.
-        where: for that error's message: the file, and the place in it.
-        remedy: for its end: what to do next.
+    ``error`` is raised where a field is missing, unknown, of another type or out of bounds; ``where`` begins its
+    message with the file, and the place in it.
     """
     try:
         # As JSON, whose lists may be tuples: as Python, strict means that they may not.

@@ -1,4 +1,4 @@
-"""The chart of a training run: loss and scores per epoch."""
+"""The chart of a training run."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from train.data.tasks import METRICS, Scores
 from train.fit.checkpoint import EpochScores
 
 
-def draw_curves(path: Path, epochs: tuple[EpochScores, ...], best_epoch: int, baselines: dict[str, Scores]) -> None:
-    """Loss and scores per epoch as a PNG."""
+def draw_curves(path: Path, epochs: list[EpochScores], best_epoch: int, baselines: dict[str, Scores]) -> None:
+    """Draw loss and scores per epoch as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no window system is touched
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -17,9 +17,9 @@ def draw_curves(path: Path, epochs: tuple[EpochScores, ...], best_epoch: int, ba
     left.plot(numbers, [epoch.train_loss for epoch in epochs], marker=marker, label="training")
     left.plot(numbers, [epoch.validation_loss for epoch in epochs], marker=marker, label="validation")
     left.set(xlabel="epoch", ylabel="cross entropy", title="loss")
-    for index, name in enumerate(epochs[0].scores.values):
+    for index, name in enumerate(epochs[0].scores):
         color = f"C{index}"
-        values = [100 * epoch.scores.values[name] for epoch in epochs]
+        values = [100 * epoch.scores[name] for epoch in epochs]
         right.plot(numbers, values, marker=marker, color=color, label=METRICS[name])
         best = max(scores.values[name] for scores in baselines.values())
         right.axhline(100 * best, color=color, linestyle=":", label=f"{METRICS[name]}, best baseline")

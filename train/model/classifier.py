@@ -1,4 +1,4 @@
-"""A base model with a classification head, and with a prompt before its text."""
+"""Loads a base model as a classifier, and puts a prompt before its text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | None = None) -> "PreTrainedModel":
-    """Load the base model with a classification head of one row a label.
+    """Load the base model with a new classification head, whose weights come from torch's global generator.
 
-    The head is new, so its values come from torch's global generator: seed it first.
-
-    Args:
-        labels: class names in the order of the logits.
-        attention: which implementation of attention, or transformers' own choice.
-
-    Raises:
-        ModelError: its weights cannot be loaded.
+    ``attention`` is the implementation of attention; by default transformers chooses.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
@@ -37,8 +30,7 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
                 num_labels=len(labels),
                 id2label=dict(enumerate(labels)),
                 label2id={label: index for index, label in enumerate(labels)},
-                # A head for another number of labels is replaced, as a missing one is.
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True,  # replaces a head for another number of labels
                 attn_implementation=attention,
                 use_safetensors=base.gguf_file is None,
             )
@@ -48,7 +40,7 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
             "Take an unbroken copy."
         ) from cause
     if model.config.pad_token_id is None:
-        # transformers' own forward, which PEFT calls, wants one before it takes a batch.
+        # transformers' own forward, which PEFT calls, takes no batch without one.
         model.config.pad_token_id = model.config.eos_token_id
     return model
 
@@ -58,9 +50,8 @@ def put_prompt_before(
 ) -> "PromptedClassifier":
     """The one definition of "base + prompt → logits" for a kind of model and a method.
 
-    Args:
-        model: a classifier as from `load_classifier`. Its last layer is replaced where only one row of it is read.
-        prompt: the table, or the prompt encoder that computes it.
+    The prompt is the table, or the prompt encoder that computes it. Where only one row of the model's last layer is
+    read, that layer is replaced.
     """
     from train.model.prompted import EmbeddingPrompt, KeyValuePrompt, PooledRowLayer, has_absolute_positions
 
@@ -78,19 +69,9 @@ def put_prompt_before(
 def prompted_classifier(
     model: "PreTrainedModel", base: BaseModel, method: str, adapter_state: "dict[str, torch.Tensor]"
 ) -> "PromptedClassifier":
-    """A classifier with an adapter's prompt and head.
+    """A classifier with an adapter's prompt and head, in evaluation mode.
 
-    Args:
-        model: a classifier as from `load_classifier`; its head is overwritten.
-        method: by which the adapter was trained.
-        adapter_state: the tensors of ``adapter_model.safetensors``: ``prompt_embeddings``,
-            shape = (n_virtual, n_width), and the head's under ``base_model.``.
-
-    Returns:
-        The module in evaluation mode.
-
-    Raises:
-        ModelError: the adapter holds a tensor that the model has no place for.
+    The adapter's tensors are ``prompt_embeddings``, shape = (n_virtual, n_width), and the head's under ``base_model.``.
     """
     state = dict(adapter_state)
     prompt = state.pop("prompt_embeddings")

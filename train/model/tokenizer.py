@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = None) -> "PreTrainedTokenizerFast":
     """Load a fast tokenizer from a folder of a base model or of an adapter.
 
-    Args:
-        max_length: the longest text in tokens. The tokenizer's own figure leaves no room for a prompt.
-        gguf_file: the file in ``folder`` that holds it, where it is a base model in GGUF.
-
-    Raises:
-        ModelError: there is none, or none of the fast kind (which alone is a file that other programs read).
+    ``max_length`` is the longest text in tokens; the tokenizer's own limit leaves no room for a prompt.
     """
     from transformers import AutoTokenizer
 
@@ -30,8 +25,7 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, gguf_file=gguf_file, local_files_only=True, trust_remote_code=False
             )
-        # A file may load and fail at its first text.
-        tokenizer("a", "a")
+        tokenizer("a", "a")  # some broken files load and fail at their first text
     except BaseException as cause:
         if not (is_of_tokenizers(cause) or isinstance(cause, MALFORMED)):
             raise
@@ -40,7 +34,7 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
         raise ModelError(f"The tokenizer in {folder} has no fast (tokenizer.json) form, which promptfold needs.")
     tokenizer.model_max_length = max_length
     tokenizer.padding_side = "right"
-    # Some base models ship these switched on; whoever tokenises says what it wants.
+    # Some base models ship these switched on.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -49,14 +43,14 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
 def base_tokenizer(base: BaseModel, max_length: int) -> "PreTrainedTokenizerFast":
     """A base model's tokenizer as an adapter keeps it.
 
-    A decoder's runs two sentences into one another, and its last token, whose row is pooled, is whatever
-    word comes last. So each sentence gets a newline at its end (the end-of-text token, where a newline is
-    no single token), as part of tokenizer.json, where every other program meets it too.
+    A decoder's own puts nothing between two sentences, and the row of its last word would be pooled. So each sentence
+    ends with a newline (or the end-of-text token, where a newline is no single token), by a rule in tokenizer.json.
     """
     tokenizer = load_tokenizer(base.folder, max_length, gguf_file=base.gguf_file)
     if not base.is_decoder:
         return tokenizer
     from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
 
     backend = tokenizer.backend_tokenizer
     newline = backend.encode("\n", add_special_tokens=False).ids
@@ -73,25 +67,13 @@ def base_tokenizer(base: BaseModel, max_length: int) -> "PreTrainedTokenizerFast
         pair=f"{start}$A:0 {stop}:0 $B:0 {stop}:0",
         special_tokens=list(named.items()),
     )
-    if tokenizer.pad_token is None:
-        # Padding is masked and never pooled: any token will do.
-        tokenizer.pad_token = tokenizer.eos_token or stop
-    from transformers import PreTrainedTokenizerFast
-
-    # Llama's class puts its own template into whatever tokenizer.json it is given, and every program that loads the
-    # folder would meet that one. The plain class leaves the file as it is.
-    plain = PreTrainedTokenizerFast(
+    # Any token will do, as padding is masked and never pooled.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or stop
+    # Llama's class puts its own rule into every tokenizer.json that it writes. The plain class keeps ours.
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
         model_input_names=["input_ids", "attention_mask"],
         **tokenizer.special_tokens_map,
     )
-    plain.backend_tokenizer.no_truncation()
-    plain.backend_tokenizer.no_padding()
-    return plain
-
-
-def first_token(base: BaseModel) -> int | None:
-    """[CLS] or <s>: virtual token 0 stands where the pooled row is."""
-    return load_tokenizer(base.folder, base.positions).cls_token_id

@@ -1,4 +1,4 @@
-"""What a base model or tokenizer from elsewhere may not ask for: code, other files, remote places."""
+"""Refuses untrusted base models and tokenizers that lead to code, other files or remote places."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,25 +10,22 @@ from train.common.limits import MAX_BASE_BYTES, MAX_TEXT_BYTES, check_file
 
 
 def refuse_detours(name: str, folder: Path, config: dict[str, Any], weights: Sequence[Path]) -> None:
-    """Refuse a folder that would make transformers load something else than what lies in it as data.
-
-    Raises:
-        ModelError: it would, or a file in it is larger than any, or no plain file.
-    """
+    """Refuse a base model that makes transformers load anything but the weights and settings in its folder."""
     remedy = "Take a base model that needs none of this, from somebody you trust."
 
     def refused(why: str) -> ModelError:
         return ModelError(f"Base model {name}: {why}. {remedy}")
 
+    file = folder / "config.json"
     if config.get("auto_map"):
-        raise refused(f"{folder / 'config.json'} wants code of its own (auto_map), which promptfold never runs")
-    # transformers reads these weights instead of model.safetensors, and a pickle where they are one.
+        raise refused(f"{file} wants code of its own (auto_map), which promptfold never runs")
+    # transformers would read that file instead of model.safetensors, even a pickle.
     if config.get("transformers_weights") is not None:
-        raise refused(f"{folder / 'config.json'} names another file of weights (transformers_weights)")
-    # With a slash it is a repository on the hub, whose code would be fetched.
+        raise refused(f"{file} names another file of weights (transformers_weights)")
+    # A name with a slash is a repository on the hub, whose code would be fetched and run.
     if any("/" in str(config.get(key) or "") for key in ("attn_implementation", "_attn_implementation")):
-        raise refused(f"{folder / 'config.json'} wants attention by code from elsewhere (attn_implementation)")
-    # transformers would follow its base_model_name_or_path to whatever model that is.
+        raise refused(f"{file} wants attention by code from elsewhere (attn_implementation)")
+    # transformers would load the model that its base_model_name_or_path names.
     if (folder / "adapter_config.json").exists():
         raise refused(f"{folder} is an adapter (adapter_config.json) and no base model")
     index = folder / "model.safetensors.index.json"
@@ -45,16 +42,11 @@ def refuse_detours(name: str, folder: Path, config: dict[str, Any], weights: Seq
 
 
 def refuse_tokenizer_detours(folder: Path) -> None:
-    """Refuse a tokenizer whose settings name files: transformers would read those, wherever they lie.
-
-    Raises:
-        ModelError: they do.
-    """
+    """Refuse a tokenizer whose settings name files, which transformers would read."""
     path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return
-    settings = read_json_object(path, ModelError, "Take the tokenizer from somewhere else.")
-    # One of these names is written by old versions of transformers, and no longer read.
+    remedy = "Take the tokenizer from somewhere else."
+    settings = read_json_object(path, ModelError, remedy) if path.exists() else {}
+    # Old versions of transformers wrote special_tokens_map_file; it is no longer read.
     named = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
     for key in (*named, "init_inputs", "auto_map"):
         if settings.get(key):
