@@ -44,7 +44,8 @@ def _command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an older bundle at --out")
     options = vars(parser.parse_args(argv))
 
-    from export.fold.pipeline import ExportConfig, export_adapters
+    from export.fold.config import ExportConfig
+    from export.fold.pipeline import export_adapters
 
     for name in ("adapters", "validation_files"):
         options[name] = tuple(options[name])

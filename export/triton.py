@@ -123,7 +123,7 @@ def check_model_place(out: Path, name: str, *, overwrite: bool) -> Path:
 
 
 def _write_labels(bundle: Bundle, folder: Path) -> None:
-    if bundle.is_shared:
+    if bundle.has_many_tasks:
         # A label file belongs to an output, and what a logit means depends on the row's task.
         tasks = [{"task_id": task.number, "name": task.name, "labels": task.task.labels} for task in bundle.tasks]
         (folder / TRITON_FILES.tasks).write_text(
@@ -148,7 +148,7 @@ def _config(bundle: Bundle, graph: Path, name: str, precision: str) -> str:
     (logits,) = [_Tensor.of(item) for item in model.graph.output]
     # The fused graph does not say how many there are.
     logits = replace(logits, dims=(max(len(task.task.labels) for task in bundle.tasks),))
-    label_file = "" if bundle.is_shared else f'\n    label_filename: "{TRITON_FILES.labels}"'
+    label_file = "" if bundle.has_many_tasks else f'\n    label_filename: "{TRITON_FILES.labels}"'
     tensors = ",\n".join(f"  {{\n    {tensor.text}\n  }}" for tensor in inputs)
     return f"""# The {precision} graph of a bundle by promptfold. It reads texts of up to {bundle.max_length} tokens; cut longer ones.
 name: "{name}"

@@ -17,7 +17,7 @@ ARROWS = {
     "train.evaluate": "train.common train.data train.model train.adapter train.fit",
     "train.__main__": "train.common train.config train.data train.fit",
     # export: an adapter becomes a bundle, and a bundle answers
-    "export.bundle": "train.common train.data",
+    "export.bundle": "train.common train.data train.model",
     "export.runtime": "train.common train.data export.bundle",
     "export.fold": "train.common train.data train.model train.adapter export.bundle export.runtime",
     "export.ray_cluster": "train.common",

@@ -74,7 +74,8 @@ def _export(sender: Connection, adapter_folder: Path, folder: Path) -> None:
     """The export's process."""
     # An exception, so that what is half-written is removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    from export.fold.pipeline import ExportConfig, export_adapters
+    from export.fold.config import ExportConfig
+    from export.fold.pipeline import export_adapters
 
     try:
         # The page says of an ungated graph that nobody knows what it costs, and starts with fp32.

@@ -435,7 +435,7 @@ def measure_sizes(adapter: Adapter, bundle: Bundle | None) -> Sizes:
     except ModelError as error:
         why_unknown = str(error)
     if bundle is not None:
-        owner = f" of {len(bundle.tasks)} tasks" if bundle.is_shared else ""
+        owner = f" of {len(bundle.tasks)} tasks" if bundle.has_many_tasks else ""
         for graph in bundle.graphs:
             size = bundle.graph_path(graph.precision).stat().st_size
             files.append(FileSize(f"ONNX graph{owner}, {graph.precision}, everything inside", size))

@@ -94,7 +94,7 @@ class Dimensions:
         return projections + attention + self._feed_forward()
 
     def _folded_last_layer(self, rows: int, seen: int) -> int:
-        """One text in the last layer of `export.fold.encoder.FoldedEncoder`.
+        """One text in the last layer of `export.fold.rewrites.encoder.CpuEncoder`.
 
         One row has a query, which goes through the key's weights instead of the keys, and the values' weights come
         after the sum over rows; so each head meets whole rows. A prompt's own keys and values are met as usual.

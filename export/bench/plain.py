@@ -57,7 +57,7 @@ def halve_plain(graph: Path) -> Path:
 
     model = OnnxModel(onnx.load(graph))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # see `export.fold.quantize.make_fp16`
+        warnings.simplefilter("ignore")  # see `export.fold.quantize`
         model.convert_float_to_float16(keep_io_types=True)
     path = graph.with_name("model_fp16.onnx")
     model.save_model_to_file(str(path))

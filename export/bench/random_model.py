@@ -69,7 +69,8 @@ def make_random_bundle(shape_of: str, work: Path, *, device: str) -> tuple[Path,
     """
     from transformers import AutoConfig
 
-    from export.fold.pipeline import ExportConfig, export_adapters
+    from export.fold.config import ExportConfig
+    from export.fold.pipeline import export_adapters
 
     if shape_of in SHAPES:
         settings = AutoConfig.for_model(**SHAPES[shape_of])

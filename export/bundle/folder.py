@@ -1,4 +1,4 @@
-"""The bundle folder: every file name once, save, load, check.
+"""The bundle folder: names of its files, what manifest.json says, and `Bundle`, which is read from it.
 
 bundle/    model.onnx                     the graph in fp32, prompt and weights inside
            model_int8.onnx …              the same in other precisions, where they passed the gate
@@ -6,24 +6,26 @@ bundle/    model.onnx                     the graph in fp32, prompt and weights 
            manifest.json                  what it is, what was measured, SHA-256 of each file
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator
+from pydantic.dataclasses import dataclass as record
 
 from train.common.errors import BundleError, UsageError
-from train.common.folder_record import FolderKind, check_seal, read_record, reading, sha256_of_file, write_record
-from train.common.limits import MAX_TOKENS, whole_number
+from train.common.folder_record import FolderKind, check_seal, read_json_object, read_record, reading, sha256_of_file
+from train.common.limits import MAX_TOKENS
+from train.common.records import parse_record
 from train.data.tasks import METRICS, Task
+from train.model.find import DECODERS
 
 
 @dataclass(frozen=True)
 class BundleFiles:
-    """Names inside a bundle folder."""
+    """Names inside a bundle folder, except for those of `GRAPH_FILES`."""
 
     model: str = "model.onnx"
-    model_int8: str = "model_int8.onnx"
-    model_fp16: str = "model_fp16.onnx"
     config: str = "config.json"
     tokenizer: str = "tokenizer.json"
     manifest: str = "manifest.json"
@@ -31,21 +33,14 @@ class BundleFiles:
 
 FILES = BundleFiles()
 
-
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""The inputs of a graph that a tokenizer makes."""
 TASK_IDS = "task_ids"
-"""The input of a shared graph that names each row's task by its number."""
-
-
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""What a tokenizer makes."""
-
+"""The input that holds the number of each row's task, in a graph for many tasks."""
 
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
-
-
-GRAPH_FILES = {FP32: FILES.model, FP16: FILES.model_fp16, INT8: FILES.model_int8}
-"""By precision, the file that holds the graph."""
-
+GRAPH_FILES = {FP32: FILES.model, FP16: "model_fp16.onnx", INT8: "model_int8.onnx"}
+"""The file that holds the graph, by precision."""
 
 BUNDLE = FolderKind(
     name="bundle",
@@ -58,36 +53,26 @@ BUNDLE = FolderKind(
 )
 
 
-def text_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
-    """Of a graph's inputs those that a tokenizer makes."""
-    return tuple(name for name in inputs if name != TASK_IDS)
-
-
-@dataclass(frozen=True)
+@record(frozen=True, config=ConfigDict(extra="forbid"))
 class Gate:
-    """What a precision costs in quality, against fp32 on labelled rows.
-
-    Attributes:
-        file: what the rows came from.
-        n_rows: how many.
-        fp32: the task's metrics of the fp32 graph, by name.
-        scores: those of this precision.
-        label_flips: rows whose most probable label is another one.
-        max_probability_difference: the largest one of any label of any row.
-        tolerance: by how much each metric may fall.
-        kept_fp32: layers that stay in fp32, as numbers from 0; empty where none had to.
-        is_finite: whether every logit is a number. Of one that is none, argmax makes a label all the same.
-    """
+    """What a precision costs in quality, against fp32 on labelled rows."""
 
     file: str
+    """The name of the file with the rows."""
     n_rows: int
     fp32: dict[str, float]
+    """The task's metrics of the fp32 graph, by name."""
     scores: dict[str, float]
+    """The same metrics of this precision."""
     label_flips: int
+    """Rows whose most probable label changed."""
     max_probability_difference: float
     tolerance: float
+    """By how much each metric may fall."""
     kept_fp32: tuple[int, ...] = ()
+    """Layers that stay in fp32, as numbers from 0."""
     is_finite: bool = True
+    """Whether every logit is a number: argmax makes a label of NaN as well."""
 
     @property
     def passed(self) -> bool:
@@ -106,90 +91,93 @@ class Gate:
         if not self.is_finite:
             parts.append("some logits are no numbers")
         if self.kept_fp32:
-            layers = ", ".join(map(str, self.kept_fp32))
-            parts.append(f"layer{'s' * (len(self.kept_fp32) > 1)} {layers} in fp32")
+            parts.append(f"layer{'s' * (len(self.kept_fp32) > 1)} {', '.join(map(str, self.kept_fp32))} in fp32")
         return ", ".join(parts)
 
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Gate":
-        """From a manifest."""
-        return cls(**{**record, "kept_fp32": tuple(record["kept_fp32"])})
 
-
-@dataclass(frozen=True)
+@record(frozen=True)
 class GraphFile:
-    """A graph of a bundle in one precision.
+    """A graph of a bundle in one precision."""
 
-    Attributes:
-        precision: one of the keys of `GRAPH_FILES`.
-        file: its name.
-        gates: one for each task; none for fp32, which is what others are held against, and none for a graph that was
-            kept ungated.
-    """
-
-    precision: str
-    file: str
+    precision: Literal["fp32", "fp16", "int8"]
     gates: tuple[Gate, ...]
+    """One for each task; none for fp32, which the others are compared with, and none for a graph kept ungated."""
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class BundleTask:
-    """What one adapter brought into a bundle.
-
-    Attributes:
-        name: of the adapter's folder.
-        number: of the task in a shared graph.
-        adapter_sha256: `train.adapter.record.Adapter.sha256` of the adapter.
-        task: what was learned.
-        max_logit_difference: the largest one seen between the fp32 graph and `PeftModel.forward` at export.
-    """
+    """A task of a bundle: what one adapter learned."""
 
     name: str
+    """The name of the adapter's folder."""
     number: int
+    """Its place among the bundle's tasks, for ``task_ids``."""
     adapter_sha256: str
-    task: Task
+    """`train.adapter.record.Adapter.sha256`"""
+    task: Annotated[Task, PlainValidator(lambda value: value if isinstance(value, Task) else Task.from_json(value))]
     max_logit_difference: float
+    """The largest one between the fp32 graph and `PeftModel.forward` at export."""
 
 
-@dataclass(frozen=True)
+def _known_inputs(inputs: tuple[str, ...]) -> tuple[str, ...]:
+    if not {"input_ids", "attention_mask"} <= set(inputs) <= {*TEXT_INPUTS, TASK_IDS}:
+        raise ValueError(
+            f"input_ids and attention_mask are needed, and only {', '.join((*TEXT_INPUTS, TASK_IDS))} known"
+        )
+    return inputs
+
+
+def _with_fp32(graphs: tuple[GraphFile, ...]) -> tuple[GraphFile, ...]:
+    if FP32 not in [graph.precision for graph in graphs]:
+        raise ValueError("a graph in fp32 is needed")
+    return graphs
+
+
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+
+
+@record(frozen=True)
 class Bundle:
-    """A bundle folder that was checked.
+    """A bundle folder that was checked."""
 
-    Attributes:
-        folder: where it lies.
-        base_model: name of the base model.
-        tasks: one for each adapter that is in it.
-        method: "p-tuning" or "p-tuning-v2".
-        virtual_tokens: length of the prompt inside the graph.
-        max_length: longest text in tokens, beside the prompt.
-        vocabulary_size: token ids are below it.
-        pad_token_id: what fills the end of shorter texts in a batch.
-        token_types: whether a pair's sentences were of two types in training, where the graph takes types at all.
-        inputs: names of the graph's inputs, in order.
-        graphs: one for each precision; fp32 first.
-    """
-
-    folder: Path
     base_model: str
-    tasks: tuple[BundleTask, ...]
+    base_model_sha256: str
+    tasks: Annotated[tuple[BundleTask, ...], Field(min_length=1)]
     method: str
-    virtual_tokens: int
-    max_length: int
-    vocabulary_size: int
-    pad_token_id: int
+    virtual_tokens: Count
+    max_length: Count
+    """Longest text in tokens, without the prompt."""
+    vocabulary_size: Count
+    pad_token_id: Annotated[int, Field(ge=0, le=MAX_TOKENS)]
     token_types: bool
-    inputs: tuple[str, ...]
-    graphs: tuple[GraphFile, ...]
+    """Whether the two sentences of a pair had different token types in training, where the graph takes types at all."""
+    inputs: Annotated[tuple[str, ...], AfterValidator(_known_inputs)]
+    """Names of the graph's inputs, in order."""
+    graphs: Annotated[tuple[GraphFile, ...], AfterValidator(_with_fp32)]
+    """One for each precision; fp32 first."""
+    is_decoder: bool
+    """Whether the base model is causal: PEFT runs such a model one text at a time."""
+    folder: Path = Path()
 
     @property
-    def is_shared(self) -> bool:
-        """Whether its graph is told the task of every row."""
+    def has_many_tasks(self) -> bool:
+        """Whether its graph takes the task of every row as an input."""
         return TASK_IDS in self.inputs
 
     @property
     def text_inputs(self) -> tuple[str, ...]:
         """The inputs that a tokenizer makes."""
-        return text_inputs(self.inputs)
+        return tuple(name for name in self.inputs if name != TASK_IDS)
+
+    @property
+    def n_labels(self) -> int:
+        """The number of logits a row: the labels of the task with the most."""
+        return max(len(task.task.labels) for task in self.tasks)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions in which it holds a graph."""
+        return tuple(graph.precision for graph in self.graphs)
 
     @property
     def manifest_sha256(self) -> str:
@@ -203,16 +191,6 @@ class Bundle:
         except OSError as cause:
             raise BundleError(f"{self.folder} cannot be read any more ({cause.strerror or cause}).") from cause
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer."""
-        return self.folder / FILES.tokenizer
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """Those in which there is a graph."""
-        return tuple(graph.precision for graph in self.graphs)
-
     def find_task(self, name: str | None = None) -> BundleTask:
         """A task by its name, or the only one.
 
@@ -220,12 +198,10 @@ class Bundle:
             UsageError: there is no such task, or there are several and none is named.
         """
         names = ", ".join(task.name for task in self.tasks)
-        if name is None:
-            if len(self.tasks) == 1:
-                return self.tasks[0]
+        if name is None and len(self.tasks) > 1:
             raise UsageError(f"{self.folder} holds {len(self.tasks)} tasks ({names}). Name one of them with --task.")
         for task in self.tasks:
-            if task.name == name:
+            if name in {None, task.name}:
                 return task
         raise UsageError(f"--task {name}: {self.folder} holds no such task, only {names}.")
 
@@ -234,23 +210,13 @@ class Bundle:
         return next((task for task in self.tasks if task.adapter_sha256 == adapter_sha256), None)
 
     def graph_path(self, precision: str) -> Path:
-        """The graph in a precision.
-
-        Raises:
-            BundleError: there is none.
-        """
-        for graph in self.graphs:
-            if graph.precision == precision:
-                return self.folder / graph.file
+        """The graph in a precision, or a BundleError that says which ones there are."""
+        if precision in self.precisions:
+            return self.folder / GRAPH_FILES[precision]
         raise BundleError(
             f"{self.folder} holds no {precision} graph, only {', '.join(self.precisions)}. Export it again with "
             f"--precision {precision}."
         )
-
-
-def finish_bundle(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json, with the format version and the hash of every file already in ``folder``."""
-    write_record(folder, BUNDLE, manifest)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -259,58 +225,21 @@ def load_bundle(folder: Path) -> Bundle:
     Raises:
         BundleError: it is not there, is no bundle, is of another format, or a file of it was changed.
     """
-    manifest = read_record(folder, BUNDLE)
+    content: dict[str, Any] = read_record(folder, BUNDLE)
+    where = folder / FILES.manifest
     with reading(folder, BUNDLE):
-        bundle = Bundle(
-            folder=folder,
-            base_model=str(manifest["base_model"]["name"]),
-            tasks=tuple(
-                BundleTask(
-                    name=str(record["name"]),
-                    number=number,
-                    adapter_sha256=str(record["adapter_sha256"]),
-                    task=Task.from_json(record["task"]),
-                    max_logit_difference=float(record["parity"]["max_logit_difference"]),
-                )
-                for number, record in enumerate(manifest["tasks"])
-            ),
-            method=str(manifest["method"]),
-            virtual_tokens=whole_number(manifest, "virtual_tokens", 1, MAX_TOKENS),
-            max_length=whole_number(manifest, "max_length", 1, MAX_TOKENS),
-            vocabulary_size=whole_number(manifest, "vocabulary_size", 1, MAX_TOKENS),
-            pad_token_id=whole_number(manifest, "pad_token_id", 0, MAX_TOKENS),
-            token_types=bool(manifest["token_types"]),
-            inputs=_inputs(manifest["inputs"]),
-            graphs=_graphs(manifest),
-        )
-    check_seal(folder, manifest, BUNDLE)
-    return bundle
-
-
-def precision_record(precision: str, gates: Sequence[Gate]) -> dict[str, Any]:
-    """What a manifest says of a graph."""
-    return {"precision": precision, "file": GRAPH_FILES[precision], "gates": [asdict(gate) for gate in gates]}
-
-
-def _inputs(names: Sequence[object]) -> tuple[str, ...]:
-    """A graph's inputs in a manifest: some of those that we know how to make."""
-    inputs = tuple(str(name) for name in names)
-    if not {"input_ids", "attention_mask"} <= set(inputs) <= {*_INPUTS, TASK_IDS}:
-        raise ValueError(f"inputs among {', '.join((*_INPUTS, TASK_IDS))}")
-    return inputs
-
-
-def _graphs(manifest: dict[str, Any]) -> tuple[GraphFile, ...]:
-    graphs = tuple(_graph(record, manifest["sha256"]) for record in manifest["graphs"])
-    if FP32 not in [graph.precision for graph in graphs]:
-        raise ValueError(f"a graph in {FP32}")
-    return graphs
-
-
-def _graph(record: dict[str, Any], hashes: dict[str, str]) -> GraphFile:
-    """A graph's record in a manifest, whose file must be ours and checked: nothing else is ever opened."""
-    precision = str(record["precision"])
-    if GRAPH_FILES[precision] not in hashes:
-        raise KeyError(f"the SHA-256 of {GRAPH_FILES[precision]}")
-    gates = tuple(Gate.from_json(gate) for gate in record["gates"])
-    return GraphFile(precision=precision, file=GRAPH_FILES[precision], gates=gates)
+        tasks = [
+            {**task, "number": number, "max_logit_difference": task["parity"]["max_logit_difference"]}
+            for number, task in enumerate(content["tasks"])
+        ]
+        base = {"base_model": content["base_model"]["name"], "base_model_sha256": content["base_model"]["sha256"]}
+        if "is_decoder" not in content:  # bundles written before the manifest said so
+            config = read_json_object(folder / FILES.config, BundleError, BUNDLE.remedy)
+            base["is_decoder"] = config.get("model_type") in DECODERS
+        bundle = parse_record(Bundle, {**content, **base, "tasks": tasks}, BundleError, str(where), BUNDLE.remedy)
+    # Only the files of GRAPH_FILES are ever opened, and only with a hash that was compared.
+    for graph in bundle.graphs:
+        if GRAPH_FILES[graph.precision] not in content["sha256"]:
+            raise BundleError(f"{where} has no SHA-256 of {GRAPH_FILES[graph.precision]}. {BUNDLE.remedy}")
+    check_seal(folder, content, BUNDLE)
+    return replace(bundle, folder=folder)

@@ -1,12 +1,8 @@
-"""A prompted classifier → one ONNX graph with dynamic batch and sequence, the prompt in its initializers.
-
-Heavy: import it where it is used.
-"""
+"""Step 3, trace: a folded model → one ONNX graph with dynamic batch and sequence, the prompts in its initializers."""
 
 import copy
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,105 +14,66 @@ from optimum.exporters.onnx.convert import export_pytorch
 from optimum.exporters.tasks import TasksManager
 
 from export.bundle.folder import TASK_IDS
-from export.fold.encoder import FoldedEncoder
-from export.fold.gpu_encoder import FusedEncoder
-from export.fold.gpu_operators import attention_in_one, fuse_operators
-from export.fold.many_tasks import SharedClassifier
-from train.model.prompted import PromptedClassifier, has_absolute_positions
+from export.fold.fold import FoldedModel
+from export.fold.rewrites.gpu_operators import exporting_fused_attention, fuse_operators
+from export.fold.rewrites.many_tasks import MultiTaskClassifier
+from train.common.errors import ModelError
+from train.common.limits import MAX_MODEL_BYTES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
 OPSET = 18
+TRACED_SHAPE = {"batch_size": 2, "sequence_length": 16}
+"""The one shape that is traced; parity is measured on others."""
 
 
-@dataclass(frozen=True)
-class TracedShape:
-    """The one shape that was traced; parity is measured on others."""
-
-    batch_size: int
-    sequence_length: int
-
-
-TRACED = TracedShape(batch_size=2, sequence_length=16)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """What was written.
-
-    Attributes:
-        inputs, outputs: their names in order.
-        prompt_initializers: names of the initializers that hold the prompt.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    prompt_initializers: tuple[str, ...]
-
-
-def write_graph(
-    classifier: PromptedClassifier | SharedClassifier,
-    path: Path,
-    *,
-    is_decoder: bool,
-    virtual_tokens: int,
-    fused: bool = False,
-) -> Graph:
-    """Trace a classifier and write it as ONNX; its prompt becomes constant first.
+def write_graph(model: FoldedModel, path: Path) -> tuple[list[str], list[str]]:
+    """Trace a model and write it as ONNX into one file, weights and prompts included.
 
     optimum says which inputs the architecture takes and patches what cannot be traced. It uses
-    PyTorch's TorchScript exporter, whose graph of a decoder's eager attention ONNX Runtime's optimiser knows.
+    PyTorch's TorchScript exporter, whose graph of a decoder's eager attention ONNX Runtime's optimizer knows.
 
-    Args:
-        classifier: built on a model with eager attention; with ``fused``, of a decoder with PyTorch's own (sdpa).
-        path: the file; weights and prompt go into it (ONNX files hold up to 2 GB).
-        virtual_tokens: length of the prompt.
-        is_decoder: whether the model is causal; an encoder is written out anew (`FoldedEncoder`), if it can be.
-        fused: write the operators that a GPU wants (`export.fold.gpu_operators`). A shared classifier's encoder must be fused itself.
+    Returns:
+        names of the inputs and of the outputs, in order
+
+    Raises:
+        ModelError: the weights do not fit into an ONNX file.
     """
-    module: torch.nn.Module
-    if isinstance(classifier, SharedClassifier):
-        prompt_initializers, module = classifier.names, classifier.eval()
-    elif is_decoder or not has_absolute_positions(classifier.config):
-        prompt_initializers, module = classifier.freeze_prompt(), classifier
-    else:
-        module = (FusedEncoder if fused else FoldedEncoder)(classifier).eval()
-        prompt_initializers = module.prompt_names
-    description = describe_architecture(classifier.config)
-    if isinstance(classifier, SharedClassifier):
+    n_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
+    if n_bytes >= MAX_MODEL_BYTES:
+        raise ModelError(
+            f"{model.base.name} has {n_bytes / 1e9:.1f} GB of fp32 weights; one ONNX file holds "
+            f"{MAX_MODEL_BYTES / 1e9:.1f} GB. Take a smaller base model."
+        )
+    settings = model.module.config
+    description = describe_architecture(settings)
+    if isinstance(model.module, MultiTaskClassifier):
         description.__class__ = _with_task_ids(type(description))
+    heads = settings.num_attention_heads
+    attention = exporting_fused_attention(OPSET, heads=heads, virtual_tokens=model.virtual_tokens)
     with warnings.catch_warnings():
-        # Deprecated it is, but optimum's choice; and tracing's warnings are answered by measuring
-        # parity on shapes that were not traced.
+        # optimum uses the deprecated exporter, and parity is measured on shapes that were not traced.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        # It fears negative indices. Here they count rows and positions: transformers' in masks, ours of last tokens.
+        # It warns of negative indices. Here they count rows and positions: transformers' in masks, ours of last tokens.
         warnings.filterwarnings("ignore", message="Exporting aten::index operator of advanced indexing")
         # How many rows of the position table a text takes is no constant, and need not be one.
         warnings.filterwarnings("ignore", message="Constant folding - Only steps=1 can be constant folded")
-        heads = classifier.config.num_attention_heads
-        with attention_in_one(OPSET, heads=heads, virtual_tokens=virtual_tokens) if fused else nullcontext():
-            inputs, outputs = export_pytorch(
-                module,
-                description,
-                opset=OPSET,
-                output=path,
-                input_shapes={"batch_size": TRACED.batch_size, "sequence_length": TRACED.sequence_length},
-            )
-        if fused:
-            fuse_operators(path, heads=heads, hidden_size=classifier.config.hidden_size)
-    return Graph(inputs=tuple(inputs), outputs=tuple(outputs), prompt_initializers=prompt_initializers)
+        with attention if model.for_gpu else nullcontext():
+            shapes = dict(TRACED_SHAPE)
+            names = export_pytorch(model.module, description, opset=OPSET, output=path, input_shapes=shapes)
+        if model.for_gpu:
+            fuse_operators(path, heads=heads, hidden_size=settings.hidden_size)
+    inputs, outputs = map(list, names)
+    return inputs, outputs
 
 
 def describe_architecture(settings: "PretrainedConfig") -> OnnxConfig:
     """What optimum knows of an architecture with a head for classification: its inputs, and how to trace it."""
-    constructor = TasksManager.get_exporter_config_constructor(
+    return TasksManager.get_exporter_config_constructor(
         "onnx", model_type=settings.model_type, task="text-classification", library_name="transformers"
-    )
-    description: OnnxConfig = constructor(settings)
-    return description
+    )(settings)
 
 
 def _with_task_ids(description: type[OnnxConfig]) -> type[OnnxConfig]:
@@ -128,16 +85,10 @@ def _with_task_ids(description: type[OnnxConfig]) -> type[OnnxConfig]:
             return {**super().inputs, TASK_IDS: {0: "batch_size"}}
 
         def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, torch.Tensor]:
-            others: dict[str, torch.Tensor] = description.generate_dummy_inputs(
-                _without_task_ids(self, description), framework, **shapes
-            )
+            # The plain description makes an input for each name that it knows; it does not know ours.
+            plain = copy.copy(self)
+            plain.__class__ = description
+            others: dict[str, torch.Tensor] = plain.generate_dummy_inputs(framework, **shapes)
             return {**others, TASK_IDS: torch.zeros(len(others["input_ids"]), dtype=torch.long)}
 
     return WithTaskIds
-
-
-def _without_task_ids(wider: OnnxConfig, description: type[OnnxConfig]) -> OnnxConfig:
-    """The plain description again: it makes an input for each name that it knows, and would not know ours."""
-    plain = copy.copy(wider)
-    plain.__class__ = description
-    return plain

@@ -1,4 +1,4 @@
-"""Many texts through one classifier: batches of like length, answers in the caller's order."""
+"""Many texts through one classifier: batches of similar length, answers in the caller's order."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -12,37 +12,30 @@ from train.data.tasks import Scores, Task
 
 @dataclass(frozen=True)
 class Classified:
-    """What a classifier says of texts, in their order.
-
-    Attributes:
-        labels: names of the classes, in the order of the logits.
-        indices: of each text its most probable class; int64, shape = (n_texts,)
-        probabilities: of every class; float64, shape = (n_texts, n_labels)
-        cut: whether a text was longer than the model reads and lost its end; bool, shape = (n_texts,)
-    """
+    """What a classifier says of texts, in their order."""
 
     labels: tuple[str, ...]
+    """Names of the classes, in the order of the logits."""
     indices: np.ndarray
+    """The most probable class of each text; int64, shape = (n_texts,)"""
     probabilities: np.ndarray
+    """float64, shape = (n_texts, n_labels)"""
     cut: np.ndarray
+    """Whether a text was longer than the model reads and lost its end; bool, shape = (n_texts,)"""
 
     @staticmethod
     def of(labels: tuple[str, ...], logits: np.ndarray, cut: np.ndarray) -> "Classified":
-        """What logits mean.
-
-        Args:
-            logits: float, shape = (n_texts, n_labels)
-        """
-        return Classified(labels=labels, indices=logits.argmax(axis=1), probabilities=softmax(logits), cut=cut)
+        """From logits, shape = (n_texts, n_labels)"""
+        return Classified(labels, logits.argmax(axis=1), softmax(logits), cut)
 
     @property
     def predictions(self) -> list[str]:
-        """Of each text the name of its most probable class."""
+        """The name of each text's most probable class."""
         return [self.labels[index] for index in self.indices]
 
     @property
     def best_probabilities(self) -> np.ndarray:
-        """Of each text the probability of its most probable class; float64, shape = (n_texts,)"""
+        """The probability of that class; float64, shape = (n_texts,)"""
         return self.probabilities[np.arange(len(self.indices)), self.indices]
 
 
@@ -53,20 +46,13 @@ def classify(
     batch_size: int = 32,
     report: Callable[[int], object] | None = None,
 ) -> Classified:
-    """Classify texts in batches of like length, each padded to its own longest.
-
-    Args:
-        texts: of each its one or two sentences, as the classifier's task has them.
-        batch_size: texts in one run of the graph.
-        report: called after every batch with the number of texts in it.
-    """
+    """Classify texts in batches of similar length; ``report`` is called after each with the number of texts in it."""
     labels = classifier.task.task.labels
     logits = np.empty((len(texts), len(labels)), np.float64)
     cut = np.zeros(len(texts), bool)
     for rows in in_batches(texts, batch_size):
         encoded = classifier.tokenize([texts[row] for row in rows])
-        logits[rows] = classifier.logits(encoded.arrays)
-        cut[rows] = encoded.cut
+        logits[rows], cut[rows] = classifier.logits(encoded.arrays), encoded.cut
         if report is not None:
             report(len(rows))
     return Classified.of(labels, logits, cut)
@@ -74,50 +60,34 @@ def classify(
 
 @dataclass(frozen=True, eq=False)
 class TokenRow:
-    """A text as token ids, and whose it is.
-
-    Attributes:
-        arrays: the text inputs of the graph by name; each int64, shape = (n_text,)
-        task_number: `export.bundle.folder.BundleTask.number`.
-    """
+    """A text as token ids, and its task."""
 
     arrays: Mapping[str, np.ndarray]
+    """The text inputs of the graph by name; each int64, shape = (n_text,)"""
     task_number: int
 
 
 @dataclass(frozen=True, eq=False)
 class RowLogits:
-    """What a graph says of rows, in their order.
-
-    Attributes:
-        logits: float32, shape = (n_rows, n_labels of the task with the most)
-        batch_sizes: with how many rows, itself included, each went through the graph; int64, shape = (n_rows,)
-    """
+    """What a graph says of rows, in their order."""
 
     logits: np.ndarray
+    """float32, shape = (n_rows, n_labels of the task with the most)"""
     batch_sizes: np.ndarray
+    """How many rows were in the batch of each; int64, shape = (n_rows,)"""
 
 
 def run_rows(classifier: OnnxClassifier, rows: Sequence[TokenRow], *, batch_size: int) -> RowLogits:
-    """Run rows of any lengths, and where the bundle is shared of any tasks, in batches of like length.
-
-    Args:
-        batch_size: rows in one run of the graph.
-
-    Raises:
-        TextError: a row is none that the model can read.
-        BundleError: as `OnnxClassifier.logits`.
-    """
+    """Run rows of any lengths, and of any of the bundle's tasks, in batches of similar length; see `OnnxClassifier.logits`."""
     bundle = classifier.bundle
-    n_labels = max(len(task.task.labels) for task in bundle.tasks)
-    logits = np.empty((len(rows), n_labels), np.float32)
+    logits = np.empty((len(rows), bundle.n_labels), np.float32)
     batch_sizes = np.empty(len(rows), np.int64)
     for numbers in in_batches([(row.arrays["input_ids"],) for row in rows], batch_size):
         batch = [rows[number] for number in numbers]
-        # Only token ids have a padding of their own: a mask and token types end in zeros.
+        # A mask and token types are padded with zeros.
         fill = dict.fromkeys(bundle.text_inputs, 0) | {"input_ids": bundle.pad_token_id}
         arrays = {name: _padded([row.arrays[name] for row in batch], fill[name]) for name in bundle.text_inputs}
-        if bundle.is_shared:
+        if bundle.has_many_tasks:
             arrays[TASK_IDS] = np.array([row.task_number for row in batch], np.int64)
         logits[numbers] = classifier.logits(arrays)
         batch_sizes[numbers] = len(batch)
@@ -125,71 +95,85 @@ def run_rows(classifier: OnnxClassifier, rows: Sequence[TokenRow], *, batch_size
 
 
 def _padded(rows: Sequence[np.ndarray], fill: int) -> np.ndarray:
-    """Rows of different lengths as one array, filled up on the right."""
+    """Rows of different lengths as one array, filled on the right."""
     padded = np.full((len(rows), max(map(len, rows))), fill, rows[0].dtype)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
     return padded
 
 
-def in_batches(texts: Sequence[tuple[Sized, ...]], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of the texts of each batch, so that texts of like length meet.
+def random_batch(
+    generator: np.random.Generator,
+    shape: tuple[int, int],
+    *,
+    inputs: Sequence[str],
+    vocabulary_size: int,
+    pad_token_id: int | None = None,
+    padded: bool = False,
+) -> dict[str, np.ndarray]:
+    """Random token ids in every place, padding included; the second half of a row is its second sentence.
 
     Args:
-        texts: of each its one or two sentences, or its token ids.
+        inputs: names of the graph's inputs; ``task_ids`` among them is left to the caller.
+        vocabulary_size: ids are drawn below it.
+        pad_token_id: an id that is not drawn, as RoBERTa gives it no position; by default all are.
+        padded: whether rows end in padding after a random length; the first row is always full.
+
+    Returns:
+        int64 by name, each of the given shape, (n_batch, n_text)
     """
-    # Characters stand in for tokens where nothing is tokenised yet. sorted() is stable, so the same texts always make
-    # the same batches.
+    n_batch, n_text = shape
+    lengths = np.full(n_batch, n_text)
+    if padded:
+        lengths[1:] = generator.integers(1, n_text + 1, n_batch - 1)
+    ids = generator.integers(0, vocabulary_size, shape)
+    if pad_token_id is not None:
+        ids[ids == pad_token_id] = (pad_token_id + 1) % vocabulary_size
+    columns = np.arange(n_text)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (columns < lengths[:, None]).astype(np.int64),
+        "token_type_ids": np.broadcast_to(columns >= n_text // 2, shape).astype(np.int64),
+    }
+    return {name: array for name, array in batch.items() if name in inputs}
+
+
+def in_batches(texts: Sequence[tuple[Sized, ...]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the texts in each batch, with texts of similar length together; a text may also be token ids."""
+    # Characters approximate tokens before the tokenizer ran. sorted() is stable: the same texts make the same batches.
     order = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """The probabilities of the classes, which lie along the last axis; float64, shape = shape of the logits"""
-    # The largest logit is taken off first, so that exp cannot overflow.
+    """Probabilities over the last axis; float64, shape = shape of the logits"""
+    # Without the largest logit exp cannot overflow.
     exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def count_pairs(task: Task, expected: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The confusion matrix: how many rows of each class were predicted as each.
-
-    Args:
-        expected: class indices, shape = (n_rows,)
-        predicted: class indices, shape = (n_rows,)
-
-    Returns:
-        int64, shape = (n_labels expected, n_labels predicted)
-    """
+    """The confusion matrix of class indices, shapes = (n_rows,); int64, shape = (n_labels expected, n_labels predicted)"""
     counts = np.zeros((len(task.labels), len(task.labels)), np.int64)
     np.add.at(counts, (np.asarray(expected, np.int64), np.asarray(predicted, np.int64)), 1)
     return counts
 
 
 def score_counts(task: Task, counts: np.ndarray) -> Scores:
-    """The task's metrics, equal to `train.data.tasks.score`'s, from counts alone: they do not grow with the rows.
-
-    Args:
-        counts: as `count_pairs` gives them
-    """
+    """The metrics of `train.data.tasks.score` from a confusion matrix (`count_pairs`), whose size the rows do not change."""
     right = np.diag(counts).astype(np.float64)
     expected, predicted = counts.sum(axis=1).astype(np.float64), counts.sum(axis=0).astype(np.float64)
     n_rows = expected.sum()
-    # F1 = 2·TP / (2·TP + FP + FN), and 0 of a class that is neither there nor predicted
+    # F1 = 2·TP / (2·TP + FP + FN), and 0 for a class that is neither expected nor predicted
     f1 = 2 * right / np.maximum(expected + predicted, 1)
-    values: dict[str, float] = {}
-    for name in task.metrics:
-        if name == "accuracy":
-            value = right.sum() / n_rows
-        elif name == "f1_macro":
-            value = f1.mean()
-        elif name == "matthews":
-            # the correlation of the one-hot classes, over all of them; 0 where one side never varies
-            spread = (n_rows**2 - expected @ expected) * (n_rows**2 - predicted @ predicted)
-            value = (right.sum() * n_rows - expected @ predicted) / np.sqrt(spread) if spread else 0.0
-        else:
-            assert task.positive_label is not None
-            value = f1[task.labels.index(task.positive_label)]
-        values[name] = float(value)
-    return Scores(values)
+    # The correlation of the one-hot classes; 0 where one side never varies.
+    spread = (n_rows**2 - expected @ expected) * (n_rows**2 - predicted @ predicted)
+    values = {
+        "accuracy": right.sum() / n_rows,
+        "f1_macro": f1.mean(),
+        "matthews": (right.sum() * n_rows - expected @ predicted) / np.sqrt(spread) if spread else 0.0,
+    }
+    if task.positive_label is not None:
+        values["f1"] = f1[task.labels.index(task.positive_label)]
+    return Scores({name: float(values[name]) for name in task.metrics})

@@ -1,14 +1,14 @@
-"""What a text must be before it is tokenised: there, not endless, and valid Unicode."""
+"""Checks a text before it is tokenized: not empty, not endless, and valid Unicode."""
 
 from train.common.errors import LongTextError, TextError
 from train.data.tasks import Task
 
 MAX_CHARACTERS = 10_000
-"""Longest sentence in characters; no text near it fits the model's positions."""
+"""Upper bound for a sentence; no text near it fits the model's positions."""
 
 
 def check_text(task: Task, sentence1: object, sentence2: object) -> tuple[str, ...]:
-    """A visitor's text as it may be tokenised: one sentence, or two, as the task has them.
+    """A user's text, ready for the tokenizer: one sentence, or two, as the task has them.
 
     Raises:
         TextError: a sentence is empty, too long (`LongTextError`) or not valid Unicode, or there is one too many.
@@ -21,14 +21,7 @@ def check_text(task: Task, sentence1: object, sentence2: object) -> tuple[str, .
 
 
 def check_sentence(text: object, name: str) -> str:
-    """A sentence as it may be tokenised.
-
-    Args:
-        name: of the sentence, for complaints.
-
-    Raises:
-        TextError: it is no text, empty, too long (`LongTextError`) or not valid Unicode.
-    """
+    """A sentence, ready for the tokenizer; see `check_text`. ``name`` is what error messages call it."""
     if not isinstance(text, str):
         raise TextError(f"{name} is no text. Give a sentence.")
     if not text.strip():

@@ -1,4 +1,4 @@
-"""Arrays that stay where they are on the device: what a captured CUDA graph reads and writes."""
+"""CUDA graphs: a session that captures the kernels of each shape of a batch once and replays them."""
 
 import threading
 from collections.abc import Mapping
@@ -10,13 +10,10 @@ import numpy as np
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue, RunOptions
 
-
 MAX_SHAPES = 32
 """How many shapes are captured; each keeps its arrays and a graph on the device for as long as the session lives."""
-
-
 NOT_CAPTURED = "-1"
-"""A run's ``gpu_graph_id`` that ONNX Runtime takes for "without a CUDA graph"."""
+"""The ``gpu_graph_id`` with which ONNX Runtime runs without a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class _Place:
     options: "RunOptions"
 
 
-class FixedShapes:
-    """Runs a session with one set of arrays a shape.
+class CudaGraphRunner:
+    """Runs a session with one set of arrays and one CUDA graph for each shape.
 
     A CUDA graph replays its kernels on the very addresses it was captured on, so every shape has inputs and an output
     of its own, and a number by which ONNX Runtime finds its graph again (``gpu_graph_id``). The first batch of a shape
@@ -40,13 +37,7 @@ class FixedShapes:
     """
 
     def __init__(self, session: "InferenceSession", *, device: str, n_labels: int) -> None:
-        """Wrap a session.
-
-        Args:
-            session: its inputs are int64, of shape (n_batch, n_text) or (n_batch,), its output is ``logits``, float32.
-            device: "cuda", or "cpu", where nothing is captured.
-            n_labels: columns of its logits.
-        """
+        """Wrap a session with logits of ``n_labels`` columns; ``device`` is "cuda", or "cpu", where nothing is captured."""
         self._session = session
         self._device = device
         self._n_labels = n_labels
@@ -66,17 +57,15 @@ class FixedShapes:
             for name, value in place.inputs.items():
                 value.update_inplace(np.ascontiguousarray(arrays[name]))
             self._session.run_with_iobinding(place.binding, place.options)
-            # On the CPU that is the very memory the next batch writes to.
+            # A copy: on the CPU the next batch writes to the same memory.
             return np.array(place.logits.numpy())
 
     def _make_place(self, arrays: Mapping[str, np.ndarray]) -> _Place:
         from onnxruntime import OrtValue, RunOptions
 
-        def on_device(shape: tuple[int, ...], kind: type) -> "OrtValue":
-            return OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device, 0)
-
-        inputs = {name: on_device(array.shape, np.int64) for name, array in arrays.items()}
-        logits = on_device((len(arrays["input_ids"]), self._n_labels), np.float32)
+        make = OrtValue.ortvalue_from_shape_and_type
+        inputs = {name: make(array.shape, np.int64, self._device, 0) for name, array in arrays.items()}
+        logits = make((len(arrays["input_ids"]), self._n_labels), np.float32, self._device, 0)
         binding = self._session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.bundle.folder import Bundle
+from export.bundle.folder import FILES, Bundle
 from export.runtime.session import EXPORT_AGAIN
 from train.common.errors import BundleError, first_line, is_of_tokenizers
 from train.common.limits import MAX_TEXT_BYTES, check_file
@@ -15,20 +15,16 @@ from train.common.limits import MAX_TEXT_BYTES, check_file
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """A batch of texts as the graph takes it.
-
-    Attributes:
-        arrays: ``input_ids`` and ``attention_mask``, with ``token_type_ids`` where the model takes
-            them; each int64, shape = (n_batch, n_text)
-        cut: for each text, whether it was longer than the limit and lost its end.
-    """
+    """A batch of texts as the graph takes it."""
 
     arrays: dict[str, np.ndarray]
+    """``input_ids``, ``attention_mask``, and ``token_type_ids`` if the model takes them; int64, shape = (n_batch, n_text)"""
     cut: tuple[bool, ...]
+    """Whether each text was longer than the limit and lost its end."""
 
 
 class TextTokenizer:
-    """tokenizer.json, set up for single texts and pairs: cut to a limit (longest sentence first), padded on the right."""
+    """tokenizer.json for single texts and pairs: cut to a limit (longest sentence first), padded on the right."""
 
     def __init__(
         self, path: Path, *, max_length: int, pad_token_id: int, inputs: Sequence[str], token_types: bool = True
@@ -36,11 +32,9 @@ class TextTokenizer:
         """Load a tokenizer.
 
         Args:
-            path: tokenizer.json
             max_length: longest text in tokens, special tokens included.
-            pad_token_id: what fills the end of shorter texts.
-            inputs: which of ``input_ids``, ``attention_mask``, ``token_type_ids`` to give.
-            token_types: whether the second sentence is of another type than the first, where types are given.
+            inputs: names of the graph's inputs; those that a tokenizer does not make are left out.
+            token_types: whether the second sentence has another token type than the first.
 
         Raises:
             BundleError: it is no tokenizer, or has no such padding token.
@@ -60,28 +54,33 @@ class TextTokenizer:
         self._token_types = token_types
 
     def __call__(self, texts: Sequence[tuple[str, ...]]) -> EncodedTexts:
-        """Tokenise texts into one batch, padded to its longest.
-
-        Args:
-            texts: of each its one or two sentences; at least one text.
-        """
+        """Tokenize texts of one or two sentences, at least one text, into a batch that is padded to its longest."""
         with self._library_failures():
             encodings = self._tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+        fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         arrays = {
-            "input_ids": np.array([encoding.ids for encoding in encodings], dtype=np.int64),
-            "attention_mask": np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
-            "token_type_ids": np.array([encoding.type_ids for encoding in encodings], dtype=np.int64),
+            name: np.array([getattr(encoding, field) for encoding in encodings], dtype=np.int64)
+            for name, field in fields.items()
+            if name in self._inputs
         }
-        if not self._token_types:
+        if not self._token_types and "token_type_ids" in arrays:
             arrays["token_type_ids"][:] = 0
-        return EncodedTexts(
-            arrays={name: arrays[name] for name in self._inputs},
-            cut=tuple(bool(encoding.overflowing) for encoding in encodings),
-        )
+        return EncodedTexts(arrays, tuple(bool(encoding.overflowing) for encoding in encodings))
+
+    def characters_read(self, text: tuple[str, ...]) -> tuple[int, ...]:
+        """How many characters of each sentence the model reads, when the text is cut to the limit."""
+        with self._library_failures():
+            encoding = self._tokenizer.encode(*text)
+        ends = [0] * len(text)
+        for (_, end), sequence in zip(encoding.offsets, encoding.sequence_ids, strict=True):
+            # Special tokens and padding belong to no sentence.
+            if sequence is not None:
+                ends[sequence] = max(ends[sequence], end)
+        return tuple(ends)
 
     @contextmanager
     def _library_failures(self) -> Iterator[None]:
-        """Turn what the library makes of a file that only looks like a tokenizer into a `BundleError`."""
+        """Turn the library's errors over a malformed file into a `BundleError`."""
         try:
             yield
         except BaseException as cause:
@@ -89,22 +88,11 @@ class TextTokenizer:
                 raise
             raise BundleError(f"{self._path} is no tokenizer ({first_line(cause)}). {EXPORT_AGAIN}") from cause
 
-    def characters_read(self, text: tuple[str, ...]) -> tuple[int, ...]:
-        """How far into each of its one or two sentences a text is read, in characters, when it is cut to the limit."""
-        with self._library_failures():
-            encoding = self._tokenizer.encode(*text)
-        ends = [0] * len(text)
-        for (_, end), sequence in zip(encoding.offsets, encoding.sequence_ids, strict=True):
-            # Special tokens and padding are of no sentence.
-            if sequence is not None:
-                ends[sequence] = max(ends[sequence], end)
-        return tuple(ends)
-
 
 def bundle_tokenizer(bundle: Bundle) -> TextTokenizer:
-    """The tokenizer of a bundle, set up for its graph."""
+    """A bundle's tokenizer, set up for its graph."""
     return TextTokenizer(
-        bundle.tokenizer_path,
+        bundle.folder / FILES.tokenizer,
         max_length=bundle.max_length,
         pad_token_id=bundle.pad_token_id,
         inputs=bundle.text_inputs,

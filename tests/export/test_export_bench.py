@@ -247,7 +247,7 @@ def test_the_count_of_a_whole_model_is_that_of_pytorchs_own_counter(family: str,
 def test_the_count_of_ours_is_what_the_folded_model_computes(kind: str, adapter: Folders) -> None:
     import torch
 
-    from export.fold.encoder import FoldedEncoder
+    from export.fold.rewrites.encoder import CpuEncoder
     from train.adapter.folder import load_adapter
     from train.adapter.peft import find_adapter_base, load_prompted_classifier
 
@@ -258,7 +258,7 @@ def test_the_count_of_ours_is_what_the_folded_model_computes(kind: str, adapter:
     if kind == "gpt2-v2":
         classifier.freeze_prompt()
     else:
-        module = FoldedEncoder(classifier).eval()
+        module = CpuEncoder(classifier).eval()
         if "bert" in kind.partition("-")[0] and kind != "roberta":
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     assert dimensions(classifier.config, kind).multiply_adds(OURS, 3, 11) == count_multiply_adds(module, batch)

@@ -34,7 +34,6 @@ class Findings:
     """What was found so far, by step and key, in a file that is whole after every line."""
 
     def __init__(self) -> None:
-        """Go on from an earlier call's."""
         self._kept = WORK / "check.json"
         self._start = time.monotonic()
         self._found: dict[str, Any] = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
@@ -70,14 +69,8 @@ def begin_behind(step: str) -> None:
     """Start a step that outlives this command; its findings go to a log that ``wait`` reads."""
     log = WORK / f"{step.replace(':', '-')}.log"
     with log.open("w") as file:
-        subprocess.Popen(
-            command(step),
-            env=environment(step),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        subprocess.Popen(command(step), env=environment(step), start_new_session=True, **pipes)
 
 
 def wait(name: str, findings: Findings, at_most: float) -> None:
@@ -99,16 +92,9 @@ def run(step: str, findings: Findings, at_most: float) -> None:
     """Run a step to its end or its deadline, printing its lines as they come."""
     began = time.monotonic()
     tail: list[str] = []
-    process = subprocess.Popen(
-        command(step),
-        env=environment(step),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    text: Any = {"text": True, "errors": "replace"}
+    process = subprocess.Popen(command(step), env=environment(step), start_new_session=True, **pipes, **text)
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
     signal.alarm(max(1, int(at_most)))
     assert process.stdout is not None

@@ -33,34 +33,26 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Launches:
-    """What one request does.
-
-    Attributes:
-        captured: whether the session could be opened for CUDA graphs.
-        reason: why not; else empty.
-        kernels: launches of the provider's own kernels; cuBLAS' are not among them.
-        products: calls of cuBLAS.
-        copies_to_device: by kernels that read arrays of the host, and of inputs.
-    """
+    """What one request does."""
 
     captured: bool
+    """Whether the session could be opened for CUDA graphs."""
     reason: str
+    """Why not; else empty."""
     kernels: int
+    """Launches of the provider's own kernels; cuBLAS' are not among them."""
     products: int
+    """Calls of cuBLAS."""
     copies_to_device: int
+    """Copies by kernels that read arrays of the host, and of inputs."""
 
 
-def provider_path() -> Path:
-    """ONNX Runtime's CUDA provider."""
+def _wanted() -> dict[str, list[str]]:
+    """By library, the names that ONNX Runtime's CUDA provider takes from it."""
     import onnxruntime
-
-    return Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-
-
-def _wanted(provider: Path) -> dict[str, list[str]]:
-    """By library, the names that the provider takes from it."""
     from elftools.elf.elffile import ELFFile
 
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     wanted: dict[str, list[str]] = defaultdict(list)
     with provider.open("rb") as file:
         elf: Any = ELFFile(file)
@@ -81,22 +73,16 @@ def _wanted(provider: Path) -> dict[str, list[str]]:
 
 def build(folder: Path) -> dict[str, Path]:
     """Compile one library for each of `LIBRARIES` into a folder, by name."""
-    wanted, built = _wanted(provider_path()), {}
+    wanted, built = _wanted(), {}
     written = SOURCE.read_text(encoding="utf-8")
     for library in LIBRARIES:
         names = wanted[library]
         mine = [name for name in names if f"{name}(" in written]
-        stubs = "".join(
-            f"int {name}() {{ {'fake_cuda_products++;' if 'emm' in name else ''} return 0; }}\n"
-            for name in names
-            if name not in mine
-        )
+        counted = {name: "fake_cuda_products++;" if "emm" in name else "" for name in names if name not in mine}
+        stubs = "".join(f"int {name}() {{ {count} return 0; }}\n" for name, count in counted.items())
         # All of the file in the runtime; of the others only what is theirs.
-        source = written if library == "libcudart.so.13" else ""
-        if library != "libcudart.so.13":
-            source = "".join(
-                f"int {name}(void **created) {{ return *created = (void *)created, 0; }}\n" for name in mine
-            )
+        creators = (f"int {name}(void **created) {{ return *created = (void *)created, 0; }}\n" for name in mine)
+        source = written if library == "libcudart.so.13" else "".join(creators)
         code, script, path = folder / f"{library}.c", folder / f"{library}.map", folder / library
         code.write_text(f"{source}\nunsigned long fake_cuda_products;\n{stubs}", encoding="utf-8")
         script.write_text(f"{library} {{ global: *; }};\n", encoding="utf-8")
@@ -107,19 +93,13 @@ def build(folder: Path) -> dict[str, Path]:
 
 
 def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> Launches:
-    """Open a graph for CUDA graphs, and run a batch without.
-
-    Args:
-        libraries: loaded ones, by the names of `LIBRARIES`.
-    """
+    """Open a graph for CUDA graphs, and run a batch without; ``libraries`` are loaded, by the names of `LIBRARIES`."""
     import numpy as np
     import onnxruntime
 
     counts = (ctypes.c_uint64 * 4).in_dll(libraries["libcudart.so.13"], "fake_cuda_counts")
-    products = [
-        ctypes.c_ulong.in_dll(libraries[name], "fake_cuda_products")
-        for name in ("libcublas.so.13", "libcublasLt.so.13")
-    ]
+    cublas = (libraries[name] for name in ("libcublas.so.13", "libcublasLt.so.13"))
+    products = [ctypes.c_ulong.in_dll(library, "fake_cuda_products") for library in cublas]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it would say of a refused graph is in its exception
 

@@ -28,13 +28,8 @@ SHAPES = ("1x16", "1x60", "1x200", "8x60", "32x60", "256x60") if ON_CUDA else ("
 COMPILED_SHAPES = {"large": ("1x60", "32x60", "256x60")}
 """Shapes for torch.compile where it would take minutes to compile for all of them."""
 
-_BERT = {
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "initializer_range": 0.2,
-}
+_BERT: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
+_BERT |= {"num_hidden_layers": 3, "initializer_range": 0.2}
 TINY: dict[str, dict[str, Any]] = {
     "bert": _BERT,
     "roberta": _BERT | {"num_attention_heads": 2, "type_vocab_size": 1, "max_position_embeddings": 258},
@@ -93,7 +88,8 @@ def _tiny(kind: str) -> tuple[Path, Path]:
     from transformers import AutoConfig
 
     from export.bench import random_model
-    from export.fold.pipeline import ExportConfig, export_adapters
+    from export.fold.config import ExportConfig
+    from export.fold.pipeline import export_adapters
     from train.data.tasks import custom_task
 
     family, _, suffix = kind.partition("-")
@@ -154,6 +150,10 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
     if ON_CUDA:
         torch.cuda.empty_cache()
     spread = float(np.abs(np.concatenate(expected) - expected[0][0]).max())
+
+    def difference(some: list[Any], others: list[Any]) -> float:
+        return max(float(np.abs(one - other).max()) for one, other in zip(some, others, strict=True))
+
     for precision in ("fp32", "fp16"):
         plain: list[Any] = []
         for cuda_graphs in (False, True) if ON_CUDA else (False,):
@@ -166,23 +166,20 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
             except Exception as cause:
                 tell(key, f"{type(cause).__name__}: {cause}"[:900])
                 continue
-            differences = [float(np.abs(one - other).max()) for one, other in zip(logits, expected, strict=True)]
+            changed = [(one.argmax(1) != other.argmax(1)).sum() for one, other in zip(logits, expected, strict=True)]
             result = {
                 "provider": classifier.execution.provider,
                 "note": classifier.execution.note,
-                "captured": bool(cuda_graphs and classifier._fixed_shapes is not None),
-                "max_logit_difference": max(differences),
+                "captured": bool(cuda_graphs and classifier.cuda_graphs is not None),
+                "max_logit_difference": difference(logits, expected),
                 "logits_spread": spread,
-                "labels_changed": sum(
-                    int((one.argmax(1) != other.argmax(1)).sum()) for one, other in zip(logits, expected, strict=True)
-                ),
+                "labels_changed": int(sum(changed)),
                 "texts": sum(map(len, expected)),
                 "load_seconds": round(load_seconds, 2),
                 "gpu_mib": round((gpu_memory_used_mib() or 0.0) - before, 1),
             }
             if plain:
-                pairs = zip(logits, plain, strict=True)
-                result["max_difference_from_without"] = max(float(np.abs(one - other).max()) for one, other in pairs)
+                result["max_difference_from_without"] = difference(logits, plain)
             plain = plain or logits
             tell(key, result)
             del classifier
@@ -208,11 +205,7 @@ def _batches(bundle: Any, shapes: tuple[str, ...], *, padded: bool) -> Iterator[
 
 def _folders(name: str) -> tuple[Path, Path]:
     """Adapter and bundle, once ``prepare`` has made them."""
-    return (
-        (ADAPTERS[name], WORK / name / "bundle")
-        if name in ADAPTERS
-        else (WORK / name / "adapter", WORK / name / "bundle")
-    )
+    return ADAPTERS.get(name, WORK / name / "adapter"), WORK / name / "bundle"
 
 
 def _config(name: str, **changed: Any) -> Any:
@@ -229,8 +222,9 @@ def prepare(name: str) -> None:
     """Export, and make what `export.bench` needs, so that only measuring is left."""
     from export.bench import prepare as preparation
     from export.bench import random_model
-    from export.bundle.folder import load_bundle
-    from export.fold.pipeline import ExportConfig, export_adapters
+    from export.bundle.folder import BUNDLE, load_bundle
+    from export.fold.config import ExportConfig
+    from export.fold.pipeline import export_adapters
     from train.common.folder_record import read_record
     from train.common.machine import usable_cores
 
@@ -245,10 +239,8 @@ def prepare(name: str) -> None:
         else:
             gate = {"validation_files": (rows,)} if rows else {"ungated": True}
             export_adapters(ExportConfig((ADAPTERS[name],), folder / "bundle", precision="fp16", **gate))
-        manifest = read_record(folder / "bundle", __import__("export.bundle.folder").bundle.BUNDLE)
-        gates = {
-            graph.precision: [str(gate) for gate in graph.gates] for graph in load_bundle(folder / "bundle").graphs
-        }
+        manifest = read_record(folder / "bundle", BUNDLE)
+        gates = {graph.precision: list(map(str, graph.gates)) for graph in load_bundle(folder / "bundle").graphs}
         parity = manifest["tasks"][0]["parity"]["max_logit_difference"]
         found = {"fp32 against PEFT on the CPU": parity, "providers": manifest["providers_tried"], "gates": gates}
         tell("exported", found | {"seconds": round(time.monotonic() - began, 1)})
@@ -276,12 +268,9 @@ def bench(name: str, engines: str = "") -> None:
     """`export.bench` without torch.compile, whose engines are ``compile``'s."""
     from export.bench.engines import ENGINES, OPENVINO
 
-    chosen = [
-        name
-        for name, one in ENGINES.items()
-        if not one.compile_mode and one.family != OPENVINO and DEVICE in one.devices
-    ]
-    _time(name, tuple(engines.split(",")) if engines else tuple(chosen))
+    plain = {name: one for name, one in ENGINES.items() if not one.compile_mode and one.family != OPENVINO}
+    chosen = [name for name, one in plain.items() if DEVICE in one.devices]
+    _time(name, tuple(engines.split(",") if engines else chosen))
 
 
 def compile(name: str, engines: str = "") -> None:
@@ -400,7 +389,7 @@ def hidden() -> None:
 
     tell("with CUDA_VISIBLE_DEVICES empty", cuda_absence())
     code = (
-        "from export.bundle.folder import load_bundle; from export.runtime.session import OnnxClassifier; from pathlib import Path; "
+        "from export.bundle.folder import load_bundle; from export.runtime.classifier import OnnxClassifier; from pathlib import Path; "
         f"print(OnnxClassifier(load_bundle(Path({str(_folders('v2')[1])!r}))).execution)"
     )
     tell("OnnxClassifier then", _last_line([sys.executable, "-c", code]))
@@ -408,10 +397,8 @@ def hidden() -> None:
         "for f in $(ldconfig -p | grep -o '/[^ ]*libcuda.so.1$') $(find / -xdev -name 'libcuda.so*' 2>/dev/null); do "
         'mount --bind /dev/null "$f"; done; exec "$@"'
     )
-    tell(
-        "with the driver's library masked",
-        _last_line(["unshare", "-m", "sh", "-c", masked, "sh", sys.executable, "-c", code]),
-    )
+    words = ["unshare", "-m", "sh", "-c", masked, "sh", sys.executable, "-c", code]
+    tell("with the driver's library masked", _last_line(words))
 
 
 def _last_line(words: list[str]) -> str:
@@ -429,10 +416,7 @@ def demo() -> None:
     from export.runtime.classifier import OnnxClassifier
 
     onnx = OnnxClassifier(load_bundle(_folders("v2")[1]), precision="fp32", use_cuda=ON_CUDA)
-    texts = [
-        ("Coast redwoods are tall.", "The tallest trees are redwoods."),
-        ("It rains.", "The sun shines all day long."),
-    ]
+    texts = [("Coast redwoods are tall.", "The tallest trees are redwoods."), ("It rains.", "The sun shines.")]
     arrays = onnx.tokenize(texts).arrays
     expected = onnx.logits(arrays)
     for mode in ("eager", "bf16", "compiled"):

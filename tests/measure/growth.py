@@ -33,12 +33,12 @@ from export.bench.config import Shape
 from export.bench.engines import Plan
 from export.bench.prepare import random_batch
 from export.bench.worker import time_passes
-from export.bundle.folder import BUNDLE, FILES, TASK_IDS, Bundle, finish_bundle, load_bundle
+from export.bundle.folder import BUNDLE, FILES, TASK_IDS, Bundle, load_bundle
 from export.runtime.classifier import OnnxClassifier, best_precision
 from export.runtime.tokenizer import bundle_tokenizer
 from train.common.console import Parser, names, run_main, say
 from train.common.errors import EngineError, UsageError
-from train.common.folder_record import content_of, read_record
+from train.common.folder_record import content_of, read_record, write_record
 from train.common.machine import peak_memory_mib, usable_cores
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def with_tasks(bundle: Bundle, n_tasks: int, folder: Path) -> Bundle:
     import onnx
     from onnx import numpy_helper
 
-    if not bundle.is_shared:
+    if not bundle.has_many_tasks:
         raise UsageError(
             f"{bundle.folder} was exported for one task. For --tasks export several adapters together; a copy of one "
             "will do: python -m export A COPY --out BUNDLE"
@@ -257,7 +257,7 @@ def with_tasks(bundle: Bundle, n_tasks: int, folder: Path) -> Bundle:
     shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns(source.name, FILES.manifest))
     onnx.save(model, folder / source.name)
     tasks = [manifest["tasks"][number % len(bundle.tasks)] | {"name": f"task-{number}"} for number in range(n_tasks)]
-    finish_bundle(folder, content_of(manifest) | {"tasks": tasks})
+    write_record(folder, BUNDLE, content_of(manifest) | {"tasks": tasks})
     return load_bundle(folder)
 
 
@@ -435,7 +435,7 @@ def request_bodies(bundle: Bundle, n_tokens: int, pairs: int, n_bodies: int) -> 
     for _ in range(n_bodies):
         many = [made_up() for _ in range(pairs)]
         question: dict[str, Any] = {"pairs": many} if n_texts > 1 else {"texts": [text for (text,) in many]}
-        bodies.append(json.dumps(question | ({"task": task.name} if bundle.is_shared else {})).encode())
+        bodies.append(json.dumps(question | ({"task": task.name} if bundle.has_many_tasks else {})).encode())
     return bodies
 
 

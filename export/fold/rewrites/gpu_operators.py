@@ -1,10 +1,8 @@
-"""Operators that ONNX Runtime computes in one go: for GPUs, where what they save is launches and trips to memory.
+"""Operators that ONNX Runtime computes in one kernel: on a GPU they save launches and trips to memory.
 
-On a CPU they lose: of a MiniLM graph at batch 32 × 60, a `SkipLayerNormalization` took 2.5 ms, the sum and the norm that
+On a CPU they lose: in a MiniLM graph at batch 32 × 60, a `SkipLayerNormalization` took 2.5 ms, the sum and the norm that
 it replaces 1.1, and the fused graph 229 ms, the other 199 (ONNX Runtime 1.31, fp32, AVX-512). So only the graph for CUDA
 has them.
-
-Heavy: import it where it is used.
 """
 
 import contextlib
@@ -20,24 +18,18 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper, unregister_
 from torch.onnx._internal.torchscript_exporter import _type_utils
 
 ATTENTION = "aten::scaled_dot_product_attention"
-
-
 LOWEST = float(torch.finfo(torch.float32).min)
-"""Added to the score of a key that is masked."""
-
-
+"""Added to the score of a masked key."""
 BIAS_ALIGNMENT = 4
-"""A bias for the memory-efficient kernel has rows of a multiple of it. ONNX Runtime 1.31 takes that kernel where the number
-of queries is a multiple of 8, looks at no number of keys, and fails in the midst of a request."""
+"""A bias for the memory-efficient kernel has rows of a multiple of this length. ONNX Runtime 1.31 takes that kernel where
+the number of queries is a multiple of 8, does not look at the number of keys, and fails during a request."""
 
 
 @contextlib.contextmanager
-def attention_in_one(opset: int, *, heads: int, virtual_tokens: int) -> Iterator[None]:
+def exporting_fused_attention(opset: int, *, heads: int, virtual_tokens: int) -> Iterator[None]:
     """While this lasts, a trace writes PyTorch's attention as ``com.microsoft::MultiHeadAttention``.
 
-    Args:
-        heads: of every layer; a trace does not know its own shapes.
-        virtual_tokens: how many more keys than queries there are.
+    A trace does not know its own shapes: each layer has ``heads`` heads and ``virtual_tokens`` more keys than queries.
     """
     n_more = -virtual_tokens % BIAS_ALIGNMENT
     register_custom_op_symbolic(ATTENTION, partial(_multi_head_attention, heads, n_more), opset)
@@ -47,97 +39,77 @@ def attention_in_one(opset: int, *, heads: int, virtual_tokens: int) -> Iterator
         unregister_custom_op_symbolic(ATTENTION, opset)
 
 
-def _multi_head_attention(  # noqa: PLR0917 -- called so by torch.onnx
-    heads: int,
-    n_more: int,
-    g: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any,
-    dropout_p: Any = None,
-    is_causal: Any = None,
-    scale: Any = None,
-    enable_gqa: Any = None,
-) -> Any:
-    """What torch.onnx calls for an attention; shapes = (n_batch, n_heads, n_rows, n_head)
+def absent_input(g: Any) -> Any:
+    """An optional input of an operator that is left out."""
+    none = g.op("prim::Constant")
+    none.setType(torch._C.OptionalType.ofTensor())
+    return none
 
-    The operator takes queries as (n_batch, n_rows, n_heads · n_head), keys and values as they are. ``n_more`` hidden keys are
-    put in front.
+
+def _multi_head_attention(heads: int, n_more: int, g: Any, *inputs: Any) -> Any:
+    """The symbolic of an attention for torch.onnx; shapes = (n_batch, n_heads, n_rows, n_head)
+
+    The operator takes queries as (n_batch, n_rows, n_heads · n_head), keys and values as they are. ``n_more`` hidden keys
+    are put in front.
     """
+    query, key, value, attn_mask, _, is_causal, scale, *_ = inputs
     if symbolic_helper._maybe_get_const(is_causal, "b") is True:
         raise ValueError("causal attention without a mask has no fused form here")
     rows = g.op("Constant", value_t=torch.tensor([0, 0, -1]))
     by_head = g.op("Constant", value_t=torch.tensor([0, 0, heads, -1]))
-    inputs = [g.op("Reshape", g.op("Transpose", query, perm_i=[0, 2, 1, 3]), rows), key, value]
+    tensors = [g.op("Reshape", g.op("Transpose", query, perm_i=[0, 2, 1, 3]), rows), key, value]
     if not symbolic_helper._is_none(attn_mask):
-        none = g.op("prim::Constant")
-        none.setType(torch._C.OptionalType.ofTensor())
+        none = absent_input(g)
         if _type_utils.JitScalarType.from_value(attn_mask) == _type_utils.JitScalarType.BOOL:
             shown, hidden = (g.op("Constant", value_t=torch.tensor(value)) for value in (0.0, LOWEST))
             attn_mask = g.op("Where", attn_mask, shown, hidden)
         if n_more:
-            inputs[1:] = [_with_more(g, part, 2, n_more, 0.0) for part in (key, value)]
-            attn_mask = _with_more(g, attn_mask, 3, n_more, LOWEST)
-        inputs += [none, none, attn_mask]
+            tensors[1:] = [_padded_in_front(g, tensor, 2, n_more, 0.0) for tensor in (key, value)]
+            attn_mask = _padded_in_front(g, attn_mask, 3, n_more, LOWEST)
+        tensors += [none, none, attn_mask]
     attributes: dict[str, float] = {"num_heads_i": heads}
     factor = symbolic_helper._maybe_get_const(scale, "f")
     if isinstance(factor, float):
         attributes["scale_f"] = factor
-    mixed = g.op("com.microsoft::MultiHeadAttention", *inputs, **attributes)
+    mixed = g.op("com.microsoft::MultiHeadAttention", *tensors, **attributes)
     return g.op("Transpose", g.op("Reshape", mixed, by_head), perm_i=[0, 2, 1, 3])
 
 
-def _with_more(g: Any, part: Any, dim: int, n_more: int, fill: float) -> Any:
-    """A tensor of four dimensions with more in front of one of them."""
+def _padded_in_front(g: Any, tensor: Any, dim: int, n_more: int, fill: float) -> Any:
+    """A tensor of four dimensions with more rows in front of one of them."""
     pads = torch.zeros(8, dtype=torch.long)
     pads[dim] = n_more
-    return g.op(
-        "Pad", part, g.op("Constant", value_t=pads), g.op("Constant", value_t=torch.tensor(fill)), mode_s="constant"
-    )
+    constants = (g.op("Constant", value_t=value) for value in (pads, torch.tensor(fill)))
+    return g.op("Pad", tensor, *constants, mode_s="constant")
 
 
 def fuse_operators(path: Path, *, heads: int, hidden_size: int) -> None:
-    """Put residual sums and layer norms, and biases and GELUs, into one operator each, by ONNX Runtime's tool.
-
-    Args:
-        path: the graph; it is written anew.
-        heads: of every layer.
-        hidden_size: width of the rows.
-    """
+    """Fuse residual sums with layer norms, and biases with GELUs, by ONNX Runtime's tool; the file is written anew."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
     options = FusionOptions("bert")
-    # Attention is one operator already, and the embeddings' norm has the prompt in it.
+    # Attention is one operator already, and the embeddings' norm includes the prompt.
     options.enable_attention = False
     options.enable_embed_layer_norm = False
-    # It takes the positions of one text for those of all.
+    # The tool would use the positions of one text for all.
     options.enable_rotary_embeddings = False
-    optimized = optimize_model(
-        str(path),
-        model_type="bert",
-        num_heads=heads,
-        hidden_size=hidden_size,
-        optimization_options=options,
-        opt_level=0,
-    )
+    sizes = {"num_heads": heads, "hidden_size": hidden_size}
+    optimized = optimize_model(str(path), model_type="bert", **sizes, optimization_options=options, opt_level=0)
     _keep_on_device(optimized.model.graph)
     optimized.save_model_to_file(str(path))
 
 
 ARITHMETIC = frozenset({"Add", "Div", "Mod", "Mul", "Sub"})
-
-
 OF_SIZES = ARITHMETIC | {"Gather", "Squeeze"}
-"""Operators that ONNX Runtime computes on the host where all that they take are a shape's numbers and constants."""
+"""Operators that ONNX Runtime computes on the host if all their inputs are a shape's numbers and constants."""
 
 
 def _keep_on_device(graph: onnx.GraphProto) -> None:
-    """Let no sum or product of numbers on the device take a size that lies on the host.
+    """Let no sum or product of numbers on the device take a size from the host, as torch.onnx's ``x[rows, columns]`` does.
 
-    ONNX Runtime would copy the size to the device in the midst of a request, and refuses to capture a CUDA graph with
-    such a copy. A ``Range`` over that one number makes it on the device. It is how torch.onnx writes ``x[rows, columns]``.
+    ONNX Runtime would copy the size to the device during a request, and refuses to capture a CUDA graph with such a
+    copy. A ``Range`` over that one number computes it on the device.
     """
     on_host = {item.name for item in graph.initializer}
     sizes: set[str] = set()
@@ -145,9 +117,8 @@ def _keep_on_device(graph: onnx.GraphProto) -> None:
     make = onnx.helper.make_node
     for node in graph.node:
         inputs = [name for name in node.input if name]
-        if node.op_type == "Shape" or (
-            node.op_type in OF_SIZES and sizes.intersection(inputs) and on_host.issuperset(inputs)
-        ):
+        is_of_sizes = node.op_type in OF_SIZES and sizes.intersection(inputs) and on_host.issuperset(inputs)
+        if node.op_type == "Shape" or is_of_sizes:
             sizes.update(node.output)
             on_host.update(node.output)
         elif node.op_type == "Constant":
@@ -155,10 +126,9 @@ def _keep_on_device(graph: onnx.GraphProto) -> None:
         elif node.op_type in ARITHMETIC and sizes.intersection(inputs):
             (place,) = (index for index, name in enumerate(node.input) if name in sizes)
             size, name = node.input[place], node.name
+            one = onnx.numpy_helper.from_array(np.array(1))
             nodes += [
-                make(
-                    "Constant", [], [f"{name}_one"], name=f"{name}_one", value=onnx.numpy_helper.from_array(np.array(1))
-                ),
+                make("Constant", [], [f"{name}_one"], name=f"{name}_one", value=one),
                 make("Add", [size, f"{name}_one"], [f"{name}_end"], name=f"{name}_end"),
                 make("Range", [size, f"{name}_end", f"{name}_one"], [f"{name}_sizes"], name=f"{name}_Range"),
                 make("Squeeze", [f"{name}_sizes"], [f"{name}_size"], name=f"{name}_Squeeze"),

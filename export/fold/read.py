@@ -1,0 +1,152 @@
+"""Step 1, read: the adapters, their labelled rows, the base model and the tokenizer, before anything is computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.bundle.folder import FILES, FP32, Bundle, load_bundle
+from export.fold.config import AUTO, ExportConfig, task_name
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base
+from train.adapter.record import Adapter
+from train.common.console import say
+from train.common.errors import AdapterError, UsageError
+from train.common.folder_record import sha256_of_file
+from train.common.limits import MAX_MODEL_BYTES
+from train.data.load import load_split
+from train.data.tasks import Task
+from train.model.find import BaseModel, text_limit
+from train.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows that show what a precision costs."""
+
+    file: Path
+    task: Task
+    """The adapter's task with the file's column names."""
+    dataset: "Dataset"
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """An adapter that becomes a task of the bundle."""
+
+    name: str
+    number: int
+    adapter: Adapter
+    rows: LabelledRows | None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that an export reads: adapters of one base model, and the bundle to which they are added."""
+
+    tasks: tuple[ExportTask, ...]
+    base: BaseModel
+    tokenizer: "PreTrainedTokenizerFast"
+    old: Bundle | None
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return [task.adapter for task in self.tasks]
+
+    @property
+    def has_token_types(self) -> bool:
+        """Whether the tokenizer gives token types; if not, a model that takes them gets type 0 for both sentences."""
+        return "token_type_ids" in self.tokenizer.model_input_names
+
+
+def read_sources(config: ExportConfig) -> Sources:
+    """Read and check everything that an export needs; its errors are those of `export.fold.pipeline.export_adapters`."""
+    old = _read_old_bundle(config) if config.add else None
+    n_old = len(old.tasks) if old else 0
+    files = config.validation_files or (None,) * len(config.adapters)
+    tasks = []
+    for number, (folder, file) in enumerate(zip(config.adapters, files, strict=True), start=n_old):
+        adapter = load_adapter(folder)
+        rows = _read_rows(adapter, file, config, old)
+        tasks.append(ExportTask(task_name(folder), number, adapter, rows))
+    first = tasks[0].adapter
+    for task in tasks:
+        _check_fit(task.adapter, old or first)
+    say(f"[1/5] reading the base model {first.model}")
+    base = find_adapter_base(first)
+    if first.max_length > text_limit(base, first.virtual_tokens):
+        raise AdapterError(
+            f"{first.folder} allows texts of {first.max_length} tokens, more than {base.name} has positions for. "
+            "Train the adapter again."
+        )
+    return Sources(tuple(tasks), base, load_tokenizer((old or first).folder, first.max_length), old)
+
+
+def _read_old_bundle(config: ExportConfig) -> Bundle:
+    bundle = load_bundle(config.out)
+    if not bundle.has_many_tasks:
+        raise UsageError(
+            f"{config.out} was exported for one task, and its graph cannot be told another. Export both adapters "
+            f"together: python -m export {' '.join(map(str, (bundle.tasks[0].name, *config.adapters)))} --out BUNDLE"
+        )
+    taken = {task.name for task in bundle.tasks} & {task_name(adapter) for adapter in config.adapters}
+    if taken:
+        raise UsageError(f"{config.out} has a task {min(taken)} already. Rename the adapter's folder.")
+    return bundle
+
+
+def _read_rows(adapter: Adapter, file: Path | None, config: ExportConfig, old: Bundle | None) -> LabelledRows | None:
+    """The labelled rows of an adapter, where they are there and wanted."""
+    task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
+    if old:
+        is_wanted = is_needed = any(graph.gates for graph in old.graphs)
+        reason = f"{config.out} holds other precisions than fp32, and what they cost this task is unknown"
+    else:
+        is_wanted, is_needed = config.precision != FP32, config.precision != AUTO and not config.ungated
+        reason = f"--precision {config.precision} is kept only if labelled rows show what it costs"
+    file = (file or _own_validation_file(adapter)) if is_wanted else None
+    if file is not None:
+        return LabelledRows(file, task, load_split(task, "", file))
+    if is_wanted and is_needed:
+        raise UsageError(
+            f"{reason}, and the file that {adapter.folder} was validated with is not here. Give one with "
+            f"--validation-file{'' if old else f', or take --precision {FP32}'}."
+        )
+    return None
+
+
+def _own_validation_file(adapter: Adapter) -> Path | None:
+    """The file that an adapter was validated with, if it is on this machine and still the same."""
+    file = adapter.validation_file
+    try:
+        # The rows of a gate are all held in memory.
+        if file is None or not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
+            return None
+        return file if sha256_of_file(file) == adapter.validation_sha256 else None
+    except OSError:  # no right to read the folder, for example
+        return None
+
+
+def _check_fit(adapter: Adapter, other: Adapter | Bundle) -> None:
+    """Refuse an adapter that cannot be in one graph with another, or with those of a bundle."""
+    others = _common_traits(other)
+    for name, value in _common_traits(adapter).items():
+        if value != others[name]:
+            raise UsageError(
+                f"{adapter.folder} has another {name} ({value}) than {other.folder} ({others[name]}), so one graph cannot "
+                "serve both. Train it alike, or export it alone."
+            )
+
+
+def _common_traits(owner: Adapter | Bundle) -> dict[str, object]:
+    """What all adapters in one graph have in common, by names for people."""
+    return {
+        "base model with SHA-256": owner.model_sha256 if isinstance(owner, Adapter) else owner.base_model_sha256,
+        "method": owner.method,
+        "number of virtual tokens": owner.virtual_tokens,
+        "longest text": owner.max_length,
+        "tokenizer with SHA-256": sha256_of_file(owner.folder / FILES.tokenizer),
+    }

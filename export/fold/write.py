@@ -1,0 +1,69 @@
+"""Step 6, write: manifest.json, which says what the bundle is and what was measured."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.bundle.folder import BUNDLE, GRAPH_FILES, Gate
+from export.fold.read import ExportTask
+from train.common.folder_record import write_record
+
+if TYPE_CHECKING:
+    from export.fold.compare import ParityReport
+
+
+def write_manifest(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    tasks: Sequence[ExportTask],
+    reports: "Sequence[ParityReport]",
+    *,
+    kept: Mapping[str, Sequence[Gate]],
+    refused: Mapping[str, Sequence[Gate]],
+) -> None:
+    """Add tasks and graphs to a manifest, new or old, and write it with the hash of every file in the folder.
+
+    The gates of the graphs that are ``kept`` or ``refused`` come by precision, and after those of the old manifest.
+    """
+    records = [_task_record(task, report) for task, report in zip(tasks, reports, strict=True)]
+    graphs = {record["precision"]: record for record in manifest.get("graphs", [])}
+    for precision, gates in kept.items():
+        graphs[precision] = _graph_record(precision, graphs.get(precision, {"gates": []})["gates"], gates)
+    more = {
+        "tasks": [*manifest.get("tasks", []), *records],
+        "graphs": list(graphs.values()),
+        "refused": [*manifest.get("refused", []), *(_graph_record(name, [], gates) for name, gates in refused.items())],
+    }
+    write_record(folder, BUNDLE, {"versions": _versions(), **manifest, **more})
+
+
+def _task_record(task: ExportTask, report: "ParityReport") -> dict[str, object]:
+    adapter = task.adapter
+    return {
+        "name": task.name,
+        "adapter_sha256": adapter.sha256,
+        "task": adapter.task.as_json(),
+        "parity": asdict(report),
+        "quality": {
+            "n_validation": adapter.n_validation,
+            "validation": adapter.scores.values,
+            "baselines": {name: scores.values for name, scores in adapter.baselines.items()},
+        },
+    }
+
+
+def _graph_record(precision: str, old: Sequence[Any], gates: Sequence[Gate]) -> dict[str, Any]:
+    return {"precision": precision, "file": GRAPH_FILES[precision], "gates": [*old, *map(asdict, gates)]}
+
+
+def _versions() -> dict[str, str]:
+    """The versions of the libraries that made the graphs, with one of the two packages of ONNX Runtime."""
+    names = ("torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime-gpu", "onnxruntime")
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -1,0 +1,66 @@
+"""Helpers for tests of graphs: what a kind of model takes, batches for it, and the same tests for few kinds or for many."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export.bundle.folder import BUNDLE
+from tests.conftest import DECODERS, ENCODERS, TOKEN_TYPES, family_of, random_batch
+from train.common.folder_record import seal
+
+Folders = Callable[[str], Path]
+Precisions = Callable[[str, str], Path]
+
+N_LAYERS = 2
+"""Of every tiny model."""
+
+
+def parametrize_kinds(metafunc: pytest.Metafunc, kinds: Sequence[str]) -> None:
+    """Run a test that takes a ``kind`` for each of them, and one that takes an ``encoder_kind`` for the encoders among them."""
+    chosen = {
+        "kind": kinds,
+        "encoder_kind": [kind for kind in kinds if family_of(kind) in ENCODERS],
+        "roberta_kind": [kind for kind in kinds if "roberta" in kind],
+    }
+    for name in chosen.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, chosen[name])
+
+
+def has_types(kind: str) -> bool:
+    return family_of(kind) in TOKEN_TYPES
+
+
+def inputs_of(kind: str) -> list[str]:
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if has_types(kind) else [])]
+
+
+def peft_batch(kind: str, n_batch: int, n_text: int, seed: int = 3) -> dict[str, np.ndarray]:
+    """A random batch that PEFT reads as well: padded on the right, but for a decoder, of which it reads the last row."""
+    batch = random_batch(np.random.default_rng(seed), n_batch, n_text, token_types=has_types(kind))
+    if family_of(kind) in DECODERS:
+        batch["attention_mask"][:] = 1
+        # transformers takes a last padding token for padding.
+        batch["input_ids"][:, -1] = 7
+    return batch
+
+
+def run_file(path: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """The logits of a graph by ONNX Runtime alone."""
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["logits"], batch)[0]
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return content
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest in a way that its own hash does not tell."""
+    manifest = manifest_of(folder)
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest, BUNDLE)))

@@ -1,0 +1,225 @@
+"""``python -m export --precision``: gates that close, layers that stay in fp32, rows from elsewhere, several tasks."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from transformers import AutoModel
+
+import export.fold.gate
+import export.fold.int8
+import export.fold.quantize
+from export.bundle.folder import load_bundle
+from export.runtime.classifier import OnnxClassifier
+from tests.conftest import Data, make_base_model, make_pairs, random_batch, write_jsonl
+from tests.export.graphs import Folders, manifest_of
+from tests.export.test_many_tasks import export as export_several
+from tests.export.test_precision import DENSE, check_gate, easy_rows, export_bundle, hard_rows, read_rows, run_pairs
+from tests.slow.export.test_every_kind import train_and_export
+
+
+def test_auto_leaves_out_a_precision_that_costs_too_much(bundle: Folders, adapter: Folders, tmp_path: Path) -> None:
+    file = hard_rows(tmp_path / "rows.jsonl", bundle("bert") / "model.onnx")
+    out = tmp_path / "b"
+    assert export_bundle(adapter("bert"), out, "--precision", "auto", "--validation-file", file) == 0
+    assert {path.name for path in out.iterdir()} == {path.name for path in bundle("bert").iterdir()}
+    assert load_bundle(out).precisions == ("fp32",)
+    # fp16 is tried only where there is a GPU for it.
+    (refused,) = [record for record in manifest_of(out)["refused"] if record["precision"] == "int8"]
+    (gate,) = refused["gates"]
+    assert gate["fp32"]["accuracy"] - gate["scores"]["accuracy"] == pytest.approx(gate["label_flips"] / 48)
+    assert gate["label_flips"] / 48 > gate["tolerance"]
+    # Of two layers one may stay in fp32, and that was tried too.
+    assert len(gate["kept_fp32"]) == 1
+
+
+def test_what_int8_costs_is_counted_where_labels_change(
+    bundle: Folders, adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tests see the same rows refused; here the gate is open, so that the graph stays and can be run again."""
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+    file = hard_rows(tmp_path / "rows.jsonl", bundle("bert") / "model.onnx")
+    out = tmp_path / "b"
+    assert export_bundle(adapter("bert"), out, "--precision", "int8", "--validation-file", file) == 0
+    gate = check_gate(out, *read_rows(file))
+    assert gate["fp32"]["accuracy"] == 1.0
+    assert gate["label_flips"] > 0
+    assert gate["scores"]["accuracy"] == pytest.approx(1 - gate["label_flips"] / 48)
+
+
+def bert_with_an_outlier(folder: Path, *, layer: int, activation: float, weight: float) -> Path:
+    """A base model one unit of whose feed-forward part is always the same and is read with one weight."""
+    model: Any = AutoModel.from_pretrained(make_base_model(folder, "bert"))
+    with torch.no_grad():
+        model.encoder.layer[layer].intermediate.dense.bias[0] = activation
+        model.encoder.layer[layer].output.dense.weight[:, 0] = 0
+        model.encoder.layer[layer].output.dense.weight[0, 0] = weight
+    model.save_pretrained(folder)
+    return folder
+
+
+TRAINING = ("--encoder-hidden-size", "16", "--epochs", "2", "--learning-rate", "1e-2")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layer_that_int8_breaks_stays_in_fp32(layer: int, tmp_path: Path, data: Data) -> None:
+    """In fp32 the model stays what it was. In int8 all units share the outlier's scale, so that the others are 0."""
+    base = bert_with_an_outlier(tmp_path / "base", layer=layer, activation=1000, weight=0)
+    adapter_folder, plain = train_and_export(base, tmp_path / "plain", data, *TRAINING)
+    file = easy_rows(tmp_path / "rows.jsonl", plain / "model.onnx", n_rows=200)
+    out = tmp_path / "b"
+    assert export_bundle(adapter_folder, out, "--precision", "int8", "--validation-file", file) == 0
+    assert check_gate(out, *read_rows(file))["kept_fp32"] == [layer]
+
+    before, after = (onnx.load(out / name) for name in ("model.onnx", "model_int8.onnx"))
+    weights = {item.name: numpy_helper.to_array(item) for item in before.graph.initializer}
+    dense = [
+        node for node in before.graph.node if node.op_type in DENSE and weights.get(node.input[1], np.ones(1)).ndim == 2
+    ]
+    left = {item.name for item in after.graph.initializer if item.data_type == TensorProto.FLOAT}
+    kept = [node.name for node in dense if node.input[1] in left]
+    # Query, key, value, output and two of the feed-forward part; the last layer has its key and value in other form.
+    assert len(kept) == (6 if layer == 0 else 4)
+    integer = [node for node in after.graph.node if node.op_type == "MatMulInteger"]
+    assert len(integer) == len(dense) - len(kept)
+    assert not {name.removesuffix("/Gemm") for name in kept} & {node.name.partition("/Gemm")[0] for node in integer}
+    # And it is the right ones that were spared.
+    spared = AutoModel.from_pretrained(base).encoder.layer[layer].intermediate.dense.weight.detach().numpy()
+    assert any(np.array_equal(weights[node.input[1]], spared) for node in dense if node.name in kept)
+
+
+def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unchanged(
+    adapter: Folders, bundle: Folders, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / data.validation_file.name
+    shutil.copy(data.validation_file, copy)
+    assert export_bundle(adapter("bert"), tmp_path / "b") == 0
+    (gate,) = manifest_of(tmp_path / "b")["graphs"][1]["gates"]
+    assert (gate["file"], gate["n_rows"]) == ("validation.jsonl", 40)
+    # One row fewer is another file, whatever its name.
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
+    assert export_bundle(adapter("bert"), tmp_path / "c") == 0
+    assert load_bundle(tmp_path / "c").precisions == ("fp32",)
+    # Unless it is given.
+    assert export_bundle(adapter("bert"), tmp_path / "d", "--validation-file", copy) == 0
+    assert manifest_of(tmp_path / "d")["graphs"][1]["gates"][0]["n_rows"] == 39
+    # And fp32 needs none.
+    assert export_bundle(adapter("bert"), tmp_path / "e", "--precision", "fp32", "--validation-file", copy) == 0
+    assert load_bundle(tmp_path / "e").precisions == ("fp32",)
+
+
+def test_the_columns_of_a_validation_file_may_have_other_names(
+    adapter: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+    labels = ("not_equivalent", "equivalent")
+    rows: list[dict[str, object]] = [
+        {"first": row["sentence1"], "second": row["sentence2"], "gold": labels[index % 2]}
+        for index, row in enumerate(make_pairs(20, seed=4))
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    columns = ("--text-columns", "first,second", "--label-column", "gold")
+    flags = ("--precision", "int8", "--validation-file", file)
+    assert export_bundle(adapter("bert"), tmp_path / "b", *flags, *columns) == 0
+    pairs = [(str(row["first"]), str(row["second"])) for row in rows]
+    check_gate(tmp_path / "b", pairs, [index % 2 for index in range(20)])
+    # The bundle reads what the adapter was trained on, not what this file is like.
+    assert load_bundle(tmp_path / "b").find_task().task.text_columns == ("sentence1", "sentence2")
+
+    capsys.readouterr()
+    for more, words in (
+        ("", "rows.jsonl has no column 'sentence1'; it has first, second, gold"),
+        ("--text-columns first --label-column gold", "was trained on 2 (sentence1, sentence2). Name as many"),
+        ("--text-columns first,second --label-column second", "rows.jsonl, row 1"),
+    ):
+        assert export_bundle(adapter("bert"), tmp_path / "c", *flags, *more.split()) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert words in error
+        assert not (tmp_path / "c").exists()
+
+
+def test_a_graph_that_gives_no_numbers_fails_the_gate_whatever_it_seems_to_score(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The argmax of what is no number is a label too, and with as many rows of either label it scores as well as fp32."""
+    # fp32 holds a sum of 81,000, fp16 does not.
+    base = bert_with_an_outlier(tmp_path / "base", layer=0, activation=9000, weight=9)
+    adapter_folder, plain = train_and_export(base, tmp_path / "plain", data, *TRAINING, "--task", "rte")
+    pairs, _ = read_rows(data.validation_file)
+    said = run_pairs(plain / "model.onnx", pairs).argmax(axis=1)
+    # Half of the rows of each answer have it right, so that every answer scores the same.
+    seen: Counter[int] = Counter()
+    rows: list[dict[str, object]] = []
+    for (first, second), answer in zip(pairs, said, strict=True):
+        seen[answer] += 1
+        rows.append({"sentence1": first, "sentence2": second, "label": int(seen[answer] % 2)})
+    file = write_jsonl(tmp_path / "rows.jsonl", rows[: len(rows) - len(rows) % 2])
+    capsys.readouterr()
+    assert export_bundle(adapter_folder, tmp_path / "b", "--precision", "fp16", "--validation-file", file) == 2
+    error = capsys.readouterr().err
+    assert "some logits are no numbers" in error
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_layer_search_never_keeps_more_than_half_of_the_layers(
+    bundle: Folders, adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a gate that nothing passes, every candidate is tried, and each leaves one more layer alone."""
+    tried: list[set[int]] = []
+    write_int8 = export.fold.int8.write_int8
+
+    def spy(folder: Path, *, keep: set[int]) -> None:
+        tried.append(set(keep))
+        write_int8(folder, keep=keep)
+
+    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", -1.0)
+    monkeypatch.setattr(export.fold.quantize, "write_int8", spy)
+    file = easy_rows(tmp_path / "rows.jsonl", bundle("gpt2") / "model.onnx")
+    assert export_bundle(adapter("gpt2"), tmp_path / "b", "--precision", "int8", "--validation-file", file) == 2
+    # All of it, each layer spared alone to rank them, and the better of the two.
+    assert tried[:3] == [set(), {0}, {1}]
+    assert len(tried) == 4
+    assert tried[3] in ({0}, {1})
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_int8_is_gated_for_each_task(
+    adapter: Folders, second: Callable[..., Path], data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = [adapter("bert"), second("bert")]
+    files = [data.validation_file, data.train_file]
+    assert export_several(*adapters, "--precision", "int8", "--validation-file", *files, "--out", tmp_path / "b") == 0
+    bundle = load_bundle(tmp_path / "b")
+    gates = bundle.graphs[1].gates
+    assert [(gate.file, gate.n_rows) for gate in gates] == [("validation.jsonl", 40), ("train.jsonl", 64)]
+    # A further one must be judged too.
+    capsys.readouterr()
+    third = shutil.copytree(second("bert"), tmp_path / "third")
+    assert export_several(third, "--add", "--out", tmp_path / "b") == 2
+    error = capsys.readouterr().err
+    assert "holds other precisions than fp32, and what they cost this task is unknown, and the file" in error
+    assert "Give one with --validation-file." in error
+    assert load_bundle(tmp_path / "b") == bundle
+    assert export_several(third, "--add", "--validation-file", data.validation_file, "--out", tmp_path / "b") == 0
+    bundle = load_bundle(tmp_path / "b")
+    assert [task.name for task in bundle.tasks] == ["bert", "other", "third"]
+    assert [gate.n_rows for gate in bundle.graphs[1].gates] == [40, 64, 40]
+    batch = random_batch(np.random.default_rng(1), 4, 12, token_types=True)
+    logits = {
+        (task, precision): OnnxClassifier(bundle, task=task, precision=precision, threads=1).logits(batch)
+        for task in ("other", "third")
+        for precision in ("fp32", "int8")
+    }
+    # The third is the second under another name, also in the graph to which it was added.
+    assert np.array_equal(logits["other", "int8"], logits["third", "int8"])
+    assert 0 < np.abs(logits["third", "int8"] - logits["third", "fp32"]).max() < 0.2
