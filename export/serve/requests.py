@@ -1,30 +1,18 @@
-"""What goes between those who ask a served bundle and its replicas: questions, answers, refusals, and their JSON.
+"""Requests to a served bundle, its responses and errors, and their JSON over HTTP.
 
-A question over HTTP is one JSON object. It holds exactly one of
-
-    pair     [sentence1, sentence2]             for tasks of pairs
-    pairs    [[sentence1, sentence2], …]
-    text     sentence                           for tasks of single sentences
-    texts    [sentence, …]
-
-and ``task``, the name of one, where the bundle holds several. The answer to it:
-
-    answers        of each pair or text, in order: label, probability, probabilities of every label, and cut, whether it
-                   was longer than the model reads and lost its end
-    task           which one answered
-    bundle_sha256  of the bundle's manifest: which model answered
-    batch_size     with how many texts, other requests' included, it went through the graph at most
-    replica        which one answered
-
-Everything else is a refusal with a status of HTTP, ``{"error": sentence}``.
+``POST /v1/classify`` takes a `ClassifyRequest` and answers with a `ClassifyResponse`. Every error is
+``{"error": sentence}`` with a status of HTTP.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from http import HTTPStatus
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Len
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from export.runtime.batches import Classified
 from export.runtime.check_text import check_sentence
@@ -33,180 +21,162 @@ from train.common.errors import LongTextError, RequestError, TextError
 from train.common.limits import MIB
 
 MAX_TEXTS = 256
-"""Of one question. Whoever has more asks several times, or labels a file with `export.score`."""
-
-
+"""Texts in one request. Send several requests for more, or label a file with `export.score`."""
 MAX_BODY_BYTES = 8 * MIB
-"""Of one question over HTTP."""
+FORMS = ("pair", "pairs", "text", "texts")
+EXAMPLE = 'Send {"pair": ["…", "…"]}, say.'
 
 
-BAD_REQUEST, NOT_FOUND, METHOD_NOT_ALLOWED, WRONG_BUNDLE, TOO_LARGE = 400, 404, 405, 409, 413
+def _check(value: object) -> object:
+    try:
+        return check_sentence(value, "The sentence")
+    except TextError as cause:
+        raise ValueError from cause  # `_explain` says what is wrong, and where
 
 
-UNPROCESSABLE, TOO_MANY, INTERNAL, UNAVAILABLE = 422, 429, 500, 503
-"""Statuses of HTTP."""
+Sentence = Annotated[str, BeforeValidator(_check)]
+Pair = Annotated[list[Sentence], Len(2, 2)]
 
 
-_FORMS = ("pair", "pairs", "text", "texts")
+class ClassifyRequest(BaseModel):
+    """Texts to classify, in exactly one of four forms; null is the same as leaving a field out."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-@dataclass(frozen=True)
-class Question:
-    """Texts to classify.
-
-    Attributes:
-        texts: of each its one or two sentences; at least one text, and all of them alike.
-        task: the name of one; None where the bundle holds one.
-    """
-
-    texts: tuple[tuple[str, ...], ...]
+    pair: Pair | None = None
+    """For tasks of pairs: [sentence1, sentence2]"""
+    pairs: Annotated[list[Pair], Len(1, MAX_TEXTS)] | None = None
+    text: Sentence | None = None
+    """For tasks of single sentences."""
+    texts: Annotated[list[Sentence], Len(1, MAX_TEXTS)] | None = None
     task: str | None = None
+    """Name of a task; may be left out where the bundle holds one."""
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> "ClassifyRequest":
+        forms = [form for form in FORMS if getattr(self, form) is not None]
+        if len(forms) != 1:
+            message = f"The request has {' and '.join(forms) or 'no text'}. Give exactly one of {', '.join(FORMS)}."
+            raise RequestError(HTTPStatus.UNPROCESSABLE_ENTITY, message)  # not a ValueError, so pydantic passes it on
+        return self
+
+    @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The one or two sentences of each text, in order; at least one text."""
+        if self.text is not None or self.texts is not None:
+            return tuple((text,) for text in self.texts or [self.text or ""])
+        return tuple(tuple(pair) for pair in self.pairs or [self.pair or []])
 
 
-@dataclass(frozen=True, eq=False)
-class TokenQuestion:
-    """The same of a caller who tokenises: only the bundle with the same tokenizer may answer.
+class Answer(BaseModel):
+    """What a bundle says of one text."""
 
-    Attributes:
-        arrays: as from `OnnxClassifier.tokenize`; each int64, shape = (n_batch, n_text)
-        task: the name of one.
-        bundle_sha256: `Bundle.manifest_sha256` of the bundle that the token ids are for.
-    """
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+    """Probability of every label."""
+    cut: bool
+    """Whether the text was longer than the model reads and lost its end."""
 
-    arrays: Mapping[str, np.ndarray]
+
+class ClassifyResponse(BaseModel):
+    """Answers to a `ClassifyRequest`, in its order."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    answers: list[Answer]
     task: str
     bundle_sha256: str
+    """SHA-256 of the manifest of the bundle that answered."""
+    batch_size: int
+    """Most texts, those of other requests included, that shared a run of the graph with one of these."""
+    replica: str
+    """Identifier of the replica that answered."""
 
 
 @dataclass(frozen=True, eq=False)
-class Reply:
-    """What a replica answers.
-
-    Attributes:
-        logits: float32, shape = (n_texts, n_labels)
-        cut: of each text, whether it lost its end.
-        task: name of the task.
-        labels: of that task, in the order of the logits.
-        bundle_sha256: of the bundle that answered.
-        batch_size: with how many texts it went through the graph at most.
-        replica: which one.
-        memory_mib: largest resident size of the replica's process so far.
-    """
+class LogitsResponse:
+    """What a replica returns; as `ClassifyResponse` where the names are the same."""
 
     logits: np.ndarray
+    """float32, shape = (n_texts, n_labels)"""
     cut: tuple[bool, ...]
     task: str
     labels: tuple[str, ...]
+    """Labels of the task, in the order of the logits."""
     bundle_sha256: str
     batch_size: int
     replica: str
     memory_mib: float
+    """Largest resident size of the replica's process so far."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        """What the logits mean, text by text."""
+        scores = Classified.of(self.labels, self.logits, np.array(self.cut, bool))
+        columns = zip(scores.predictions, scores.best_probabilities, scores.probabilities, self.cut, strict=True)
+        return [
+            Answer(label=label, probability=best, probabilities=dict(zip(self.labels, row, strict=True)), cut=cut)
+            for label, best, row, cut in columns
+        ]
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why there is no answer.
-
-    Attributes:
-        status: of HTTP.
-        message: for people; what was wrong and what to do.
-    """
+class ErrorResponse:
+    """Why there is no answer. A replica returns it: Ray would wrap and log an exception."""
 
     status: int
+    """Status of HTTP."""
     message: str
 
 
 @dataclass(frozen=True)
 class ReplicaFacts:
-    """What a replica says of itself.
-
-    Attributes:
-        execution: on what it runs.
-        tasks: names of the bundle's.
-        bundle_sha256: of its bundle.
-        memory_mib: largest resident size of its process so far.
-    """
+    """What a replica says of itself."""
 
     execution: Execution
     tasks: tuple[str, ...]
     bundle_sha256: str
     memory_mib: float
+    """Largest resident size of its process so far."""
 
 
-def read_question(body: bytes) -> Question:
-    """A question from HTTP, as far as it can be checked without its bundle.
-
-    Raises:
-        RequestError: it is no JSON, has too many or too long texts, or is not as this module's docstring says.
-    """
+def parse_request(body: bytes) -> ClassifyRequest:
+    """A request's JSON, checked as far as it can be without the bundle; a RequestError says what is wrong with it."""
     try:
-        question = json.loads(body)
+        # Not pydantic's parser, which takes half a surrogate pair for a mistake of JSON.
+        value = json.loads(body)
     except (ValueError, RecursionError) as cause:
-        raise RequestError(BAD_REQUEST, 'The request is not JSON. Send {"pair": ["…", "…"]}, say.') from cause
-    if not isinstance(question, dict):
-        raise RequestError(UNPROCESSABLE, 'The request is no JSON object. Send {"pair": ["…", "…"]}, say.')
-    unknown = [name for name in question if name not in {*_FORMS, "task"}]
-    if unknown:
-        raise RequestError(
-            UNPROCESSABLE, f"There is no field {unknown[0][:80]!r}. Known are {', '.join((*_FORMS, 'task'))}."
-        )
-    forms = [name for name in _FORMS if name in question]
-    if len(forms) != 1:
-        found = f"has {' and '.join(forms)}" if forms else "has no text"
-        raise RequestError(UNPROCESSABLE, f"The request {found}. Give exactly one of {', '.join(_FORMS)}.")
-    task = question.get("task")
-    if task is not None and not isinstance(task, str):
-        raise RequestError(UNPROCESSABLE, "task is no text. Give the name of a task, or leave it out.")
-    return Question(_read_texts(forms[0], question[forms[0]]), task)
-
-
-def _read_texts(form: str, value: object) -> tuple[tuple[str, ...], ...]:
-    if not form.endswith("s"):
-        return (_read_text(form, value, ""),)
-    if not isinstance(value, list) or not value:
-        raise RequestError(UNPROCESSABLE, f"{form} is no list of at least one {form.removesuffix('s')}.")
-    if len(value) > MAX_TEXTS:
-        raise RequestError(
-            TOO_LARGE,
-            f"{form} has {len(value):,} entries; at most {MAX_TEXTS} are answered at once. Ask several times.",
-        )
-    kind = form.removesuffix("s")
-    return tuple(
-        _read_text(kind, entry, f"{kind.capitalize()} {number}: ") for number, entry in enumerate(value, start=1)
-    )
-
-
-def _read_text(kind: str, value: object, where: str) -> tuple[str, ...]:
-    """A pair, or a single sentence; ``where`` is for complaints."""
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"The request is not JSON. {EXAMPLE}") from cause
     try:
-        if kind == "text":
-            return (check_sentence(value, f"{where}The sentence"),)
-        if not isinstance(value, list) or len(value) != 2:
-            raise RequestError(UNPROCESSABLE, f"{where}A pair is a list of two sentences.")
-        return tuple(check_sentence(text, f"{where}Sentence {number}") for number, text in enumerate(value, start=1))
-    except LongTextError as error:
-        raise RequestError(TOO_LARGE, str(error)) from error
-    except TextError as error:
-        raise RequestError(UNPROCESSABLE, str(error)) from error
+        return ClassifyRequest.model_validate(value)
+    except ValidationError as cause:
+        raise _explain(cause.errors(include_url=False)[0]) from cause
 
 
-def reply_json(reply: Reply) -> dict[str, Any]:
-    """An answer for HTTP."""
-    classified = Classified.of(reply.labels, reply.logits, np.array(reply.cut, bool))
-    return {
-        "answers": [
-            {
-                "label": label,
-                "probability": float(probability),
-                "probabilities": dict(zip(reply.labels, map(float, probabilities), strict=True)),
-                "cut": cut,
-            }
-            for label, probability, probabilities, cut in zip(
-                classified.predictions, classified.best_probabilities, classified.probabilities, reply.cut, strict=True
-            )
-        ],
-        "task": reply.task,
-        "bundle_sha256": reply.bundle_sha256,
-        "batch_size": reply.batch_size,
-        "replica": reply.replica,
-    }
+def _explain(error: ErrorDetails) -> RequestError:
+    """What pydantic found first, as a status and one sentence."""
+    kind, value, (field, *place) = error["type"], error["input"], error["loc"] or ("",)
+    status, form = HTTPStatus.UNPROCESSABLE_ENTITY, str(field).removesuffix("s")
+    is_list = field in {"pairs", "texts"}
+    entry = f"{form.capitalize()} {int(place.pop(0)) + 1}: " if is_list and place else ""
+    if not error["loc"]:
+        message = f"The request is no JSON object. {EXAMPLE}"
+    elif kind == "extra_forbidden":
+        message = f"There is no field {str(field)[:80]!r}. Known are {', '.join(FORMS)}, task."
+    elif field == "task":
+        message = "task is no text. Give the name of a task, or leave it out."
+    elif is_list and not entry and kind == "too_long":
+        status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        message = f"{field} has {len(value):,} entries; at most {MAX_TEXTS} are answered at once. Ask several times."
+    elif is_list and not entry:
+        message = f"{field} is no list of at least one {form}."
+    elif form == "pair" and not place:
+        message = f"{entry}A pair is a list of two sentences."
+    else:
+        try:
+            message = check_sentence(value, entry + (f"Sentence {int(place[0]) + 1}" if place else "The sentence"))
+        except TextError as cause:
+            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if isinstance(cause, LongTextError) else status
+            message = str(cause)
+    return RequestError(status, message)
