@@ -5,9 +5,7 @@ Hashes in a folder only reveal accidents, because its author computes them. Thes
 
 import os
 import stat
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from train.common.errors import PromptfoldError
 
@@ -54,11 +52,3 @@ def _check_state(path: Path, state: os.stat_result, max_bytes: int, error: type[
         raise error(
             f"{path} has {state.st_size / MIB:,.0f} MiB; no such file has more than {max_bytes / MIB:,.0f}. {remedy}"
         )
-
-
-def whole_number(record: Mapping[str, Any], name: str, lowest: int, highest: int) -> int:
-    """A whole number of a record; a KeyError, or a ValueError that reads on from "lacks"."""
-    value = record[name]
-    if type(value) is not int or not lowest <= value <= highest:
-        raise ValueError(f"a {name} from {lowest} to {highest}")
-    return value
