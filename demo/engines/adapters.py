@@ -1,4 +1,4 @@
-"""Which adapters the page shows: those that were named, and those that ship with it."""
+"""Which adapters the page offers: those that were named, and those that ship with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,64 +14,48 @@ SHIPPED = Path(__file__).parents[1] / "adapters"
 
 @dataclass(frozen=True)
 class Choice:
-    """An adapter, and what it can be measured against.
-
-    Attributes:
-        name: on the page; of two folders of one name the later one's has a number.
-        adapter: the adapter.
-        rivals: other adapters beside it that were scored on the same task and as many rows, best first. There are
-            none for an adapter that does not ship: on which rows that was scored is not known.
-    """
+    """An adapter that a visitor can choose."""
 
     name: str
+    """Its folder's name on the page; a number tells folders of one name apart."""
     adapter: Adapter
     rivals: tuple[Adapter, ...]
+    """Others that ship and were scored on as many rows of the same task, best first; none if this one does not ship."""
 
 
 def choose_adapters(named: Sequence[Path] = (), *, shipped: Path = SHIPPED) -> tuple[Choice, ...]:
-    """Load the adapters that were named, in their order, and then those that ship, best first on validation.
-
-    The page starts with the first.
-
-    Args:
-        named: adapters' folders.
-        shipped: a folder of adapters. Of those that are equally good the first by name comes first.
-
-    Raises:
-        AdapterError: one that was named cannot be loaded, or none was and none of those that ship can be.
-    """
-    # sorted() is stable, so equals stay in the order of their names.
+    """Load the adapters that were named, in their order, then those that ship, best on validation first."""
+    # sorted() is stable: equally good adapters stay sorted by name.
     others = sorted(_load_all(shipped), key=lambda adapter: adapter.scores.key, reverse=True)
     wanted = [load_adapter(folder) for folder in named]
     if not wanted and not others:
         raise AdapterError(f"{shipped} holds no adapter that can be loaded. Name one with --adapter.")
     taken = {adapter.folder.resolve() for adapter in wanted}
     wanted += [adapter for adapter in others if adapter.folder.resolve() not in taken]
-    choices: list[Choice] = []
-    names: list[str] = []
+    choices: dict[str, Choice] = {}
     for adapter in wanted:
         name = base = adapter.folder.resolve().name
-        while name in names:
-            name = f"{base} ({names.count(base) + sum(other.startswith(f'{base} (') for other in names) + 1})"
-        names.append(name)
-        choices.append(Choice(name, adapter, _rivals(adapter, others, shipped)))
-    return tuple(choices)
+        number = 1
+        while name in choices:
+            number += 1
+            name = f"{base} ({number})"
+        choices[name] = Choice(name, adapter, _rivals(adapter, others, shipped))
+    return tuple(choices.values())
 
 
 def _rivals(adapter: Adapter, shipped: Sequence[Adapter], folder: Path) -> tuple[Adapter, ...]:
-    """The other adapters that ship, if this one does too."""
-    if adapter.folder.resolve().parent != folder.resolve():
+    """The comparable adapters that ship, if this one does too."""
+    own = adapter.folder.resolve()
+    if own.parent != folder.resolve():
         return ()
+    comparable = (adapter.task, adapter.n_validation)
     return tuple(
-        other
-        for other in shipped
-        if other.folder.resolve() != adapter.folder.resolve()
-        and (other.task, other.n_validation) == (adapter.task, adapter.n_validation)
+        other for other in shipped if other.folder.resolve() != own and (other.task, other.n_validation) == comparable
     )
 
 
 def _load_all(folder: Path) -> list[Adapter]:
-    """The adapters in a folder by name; of one that cannot be loaded is told why, what is none is passed over."""
+    """The adapters in a folder, by name. Prints why one cannot be loaded; skips what is no adapter."""
     adapters = []
     for path in sorted(folder.iterdir()):
         if not (path / FILES.training).is_file():

@@ -1,11 +1,11 @@
-"""An engine in a process of its own, asked over a pipe."""
+"""An engine in a process of its own, which the page asks over a pipe."""
 
 import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from demo.engines.pytorch import PromptLogits
-from demo.engines.timing import Arrays, Backend, Burst, BurstPlan, Loaded, time_burst
+from demo.engines.timing import Arrays, Backend, Burst, BurstPlan, Loaded, timed_runs
 from train.common.errors import EngineError, PromptfoldError
 from train.common.machine import peak_memory_mib
 
 START_TIMEOUT_SECONDS = 300.0
 """A large base model has to be read, hashed and loaded first."""
 
-
 REQUEST_TIMEOUT_SECONDS = 60.0
-"""Far beyond what any request may take: a burst is bounded by the number of its runs."""
+"""Far beyond what any request takes: a burst is bounded by the number of its runs."""
 
 
 def make_onnx_backend(folder: Path, threads: int, *, task: str | None = None, precision: str | None = None) -> Backend:
@@ -33,40 +32,36 @@ def make_onnx_backend(folder: Path, threads: int, *, task: str | None = None, pr
     return OnnxClassifier(load_bundle(folder), task=task, precision=precision, threads=threads)
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """An answer from an engine's process: a value, or what went wrong."""
-
-    value: Any = None
-    error: Exception | None = None
-
-
 def _serve(connection: Connection, make_backend: Callable[[Path, int], Backend], folder: Path, threads: int) -> None:
-    """The engine's process: load, report, then answer until the page's end of the pipe is closed."""
+    """The engine's process. Sends what it loaded, then answers requests: (value, None) or (None, error)."""
     # Ctrl-C reaches the whole process group; the page decides when its engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         backend = make_backend(folder, threads)
     except PromptfoldError as error:
-        connection.send(_Reply(error=error))
+        connection.send((None, error))
         return
-    connection.send(_Reply(value=(backend.execution, peak_memory_mib())))
+    connection.send(((backend.execution, peak_memory_mib()), None))
     while True:
         try:
-            work, arguments = connection.recv()
+            method, arguments = connection.recv()
         except EOFError:
             return
         try:
-            value = time_burst(backend, *arguments) if work == "burst" else getattr(backend, work)(*arguments)
+            if method == "burst":
+                arrays, plan = arguments
+                value = Burst(timed_runs(partial(backend.logits, arrays), plan), peak_memory_mib())
+            else:
+                value = getattr(backend, method)(*arguments)
         except PromptfoldError as error:
-            # Of the request, not of the engine: it goes on.
-            connection.send(_Reply(error=error))
+            # The request was wrong, not the engine: it goes on.
+            connection.send((None, error))
         else:
-            connection.send(_Reply(value=value))
+            connection.send((value, None))
 
 
-class Engine:
-    """A backend in a process of its own, as the page sees it."""
+class EngineProcess:
+    """A backend in a process of its own. A process that died is started again by the next request."""
 
     served = None
 
@@ -79,19 +74,11 @@ class Engine:
         threads: int,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
-        """Start the process; it loads while the caller goes on.
-
-        Args:
-            name: for messages.
-            make_backend: a function of a module, which the process can import.
-            folder: what it loads.
-            threads: how many threads the backend may use.
-            request_timeout_seconds: after this long without an answer the process is taken for hung.
-        """
+        """Start the process, which makes the backend from a folder and a number of threads while the caller goes on."""
         self.name = name
         self._arguments = (make_backend, folder, threads)
         self._request_timeout_seconds = request_timeout_seconds
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_closed = False
         self._start()
 
@@ -110,72 +97,42 @@ class Engine:
 
     @property
     def pid(self) -> int | None:
-        """The process's number."""
         return self._process.pid
 
     def wait_until_ready(self) -> Loaded:
-        """Wait until the backend is loaded and return on what it runs.
-
-        Raises:
-            PromptfoldError: whatever the backend raised while it loaded, or an EngineError.
-        """
+        """Wait until the backend is loaded and return on what it runs. Raises what the backend raised as it loaded."""
         with self._lock:
-            return self._wait_until_ready()
-
-    def _wait_until_ready(self) -> Loaded:
-        if self._loaded is None:
-            execution, memory_mib = self._receive(START_TIMEOUT_SECONDS)
-            self._loaded = Loaded(execution, time.perf_counter() - self._started, memory_mib)
-        return self._loaded
+            if self._loaded is None:
+                execution, memory_mib = self._receive(START_TIMEOUT_SECONDS)
+                self._loaded = Loaded(execution, time.perf_counter() - self._started, memory_mib)
+            return self._loaded
 
     def logits(self, arrays: Arrays) -> np.ndarray:
-        """One forward pass: token ids in, logits out, as `Backend.logits`.
-
-        Raises:
-            EngineError: the process died or did not answer in time.
-            PromptfoldError: the backend refuses the arrays.
-        """
-        logits: np.ndarray = self._request("logits", dict(arrays))
-        return logits
+        """One forward pass, as `Backend.logits`; an EngineError where the process died or did not answer in time."""
+        return self._request("logits", dict(arrays))
 
     def burst(self, arrays: Arrays, plan: BurstPlan) -> Burst:
-        """Latency of each forward pass of a burst, measured inside the engine's process after a warm-up.
-
-        Raises:
-            EngineError: the process died or did not answer in time.
-        """
-        burst: Burst = self._request("burst", dict(arrays), plan)
-        return burst
+        """Time a burst of forward passes inside the process, after a warm-up."""
+        return self._request("burst", dict(arrays), plan)
 
     def prompt_logits(self, arrays: Arrays, n_random: int, seed: int) -> PromptLogits:
-        """As `PyTorchBackend.prompt_logits`; of a PyTorch engine only.
+        """As `PyTorchBackend.prompt_logits`; only a PyTorch engine has it."""
+        return self._request("prompt_logits", dict(arrays), n_random, seed)
 
-        Raises:
-            EngineError: the process died or did not answer in time.
-        """
-        value: PromptLogits = self._request("prompt_logits", dict(arrays), n_random, seed)
-        return value
-
-    def _request(self, work: str, *arguments: Any) -> Any:
+    def _request(self, method: str, *arguments: Any) -> Any:
         with self._lock:
             if self._is_closed:
                 raise EngineError(f"The {self.name} engine was stopped to make room for others. Try again.")
-            if self._is_dead():
+            # A process that was just killed may still count as alive; the end of its pipe is seen first.
+            if not self._process.is_alive() or (self._loaded is not None and self._connection.poll()):
                 self._stop()
                 self._start()
-            self._wait_until_ready()
+            self.wait_until_ready()
             try:
-                self._connection.send((work, arguments))
+                self._connection.send((method, arguments))
             except OSError as cause:
-                raise self._dead() from cause
+                raise self._ended() from cause
             return self._receive(self._request_timeout_seconds)
-
-    def _is_dead(self) -> bool:
-        """Whether the process has ended since the last request."""
-        if not self._process.is_alive():
-            return True
-        # A process that was killed may still be counted as alive; the end of its pipe is seen first.
-        return self._loaded is not None and self._connection.poll()
 
     def _receive(self, timeout_seconds: float) -> Any:
         try:
@@ -185,14 +142,14 @@ class Engine:
                     f"The {self.name} engine did not answer within {timeout_seconds:.0f} s and was stopped. "
                     "Try again: it is started anew."
                 )
-            reply: _Reply = self._connection.recv()
+            value, error = self._connection.recv()
         except (EOFError, OSError) as cause:
-            raise self._dead() from cause
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
+            raise self._ended() from cause
+        if error is not None:
+            raise error
+        return value
 
-    def _dead(self) -> EngineError:
+    def _ended(self) -> EngineError:
         self._process.join(timeout=5)
         code = self._process.exitcode
         self._stop()
@@ -208,6 +165,6 @@ class Engine:
 
     def close(self) -> None:
         """Stop the process; harmless when it is stopped already."""
-        # No lock: a burst that is still running must not hold up the end.
+        # Without the lock: a burst that is still running must not delay the end.
         self._is_closed = True
         self._stop()

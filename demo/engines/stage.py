@@ -1,8 +1,8 @@
-"""What every tab of the page stands on: the adapters, their bundles, and the engines that run them.
+"""The adapters of a page, their bundles, and the engines that run them.
 
-The visitor chooses an adapter, a precision for ONNX Runtime and a way for PyTorch: a `Setup`. `Stage.open` makes
-an `Opened` of it: bundle, tokenizer, and both engines, each in its process, started when first wanted and kept until
-others are wanted more. Whoever runs anything on an engine holds `Stage.measuring`, so that no two bursts overlap.
+A visitor's `Setup` is an adapter, a precision for ONNX Runtime and a mode for PyTorch; `Stage.open` makes `OpenedEngines`
+of it. Each engine has a process of its own, started when it is first wanted; when there are too many, the one unused for
+longest is stopped. Hold `Stage.measuring` while an engine runs, so that no two bursts overlap.
 """
 
 import threading
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from demo.engines.adapters import Choice
 from demo.engines.bundle_cache import cached_bundle
-from demo.engines.engine_process import Engine, make_onnx_backend
+from demo.engines.engine_process import EngineProcess, make_onnx_backend
 from demo.engines.on_ray import ClusterEngine
-from demo.engines.pytorch import EAGER, PYTORCH_MODES, make_pytorch_backend
-from demo.engines.timing import AnyEngine
+from demo.engines.pytorch import EAGER, PYTORCH_MODES, PyTorchBackend
 from export.bundle.folder import FP32, GRAPH_FILES, Bundle, BundleTask, GraphFile, load_bundle
 from export.runtime.tokenizer import TextTokenizer, bundle_tokenizer
 from export.runtime.trial import try_bundle
@@ -27,79 +27,58 @@ from train.common.machine import usable_cores
 from train.data.tasks import Task
 
 MAX_ENGINES = 4
-"""Processes kept at once: a pair for one choice and one more for a second."""
+"""Processes kept at once: the pairs of two setups."""
+
+PYTORCH, ONNX_RUNTIME = "PyTorch", "ONNX Runtime"
+
+AnyEngine = EngineProcess | ClusterEngine
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a visitor chose.
-
-    Attributes:
-        adapter: `Choice.name` of one.
-        onnx: the precision of ONNX Runtime's graph: "fp32", "fp16" or "int8".
-        pytorch: one of `demo.engines.pytorch.PYTORCH_MODES`.
-    """
+    """What a visitor chose."""
 
     adapter: str
+    """Its `Choice.name`."""
     onnx: str = FP32
+    """Precision of the graph: "fp32", "fp16" or "int8"."""
     pytorch: str = EAGER
+    """One of `PYTORCH_MODES`."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A setup with everything that it takes, ready to run.
-
-    Attributes:
-        setup: what was chosen.
-        choice: the adapter and its rivals.
-        bundle: exported from it.
-        bundle_task: the adapter's in that bundle.
-        tokenize: both engines get the very same token ids from it.
-        onnx: the engine of the bundle.
-        pytorch: the engine of the adapter; None where the page runs without PyTorch.
-    """
+class OpenedEngines:
+    """A setup with both engines, ready to run."""
 
     setup: Setup
     choice: Choice
     bundle: Bundle
     bundle_task: BundleTask
     tokenize: TextTokenizer
+    """Both engines get the very same token ids from it."""
     onnx: AnyEngine
-    pytorch: Engine | None
+    pytorch: EngineProcess | None
+    """None where the page runs without PyTorch."""
 
     @property
     def task(self) -> Task:
-        """What the adapter learned."""
         return self.bundle_task.task
 
     @property
     def graph(self) -> GraphFile:
-        """The graph in the precision that was chosen; its gates say what that costs."""
+        """The graph in the chosen precision; its gates say what that costs."""
         return next(graph for graph in self.bundle.graphs if graph.precision == self.setup.onnx)
 
 
-PYTORCH, ONNX_RUNTIME = "PyTorch", "ONNX Runtime"
-
-
-@dataclass(frozen=True)
-class _Key:
-    """Which process: of which library, for which adapter, in which of its modes."""
-
+class _EngineKey(NamedTuple):
     library: str
     adapter: str
     mode: str
+    """Precision of the ONNX graph, or one of `PYTORCH_MODES`."""
 
 
 class Stage:
-    """The adapters of a page and the engines that are running.
-
-    Attributes:
-        choices: the adapters, by name; the page starts with the first.
-        has_pytorch: whether there is a PyTorch side.
-        threads: of each engine.
-        measuring: to be held by whoever runs anything on an engine.
-        service: the cluster of the ONNX side; None where that is a process of the page's.
-    """
+    """The adapters of a page and the engines that are running."""
 
     def __init__(
         self,
@@ -114,16 +93,10 @@ class Stage:
         """Make a stage; nothing is started or exported yet.
 
         Args:
-            choices: at least one.
-            bundles: folders that hold the adapters' graphs; what is in none of them comes from the cache.
-            has_pytorch: whether there is a PyTorch side.
-            threads: of each engine; by default all usable cores.
-            max_engines: how many processes are kept at once.
-            service: a cluster that runs the ONNX side, whose threads are then those of each replica; None where that
-                is a process as PyTorch's is. Whoever made it closes it.
-
-        Raises:
-            BundleError: one of the bundles cannot be loaded, or is of none of the adapters.
+            choices: at least one; the page starts with the first.
+            bundles: folders that hold the adapters' graphs; an adapter in none of them is exported into the cache.
+            threads: for each engine; by default all usable cores.
+            service: a cluster that runs the ONNX side, with ``threads`` for each replica; the caller closes it.
         """
         self.choices = {choice.name: choice for choice in choices}
         self.has_pytorch = has_pytorch
@@ -133,11 +106,11 @@ class Stage:
         self._max_engines = max_engines
         self._lock = threading.RLock()
         self._bundles: dict[str, Bundle] = {}
-        self._engines: OrderedDict[_Key, AnyEngine] = OrderedDict()
+        self._engines: OrderedDict[_EngineKey, AnyEngine] = OrderedDict()
         for folder in bundles:
             bundle = load_bundle(folder)
             self._take_bundle(bundle)
-            # Whoever made it: its graph is tried where it can harm nobody, before an engine keeps it.
+            # The folder is untrusted: its graph is tried in a process of its own before an engine keeps it.
             try_bundle(bundle)
 
     def _take_bundle(self, bundle: Bundle) -> None:
@@ -157,122 +130,85 @@ class Stage:
         return Setup(next(iter(self.choices)))
 
     def setup(self, adapter: object, onnx: object, pytorch: object) -> Setup:
-        """What a visitor chose, as it came from outside.
-
-        Raises:
-            UsageError: there is no such choice.
-        """
-        for value, allowed, what in (
-            (adapter, self.choices, "adapter"),
-            (onnx, GRAPH_FILES, "precision"),
-            (pytorch, PYTORCH_MODES, "way for PyTorch"),
+        """Check what a visitor chose; an empty text stands for what the page starts with."""
+        default, chosen = self.default(), []
+        for what, value, initial, allowed in (
+            ("adapter", adapter, default.adapter, self.choices),
+            ("precision", onnx, default.onnx, GRAPH_FILES),
+            ("way for PyTorch", pytorch, default.pytorch, PYTORCH_MODES),
         ):
-            if not isinstance(value, str) or value not in allowed:
+            if not isinstance(value, str) or value not in {"", *allowed}:
                 raise UsageError(f"There is no {what} {str(value)[:80]!r} here. Choose one of {', '.join(allowed)}.")
-        return Setup(str(adapter), str(onnx), str(pytorch))
-
-    def setup_or_default(self, adapter: str, onnx: str, pytorch: str) -> Setup:
-        """The same of an endpoint's caller, for whom an empty text is what the page starts with.
-
-        Raises:
-            UsageError: there is no such choice.
-        """
-        default = self.default()
-        return self.setup(adapter or default.adapter, onnx or default.onnx, pytorch or default.pytorch)
+            chosen.append(value or initial)
+        return Setup(*chosen)
 
     def bundle(self, name: str) -> Bundle:
-        """The bundle of an adapter, exported into the cache where there is none yet, which takes a while.
-
-        Args:
-            name: `Choice.name`
-
-        Raises:
-            PromptfoldError: whatever the export raises.
-        """
+        """The bundle of the adapter with a `Choice.name`; one that is in no bundle is exported, which takes a while."""
         with self._lock:
             if name not in self._bundles:
                 self._bundles[name] = cached_bundle(self.choices[name].adapter)
             return self._bundles[name]
 
-    def start(self, setup: Setup) -> None:
-        """Start both engines where they do not run yet; they load while the caller goes on.
-
-        Raises:
-            PromptfoldError: whatever the export raises, or the bundle has no graph in that precision.
-        """
-        self._start(setup)
-
     def bundle_if_there(self, name: str) -> Bundle | None:
-        """The bundle of an adapter where this page has used it already; nothing is exported."""
+        """The bundle of an adapter if this page has used it already; nothing is exported."""
         return self._bundles.get(name)
 
-    def open(self, setup: Setup) -> Opened:
-        """Start both engines where they do not run yet, and wait until they can answer.
-
-        Raises:
-            PromptfoldError: whatever the export or an engine raises while it loads.
-        """
-        with self._lock:
-            engines = self._start(setup)
-            try:
-                for engine in engines.values():
-                    engine.wait_until_ready()
-            except PromptfoldError:
-                for key in engines:
-                    self._engines.pop(key).close()
-                raise
-            choice = self.choices[setup.adapter]
-            bundle = self.bundle(setup.adapter)
-            onnx, *rest = engines.values()
-            pytorch = rest[0] if rest else None
-            assert pytorch is None or isinstance(pytorch, Engine)
-            return Opened(
-                setup=setup,
-                choice=choice,
-                bundle=bundle,
-                bundle_task=_task_of(bundle, choice),
-                tokenize=bundle_tokenizer(bundle),
-                onnx=onnx,
-                pytorch=pytorch,
-            )
-
-    def _start(self, setup: Setup) -> dict[_Key, AnyEngine]:
-        """Both engines, ONNX Runtime's first."""
+    def start(self, setup: Setup) -> list[_EngineKey]:
+        """Start both engines where they do not run yet; returns their keys, ONNX Runtime's first, while they load."""
         with self._lock:
             bundle = self.bundle(setup.adapter)
             bundle.graph_path(setup.onnx)  # refuses a precision that is not there
-            keys = [_Key(ONNX_RUNTIME, setup.adapter, setup.onnx)]
+            keys = [_EngineKey(ONNX_RUNTIME, setup.adapter, setup.onnx)]
             if self.has_pytorch:
-                keys.append(_Key(PYTORCH, setup.adapter, setup.pytorch))
-            return {key: self._engine(key, bundle) for key in keys}
+                keys.append(_EngineKey(PYTORCH, setup.adapter, setup.pytorch))
+            for key in keys:
+                self._start_engine(key, bundle)
+            return keys
 
-    def _engine(self, key: _Key, bundle: Bundle) -> AnyEngine:
+    def open(self, setup: Setup) -> OpenedEngines:
+        """Start both engines where they do not run yet, and wait until they can answer."""
+        with self._lock:
+            keys = self.start(setup)
+            engines = [self._engines[key] for key in keys]
+            try:
+                for engine in engines:
+                    engine.wait_until_ready()
+            except PromptfoldError:
+                for key in keys:
+                    self._engines.pop(key).close()
+                raise
+            onnx, pytorch = engines if self.has_pytorch else (engines[0], None)
+            assert pytorch is None or isinstance(pytorch, EngineProcess)
+            choice, bundle = self.choices[setup.adapter], self.bundle(setup.adapter)
+            task = _task_of(bundle, choice)
+            return OpenedEngines(setup, choice, bundle, task, bundle_tokenizer(bundle), onnx, pytorch)
+
+    def _start_engine(self, key: _EngineKey, bundle: Bundle) -> None:
         if key in self._engines:
             self._engines.move_to_end(key)
-            return self._engines[key]
+            return
         if self.service is not None and key.library == ONNX_RUNTIME:
-            # The cluster serves one bundle at a time: there is room for its replicas, and for no others.
+            # The cluster serves one bundle at a time.
             for other in [other for other in self._engines if other.library == ONNX_RUNTIME]:
                 self._engines.pop(other).close()
         while len(self._engines) >= self._max_engines:
             self._engines.popitem(last=False)[1].close()
         self._engines[key] = self._new_engine(key, bundle)
-        return self._engines[key]
 
-    def _new_engine(self, key: _Key, bundle: Bundle) -> AnyEngine:
+    def _new_engine(self, key: _EngineKey, bundle: Bundle) -> AnyEngine:
         choice = self.choices[key.adapter]
         if key.library == PYTORCH:
-            make = partial(make_pytorch_backend, mode=key.mode)
-            return Engine(key.library, make, choice.adapter.folder, threads=self.threads)
-        name = _task_of(bundle, choice).name
+            make_pytorch = partial(PyTorchBackend, mode=key.mode)
+            return EngineProcess(key.library, make_pytorch, choice.adapter.folder, threads=self.threads)
+        task = _task_of(bundle, choice).name
         if self.service is not None:
-            return ClusterEngine(key.library, self.service, bundle, task=name, precision=key.mode)
-        make = partial(make_onnx_backend, task=name, precision=key.mode)
-        return Engine(key.library, make, bundle.folder, threads=self.threads)
+            return ClusterEngine(key.library, self.service, bundle, task=task, precision=key.mode)
+        make_onnx = partial(make_onnx_backend, task=task, precision=key.mode)
+        return EngineProcess(key.library, make_onnx, bundle.folder, threads=self.threads)
 
     def close(self) -> None:
         """Stop every engine."""
-        # No lock: a start that is under way must not hold up the end.
+        # Without the lock: a start that is under way must not delay the end.
         for engine in list(self._engines.values()):
             engine.close()
 

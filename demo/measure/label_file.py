@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 
 from demo.engines.pytorch import COMPILED
-from demo.engines.stage import Opened, Setup, Stage
-from demo.engines.timing import AnyEngine
+from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.measure.upload import AGREE, PREDICTION, PROBABILITY, SIDES, Upload, naming
-from export.bundle.folder import BUNDLE, FILES
+from demo.measure.weights import is_decoder
 from export.runtime.batches import Classified, count_pairs, in_batches, score_counts
 from export.score.write_rows import write_part
-from train.common.errors import BundleError, EngineError
-from train.common.folder_record import read_json_object
+from train.common.errors import EngineError
 from train.data.tasks import Scores
-from train.model.find import DECODERS
 
 BATCH_ROWS = 8
 """Texts in one run. On a CPU more are no faster, and a cancelled file ends the sooner."""
@@ -189,23 +186,22 @@ def label_upload(stage: Stage, setup: Setup, upload: Upload, *, cancelled: threa
     yield Progress(_engine(opened, side).name, len(texts), len(texts), 1.0, scored)
 
 
-def _engine(opened: Opened, side: str) -> AnyEngine:
+def _engine(opened: OpenedEngines, side: str) -> AnyEngine:
     engine = opened.onnx if side == "onnx" else opened.pytorch
     assert engine is not None
     return engine
 
 
-def _batch_rows(opened: Opened, side: str) -> int:
+def _batch_rows(opened: OpenedEngines, side: str) -> int:
     """How many texts an engine takes at once."""
     if side == "onnx":
         return BATCH_ROWS
     # See `train.adapter.peft.load_peft_model`; a larger batch would end the engine's process. And what torch.compile made
     # of a batch of one does for others only once it is compiled anew, for longer than a request may take.
-    config = read_json_object(opened.bundle.folder / FILES.config, BundleError, BUNDLE.remedy)
-    return 1 if config.get("model_type") in DECODERS or opened.setup.pytorch == COMPILED else BATCH_ROWS
+    return 1 if is_decoder(opened.choice.adapter) or opened.setup.pytorch == COMPILED else BATCH_ROWS
 
 
-def _finite_logits(opened: Opened, side: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def _finite_logits(opened: OpenedEngines, side: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     engine = _engine(opened, side)
     logits = engine.logits(arrays)
     if not np.isfinite(logits).all():

@@ -1,4 +1,4 @@
-"""Latency over batch sizes and lengths: what is measured, and what comes of it as table, chart and file."""
+"""Latency over batch sizes and lengths: which cells are measured, the measurement, and its figures as JSON and CSV."""
 
 import csv
 import io
@@ -10,36 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from demo.engines.stage import Setup, Stage
-from demo.engines.timing import AnyEngine, BurstPlan
-from demo.measure.compare import DISTURBED, PAUSE_SECONDS
-from export.bundle.folder import BUNDLE, FILES, Bundle
+from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
+from demo.engines.timing import Burst, BurstPlan, join_bursts
+from demo.measure.compare import PAUSE_SECONDS, is_disturbed
+from demo.measure.weights import is_decoder
+from export.runtime.batches import random_batch
 from export.runtime.classifier import Execution
-from train.common.errors import BundleError, EngineError, PromptfoldError, UsageError
-from train.common.folder_record import read_json_object
-from train.model.find import DECODERS
+from train.common.errors import EngineError, PromptfoldError, UsageError
 
 ROUNDS = 3
-"""Bursts of each engine and cell, in turn, so that there is a spread."""
-
+"""Bursts of each engine in a cell, in turn, so that the spread is known."""
 
 MIN_RUNS, MAX_RUNS = 3, 20
-
-
 BURST_BUDGET_SECONDS = 0.4
-"""How long the first burst of a cell goes on, within these bounds; every other one gets the same number of runs."""
-
+"""How long the first burst of a cell goes on, within these bounds; the others get the same number of runs."""
 
 MAX_CELLS = 12
-"""At once: others wait meanwhile."""
-
+"""Cells in one sweep: other visitors wait meanwhile."""
 
 MAX_BATCH_SIZE = 64
-
-
 MAX_CELL_TOKENS = 16_384
-"""Of all texts of a batch together: a burst of more would take longer than an engine may."""
-
+"""Tokens of a whole batch: a burst of more would exceed an engine's time limit."""
 
 ONE_TEXT_ONLY = "PEFT runs a decoder one text at a time, so PyTorch has no latency for larger batches."
 
@@ -51,49 +42,23 @@ class Cell:
     batch_size: int
     tokens: int
 
-    def __str__(self) -> str:
-        """For people."""
-        return f"batch {self.batch_size}, {self.tokens} tokens"
-
-
-@dataclass(frozen=True)
-class Times:
-    """Latencies of one engine in one cell, tokenisation excluded.
-
-    Attributes:
-        rounds_ms: for each round the latency of each forward pass of a warm burst.
-    """
-
-    rounds_ms: tuple[tuple[float, ...], ...]
-
-    @property
-    def all_ms(self) -> np.ndarray:
-        """Those of all rounds, shape = (n_runs,)"""
-        return np.concatenate(self.rounds_ms)
-
-    @property
-    def median_ms(self) -> float:
-        """The middle one."""
-        return float(np.median(self.all_ms))
-
-    @property
-    def p95_ms(self) -> float:
-        """Below which 95 % lie."""
-        return float(np.percentile(self.all_ms, 95))
-
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured in one cell.
-
-    Attributes:
-        onnx: of ONNX Runtime.
-        pytorch: of PyTorch, as many runs; None where it does not run, or does not take this batch.
-    """
+    """What was measured in one cell: a burst of each engine in each round, all with the same number of runs."""
 
     cell: Cell
-    onnx: Times
-    pytorch: Times | None
+    onnx_rounds: tuple[Burst, ...]
+    pytorch_rounds: tuple[Burst, ...]
+    """Empty where PyTorch does not run, or does not take this batch."""
+
+    @property
+    def onnx(self) -> Burst:
+        return join_bursts(self.onnx_rounds)
+
+    @property
+    def pytorch(self) -> Burst | None:
+        return join_bursts(self.pytorch_rounds) if self.pytorch_rounds else None
 
     @property
     def speedup(self) -> float | None:
@@ -102,22 +67,17 @@ class Row:
 
     @property
     def round_speedups(self) -> tuple[float, ...]:
-        """The same for each round."""
-        slow = self.pytorch.rounds_ms if self.pytorch else ()
-        return tuple(float(np.median(a) / np.median(b)) for a, b in zip(slow, self.onnx.rounds_ms, strict=False))
+        pairs = zip(self.pytorch_rounds, self.onnx_rounds, strict=False)
+        return tuple(slow.median_ms / fast.median_ms for slow, fast in pairs)
 
-    def pairs_per_s(self, times: Times) -> float:
+    def pairs_per_s(self, times: Burst) -> float:
         """Texts (pairs of sentences, where the task has pairs) per second, at the median latency."""
         return 1000 * self.cell.batch_size / times.median_ms
 
     def record(self) -> dict[str, int | float | None]:
-        """As the endpoint and the CSV file name it; None where there is no figure."""
-        record: dict[str, int | float | None] = {
-            "batch_size": self.cell.batch_size,
-            "tokens": self.cell.tokens,
-            "rounds": len(self.onnx.rounds_ms),
-            "runs": len(self.onnx.all_ms),
-        }
+        """The figures by their names in JSON and CSV; None where there is none."""
+        record: dict[str, int | float | None] = asdict(self.cell)
+        record |= {"rounds": len(self.onnx_rounds), "runs": len(self.onnx.runs_ms)}
         for name, times in (("pytorch", self.pytorch), ("onnx", self.onnx)):
             record[f"{name}_median_ms"] = times.median_ms if times else None
             record[f"{name}_p95_ms"] = times.p95_ms if times else None
@@ -132,33 +92,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A walk over cells, as far as it has come.
-
-    Attributes:
-        setup: what was chosen.
-        unit: what a text is: "pairs" or "texts".
-        onnx, pytorch: on what they run; None where PyTorch does not.
-        cells: all that were asked for.
-        rows: of those that were measured, in the same order.
-        doing: what runs now, for people; empty once nothing does.
-        bursts_done, n_bursts: how far it has come.
-        seconds_left: estimated from the bursts so far; None before the first.
-    """
+    """The measurement of several cells, as far as it has come."""
 
     setup: Setup
     unit: str
+    """What a text is: "pairs" or "texts"."""
     onnx: Execution
     pytorch: Execution | None
     cells: tuple[Cell, ...]
     n_bursts: int
     rows: tuple[Row, ...] = ()
+    """The cells measured so far, in the same order."""
     doing: str = ""
+    """What runs now, for people; empty at the end."""
     bursts_done: int = 0
     seconds_left: float | None = None
+    """Estimated from the bursts so far."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether every round of every cell was measured."""
         return self.bursts_done == self.n_bursts
 
     @property
@@ -169,26 +121,21 @@ class Sweep:
         notes = []
         if self.pytorch.on_cuda != self.onnx.on_cuda:
             notes.append("The engines do not run on the same device: the speed-up compares devices, not engines.")
-        if any(
-            max(row.round_speedups, default=1) > DISTURBED * min(row.round_speedups, default=1) for row in self.rows
-        ):
+        if any(is_disturbed(row.round_speedups) for row in self.rows):
             notes.append("In some cells the rounds differ widely: something else used this machine meanwhile.")
         if any(row.pytorch is None for row in self.rows):
             notes.append(ONE_TEXT_ONLY)
         return tuple(notes)
 
     def as_json(self) -> dict[str, Any]:
-        """For the endpoint ``/latency``; ``notes`` are there only when there is something to tell."""
-        value: dict[str, Any] = {
-            "adapter": self.setup.adapter,
-            "pytorch": asdict(self.pytorch) if self.pytorch else None,
-            "onnx": asdict(self.onnx),
-            "cells": [row.record() for row in self.rows],
-        }
+        """For the endpoint ``/latency``; ``notes`` is there only if there are any."""
+        pytorch = asdict(self.pytorch) if self.pytorch else None
+        value: dict[str, Any] = {"adapter": self.setup.adapter, "pytorch": pytorch, "onnx": asdict(self.onnx)}
+        value["cells"] = [row.record() for row in self.rows]
         return value | {"notes": list(self.notes)} if self.notes else value
 
     def as_csv(self) -> str:
-        """A line a cell, with units in the names of the columns, and on what it was measured in each line."""
+        """A line a cell, with units in the names of the columns; each line says what it was measured on."""
         ran_on = {
             f"{name}_{what}": getattr(execution, what) if execution else None
             for name, execution in (("pytorch", self.pytorch), ("onnx", self.onnx))
@@ -203,14 +150,7 @@ class Sweep:
 
 
 def choose_cells(batch_sizes: object, lengths: object, *, max_length: int) -> tuple[Cell, ...]:
-    """Every batch size with every length, as they came from outside.
-
-    Args:
-        max_length: longest text in tokens.
-
-    Raises:
-        UsageError: they are no whole numbers within the limits, or too many.
-    """
+    """Every batch size with every length; they come from a visitor, so a wrong one raises a UsageError."""
     sizes = _numbers("Batch sizes", batch_sizes, MAX_BATCH_SIZE)
     tokens = _numbers("Lengths in tokens", lengths, max_length)
     cells = tuple(Cell(size, length) for size in sizes for length in tokens)
@@ -229,87 +169,77 @@ def choose_cells(batch_sizes: object, lengths: object, *, max_length: int) -> tu
 
 
 def _numbers(name: str, values: object, largest: int) -> list[int]:
-    """Sorted, each once; ``name`` is for complaints."""
+    """The whole numbers that a visitor chose, sorted, each once."""
     if not isinstance(values, list | tuple) or not values:
         raise UsageError(f"{name}: choose at least one number from 1 to {largest}.")
     if len(values) > MAX_CELLS:
         raise UsageError(f"{name}: these are {len(values):,} numbers; at most {MAX_CELLS} are measured at once.")
     for value in values:
-        # True is a number to Python.
+        # bool is a subclass of int.
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
             raise UsageError(f"{name}: {str(value)[:40]!r} is no whole number from 1 to {largest}.")
     return sorted(set(values))
 
 
-def random_batch(bundle: Bundle, cell: Cell, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random token ids without padding, as `TextTokenizer` gives them; each int64, shape = (batch_size, tokens)"""
-    shape = (cell.batch_size, cell.tokens)
-    arrays = {
-        "input_ids": np.random.default_rng(seed).integers(0, bundle.vocabulary_size, shape, dtype=np.int64),
-        "attention_mask": np.ones(shape, dtype=np.int64),
-        "token_type_ids": np.zeros(shape, dtype=np.int64),
-    }
-    return {name: arrays[name] for name in bundle.text_inputs}
-
-
 def sweep(stage: Stage, setup: Setup, cells: Sequence[Cell], *, stop: threading.Event) -> Iterator[Sweep]:
-    """Measure cell by cell, in each both engines in turn, an idle pause before each burst.
+    """Measure cell by cell, in each both engines in turn, with an idle pause before each burst.
 
-    Args:
-        cells: from `choose_cells`, for the adapter's longest text.
-        stop: once it is set, no further burst begins. Whole rounds that were measured are kept.
-
-    Yields:
-        the sweep before each burst, and at the end.
-
-    Raises:
-        EngineError: an engine died, did not answer or refused a batch; in which cell, the message says.
-        PromptfoldError: as `Stage.open`.
+    Yields the sweep before each burst and at the end. Once ``stop`` is set no further burst begins; whole rounds that
+    were measured are kept. An EngineError says in which cell an engine failed.
     """
     opened = stage.open(setup)
-    config = read_json_object(opened.bundle.folder / FILES.config, BundleError, BUNDLE.remedy)
-    # See `train.adapter.peft.load_peft_model`; a larger batch would end the engine's process.
-    largest_for_pytorch = 1 if config.get("model_type") in DECODERS else MAX_BATCH_SIZE
-
-    def engines_of(cell: Cell) -> list[AnyEngine]:
-        if opened.pytorch is None or cell.batch_size > largest_for_pytorch:
-            return [opened.onnx]
-        return [opened.pytorch, opened.onnx]
-
+    engines = {cell: _engines(opened, cell) for cell in cells}
     now = Sweep(
         setup=setup,
         unit="pairs" if opened.task.is_pair else "texts",
         onnx=opened.onnx.wait_until_ready().execution,
         pytorch=opened.pytorch.wait_until_ready().execution if opened.pytorch else None,
         cells=tuple(cells),
-        n_bursts=ROUNDS * sum(len(engines_of(cell)) for cell in cells),
+        n_bursts=ROUNDS * sum(map(len, engines.values())),
     )
     start = time.perf_counter()
     for number, cell in enumerate(cells, start=1):
-        engines = engines_of(cell)
-        arrays = random_batch(opened.bundle, cell)
-        bursts: list[tuple[float, ...]] = []
-        # The same number of runs for both, or the rarest runs of the faster one would be rarer.
+        where = f"cell {number} of {len(cells)} (batch {cell.batch_size}, {cell.tokens} tokens)"
+        arrays = random_batch(
+            np.random.default_rng(0),
+            (cell.batch_size, cell.tokens),
+            inputs=opened.bundle.text_inputs,
+            vocabulary_size=opened.bundle.vocabulary_size,
+        )
+        bursts: list[Burst] = []
         plan = BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS)
-        for index in range(ROUNDS * len(engines)):
-            engine, where = engines[index % len(engines)], f"cell {number} of {len(cells)} ({cell})"
-            doing = f"{where}: {engine.name}, round {1 + index // len(engines)} of {ROUNDS}"
-            yield replace(now, doing=doing[0].upper() + doing[1:])
-            # Not over a yield: whoever takes what comes may never ask for more.
+        for index, engine in enumerate(ROUNDS * engines[cell]):
+            doing = f"{engine.name}, round {1 + index // len(engines[cell])} of {ROUNDS}"
+            yield replace(now, doing=f"{where.capitalize()}: {doing}")
+            # The lock is not held over a yield: the caller may never ask for more.
             with stage.measuring:
                 if stop.wait(PAUSE_SECONDS):
                     break
                 try:
-                    bursts.append(engine.burst(arrays, plan).latencies_ms)
+                    bursts.append(engine.burst(arrays, plan))
                 except PromptfoldError as error:
                     raise EngineError(f"In {where}: {error}") from error
-            plan = BurstPlan(len(bursts[0]), len(bursts[0]), BURST_BUDGET_SECONDS)
+            # The same number of runs for both: with more runs the faster engine would show rarer outliers.
+            plan = replace(plan, min_runs=len(bursts[0].runs_ms), max_runs=len(bursts[0].runs_ms))
             done = now.bursts_done + 1
             seconds_left = (time.perf_counter() - start) / done * (now.n_bursts - done)
             now = replace(now, bursts_done=done, seconds_left=seconds_left)
-        if rounds := len(bursts) // len(engines):
-            *others, onnx = (Times(tuple(bursts[side :: len(engines)][:rounds])) for side in range(len(engines)))
-            now = replace(now, rows=(*now.rows, Row(cell, onnx, others[0] if others else None)))
+        now = replace(now, rows=(*now.rows, *_rows(cell, bursts, len(engines[cell]))))
         if stop.is_set():
             break
     yield now
+
+
+def _engines(opened: OpenedEngines, cell: Cell) -> tuple[AnyEngine, ...]:
+    """The engines that take this batch, ONNX Runtime last."""
+    # See `train.adapter.peft.load_peft_model`: a larger batch would end PyTorch's process.
+    if opened.pytorch is None or (cell.batch_size > 1 and is_decoder(opened.choice.adapter)):
+        return (opened.onnx,)
+    return opened.pytorch, opened.onnx
+
+
+def _rows(cell: Cell, bursts: Sequence[Burst], n_engines: int) -> list[Row]:
+    """The row of a cell from its bursts, which the engines took in turn; none without a whole round."""
+    n_rounds = len(bursts) // n_engines
+    *others, onnx = (tuple(bursts[side::n_engines][:n_rounds]) for side in range(n_engines))
+    return [Row(cell, onnx, others[0] if others else ())] if n_rounds else []

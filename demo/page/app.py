@@ -12,7 +12,7 @@ from demo.access.limits import QUEUE_SIZE
 from demo.access.public_link import ShareState
 from demo.engines.adapters import Choice
 from demo.engines.pytorch import PYTORCH_MODES
-from demo.engines.stage import Opened, Stage
+from demo.engines.stage import OpenedEngines, Stage
 from demo.page.controls import ONE_AT_A_TIME, Selectors, StopButtons, facing_visitors, table, text
 from demo.page.tab_compare import LABELS_SHOWN, build_compare_tab
 from demo.page.tab_lab import build_lab_tab
@@ -122,7 +122,7 @@ def page_style() -> PageStyle:
     return PageStyle(theme=theme, css=CSS, head=MENDED)
 
 
-def build_page(stage: Stage, opened: Opened, share: ShareState) -> gr.Blocks:
+def build_page(stage: Stage, opened: OpenedEngines, share: ShareState) -> gr.Blocks:
     """Build the page.
 
     Args:
@@ -142,7 +142,7 @@ def build_page(stage: Stage, opened: Opened, share: ShareState) -> gr.Blocks:
             now = stage.open(setup)
         return [*common(now), *compare_tab.refresh(now)]
 
-    def common(now: Opened) -> list[Any]:
+    def common(now: OpenedEngines) -> list[Any]:
         return [
             gr.Dropdown(choices=precision_choices(now.bundle.precisions), value=now.setup.onnx),
             model_facts(now),
@@ -207,7 +207,7 @@ def precision_choices(precisions: Sequence[str]) -> list[tuple[str, str]]:
     return [(PRECISIONS[precision], precision) for precision in precisions]
 
 
-def model_facts(opened: Opened) -> str:
+def model_facts(opened: OpenedEngines) -> str:
     """What the model is, what it tells apart, and what the chosen precision costs."""
     bundle, task = opened.bundle, opened.task
     shown = ", ".join(f"<code>{text(label)}</code>" for label in task.labels[:LABELS_SHOWN])
@@ -226,7 +226,7 @@ def model_facts(opened: Opened) -> str:
     )
 
 
-def graph_words(graph: GraphFile, task_number: int, opened: Opened) -> str:
+def graph_words(graph: GraphFile, task_number: int, opened: OpenedEngines) -> str:
     """How far a graph is from PEFT's forward pass, as measured when it was exported."""
     if graph.precision == FP32:
         return (

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from demo.engines.stage import Opened, Stage
-from demo.engines.timing import AnyEngine, Served
+from demo.engines.stage import AnyEngine, OpenedEngines, Stage
+from demo.engines.timing import Served
 from demo.measure.compare import PAUSE_SECONDS, ROUNDS, Answer, Comparison
 from demo.measure.compare import compare as compare_engines
 from demo.page.charts import ONNX_COLOR, PYTORCH_COLOR, drawing, histogram, to_svg
@@ -74,10 +74,10 @@ class CompareTab:
     """
 
     outputs: list[Any]
-    refresh: Callable[[Opened], list[Any]]
+    refresh: Callable[[OpenedEngines], list[Any]]
 
 
-def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops: StopButtons) -> CompareTab:
+def build_compare_tab(stage: Stage, selectors: Selectors, opened: OpenedEngines, stops: StopButtons) -> CompareTab:
     """Build the tab.
 
     Args:
@@ -106,14 +106,14 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
             precision: of the ONNX graph: fp32, fp16 or int8; empty for fp32
             pytorch: how PyTorch runs: eager, compiled or bf16; empty for eager
         """
-        setup = stage.setup_or_default(adapter, precision, pytorch)
+        setup = stage.setup(adapter, precision, pytorch)
         *_, last = compare_engines(stage, stage.open(setup), sentence1, sentence2)
         return last.as_json()
 
     def stop(request: gr.Request) -> None:
         stops.stop(str(request.session_hash))
 
-    def refresh(now: Opened) -> list[Any]:
+    def refresh(now: OpenedEngines) -> list[Any]:
         first, second = box_labels(now.task)
         n_labels = min(len(now.task.labels), LABELS_SHOWN)
         labels = [gr.Label(value=None, num_top_classes=n_labels) for _ in range(1 + stage.has_pytorch)]
@@ -200,7 +200,7 @@ def build_compare_tab(stage: Stage, selectors: Selectors, opened: Opened, stops:
     return CompareTab([sentence1, sentence2, examples.dataset, speedup, distribution, *labels, *panels], refresh)
 
 
-def _results(comparison: Comparison, opened: Opened, *, is_over: bool = False) -> list[Any]:
+def _results(comparison: Comparison, opened: OpenedEngines, *, is_over: bool = False) -> list[Any]:
     """Values of the result components, in their order."""
     answers = [answer for answer in (comparison.pytorch, comparison.onnx) if answer is not None]
     return [
@@ -222,7 +222,7 @@ def box_labels(task: Task) -> tuple[str, str]:
     return first, second
 
 
-def _engine_facts(opened: Opened, answers: list[Answer] | None = None, *, is_over: bool = False) -> list[str]:
+def _engine_facts(opened: OpenedEngines, answers: list[Answer] | None = None, *, is_over: bool = False) -> list[str]:
     """Of each engine, PyTorch first: latency, if measured, and on what it runs."""
     engines: list[AnyEngine] = [engine for engine in (opened.pytorch, opened.onnx) if engine is not None]
     return [
@@ -292,7 +292,7 @@ class _Headline:
     meaning: str
 
 
-def _speedup(comparison: Comparison, opened: Opened, *, is_over: bool) -> str:
+def _speedup(comparison: Comparison, opened: OpenedEngines, *, is_over: bool) -> str:
     """The headline, and what belongs beside it."""
     headline = _headline(comparison, is_over=is_over)
     lines = [headline.meaning, *_agreement(comparison)]

@@ -125,7 +125,7 @@ def build_lab_tab(stage: Stage, selectors: Selectors) -> None:
             precision: of the ONNX graph: fp32, fp16 or int8; empty for fp32
             pytorch: how PyTorch runs: eager, compiled or bf16; empty for eager
         """
-        setup = stage.setup_or_default(adapter, precision, pytorch)
+        setup = stage.setup(adapter, precision, pytorch)
         *_, last = sweep(stage, setup, _cells(stage, setup, batch_sizes, lengths), stop=threading.Event())
         return last.as_json()
 

@@ -185,7 +185,7 @@ def _build_endpoint(stage: Stage) -> None:
             precision: of the ONNX graph: fp32, fp16 or int8; empty for fp32
             pytorch: how PyTorch runs: eager, compiled or bf16; empty for eager
         """
-        setup = stage.setup_or_default(adapter, precision, pytorch)
+        setup = stage.setup(adapter, precision, pytorch)
         upload = _read(stage, setup, file, text_columns, label_column)
         try:
             *_, last = label_upload(stage, setup, upload, cancelled=threading.Event())
