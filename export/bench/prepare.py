@@ -1,266 +1,198 @@
 """What `export.bench` makes before anything is timed: inputs for all engines, PEFT's logits, the plain graphs.
 
-It runs in a process of its own, which is gone before the first engine starts. With ``--shape-of`` it also makes the
-adapter and the bundle, around random weights. torch and optimum are imported inside the functions that need them.
+It runs in a child process, which is gone before the first engine starts. torch is imported where it is used.
 """
 
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from export.bench.config import FILE, TUTORIAL, BenchConfig, Cell, Shape
-from export.bench.engines import CALIBRATION_ROWS, CUDA, ENGINES, OPENVINO, PLAIN, Batch, Inputs
-from export.bench.flops import Dimensions
-from export.bench.plain import export_plain, halve_plain, quantize_plain
+from export.bench.engines import CUDA, ENGINES, OPENVINO, OURS, PLAIN, Batch, Inputs, Job
+from export.bench.models import count_multiply_adds, family_module, peft_for_batches, plain_graphs
 from export.bench.random_model import RANDOM_ROWS, make_random_bundle
 from export.bundle.folder import Bundle, load_bundle
+from export.runtime.batches import in_batches, random_batch
+from export.runtime.session import cuda_absence
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
 from train.adapter.record import Adapter
 from train.common.console import say
-from train.common.errors import BundleError, UsageError, first_line
+from train.common.errors import BundleError, UsageError
+from train.common.machine import describe_machine
 from train.config import P_TUNING_V2
 from train.data.tasks import Task
-from train.model.find import BaseModel
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 BATCH_SIZE = 32
 """Texts of a file in one batch, as in the tutorial."""
+CALIBRATION_ROWS = 300
+"""Texts for OpenVINO's quantizer, its default: the first ones of ``--file``, although they are scored too."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the engines' processes and the report need.
+    """What the engines' processes and the report need."""
 
-    Attributes:
-        adapter, bundle: the folders.
-        task_name: of the adapter's task in the bundle.
-        model: for people.
-        inputs: file with `Inputs`.
-        cells: in order.
-        dimensions: of the model.
-        pad_token_id, is_decoder: see `Job`.
-        graphs: by name of an engine of the plain family, its file; of OpenVINO, the one to quantise.
-        absent: by name of an engine that cannot run, why.
-        task: with whose metrics predictions are scored.
-        expected: classes of the file's rows; empty without one.
-        machine: where this runs.
-        versions: of the libraries.
-    """
-
-    adapter: Path
-    bundle: Path
-    task_name: str
-    model: str
-    inputs: Path
-    cells: tuple[Cell, ...]
-    dimensions: Dimensions
-    pad_token_id: int
-    is_decoder: bool
-    graphs: dict[str, Path]
-    absent: dict[str, str]
+    job: Job
+    about: Mapping[str, Any]
+    """Model, machine, versions and dimensions, as the JSON document has them."""
+    cells: Sequence[Cell]
+    multiply_adds: Mapping[str, Mapping[str, int]]
+    """By family of engines and name of a cell, those of one pass."""
+    graphs: Mapping[str, Path | str]
+    """By name of an engine, the plain graph that it loads (OpenVINO quantizes it first), or why it cannot run."""
     task: Task
-    expected: tuple[int, ...]
-    machine: str
-    versions: dict[str, str]
+    expected: Sequence[int]
+    """Classes of the file's rows; empty without one."""
 
 
 def prepare(config: BenchConfig, work: Path, threads: int) -> Prepared:
-    """Check everything that a user can have got wrong, and make what the engines need.
-
-    Args:
-        work: an empty folder.
-
-    Raises:
-        UsageError: the device is not there, or a shape is too long.
-        AdapterError, BundleError, ModelError, DataError: a folder or the file cannot be used.
-    """
+    """Check everything that a user can have got wrong, and make in an empty folder what the engines need."""
     import torch
 
-    from train.common.machine import describe_machine
-
-    _check_device(config.device)
     torch.set_num_threads(threads)
-    if config.shape_of is None:
-        assert config.adapter is not None
-        assert config.bundle is not None
-        adapter_folder, bundle_folder = config.adapter, config.bundle
-    else:
-        adapter_folder, bundle_folder = make_random_bundle(config.shape_of, work, device=config.device)
-    adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
+    if config.device == CUDA:
+        absence = cuda_absence() or ("" if torch.cuda.is_available() else "PyTorch sees no GPU")
+        if absence:
+            raise UsageError(f"--device {CUDA}: {absence}. Leave it out to compare on the CPU.")
+    adapter, bundle, task_name = _load_folders(config, work)
+    base = find_adapter_base(adapter)
+    say("preparing inputs and PEFT's logits")
+    pad_id, inputs_file = bundle.pad_token_id, work / "inputs"
+    peft = peft_for_batches(adapter, base, pad_id)
+    cells, inputs, expected = _make_inputs(config, adapter, bundle, peft, is_decoder=base.is_decoder)
+    inputs_file.write_bytes(pickle.dumps(inputs))
+    multiply_adds = {
+        family: count_multiply_adds(family_module(family, adapter, base, pad_id), inputs.cells)
+        for family in {ENGINES[name].family for name in config.all_engines}
+    }
+    graphs: dict[str, Path | str] = dict(_cannot_run(config, bundle))
+    plain = [name for name in config.all_engines if ENGINES[name].family in {PLAIN, OPENVINO} and name not in graphs]
+    if plain:
+        say("exporting the same model the usual way")
+        graphs |= plain_graphs(plain, adapter, base, work / "plain")
+    folders = str(adapter.folder), str(bundle.folder)
+    job = Job(config.device, threads, config.plan, *folders, task_name, pad_id, str(inputs_file))
+    packages = ("torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx")
+    about = {
+        "model": f"the shape of {config.shape_of}, random weights" if config.shape_of else str(adapter.folder),
+        "machine": describe_machine(),
+        "versions": {name: version(name) for name in packages},
+        "dimensions": _dimensions(peft.base_model.config, adapter, is_decoder=base.is_decoder),
+    }
+    return Prepared(job, about, cells, multiply_adds, graphs, adapter.task, expected)
+
+
+def _load_folders(config: BenchConfig, work: Path) -> tuple[Adapter, Bundle, str]:
+    """The adapter, the bundle made from it, and the name of its task there."""
+    folders = (config.adapter, config.bundle)
+    if config.shape_of is not None:
+        folders = make_random_bundle(config.shape_of, work, device=config.device)
+    assert folders[0] and folders[1]  # as `BenchConfig` checks
+    adapter, bundle = load_adapter(folders[0]), load_bundle(folders[1])
     task = bundle.task_of(adapter.sha256)
     if task is None:
         raise BundleError(
-            f"{bundle_folder} was not made from {adapter_folder}, so their figures could not be compared. "
-            f"Export it: python -m export {adapter_folder} --out BUNDLE"
+            f"{bundle.folder} was not made from {adapter.folder}, so their figures could not be compared. "
+            f"Export it: python -m export {adapter.folder} --out BUNDLE"
         )
-    base = find_adapter_base(adapter)
+    limit = bundle.max_length
     for shape in config.all_shapes:
-        if shape.length > bundle.max_length:
-            raise UsageError(
-                f"--shapes {shape}: {adapter_folder} reads at most {bundle.max_length} tokens. Give shorter texts."
-            )
-    say("preparing inputs and PEFT's logits")
-    cells, inputs, expected = _inputs(config, adapter, bundle, is_decoder=base.is_decoder)
-    reference, settings = _reference(adapter, base, bundle, inputs.check)
-    path = work / "inputs.npz"
-    Inputs(inputs.cells, inputs.rows, inputs.calibration, inputs.check, reference).save(path)
-    graphs, absent = _graphs(config, adapter, base, work)
-    for name in config.all_engines:
-        engine = ENGINES[name]
-        if config.device not in engine.devices:
-            absent[name] = f"runs on {' and '.join(engine.devices)} only"
-        elif name.startswith("ours-") and engine.precision not in bundle.precisions:
-            absent[name] = f"{bundle_folder} holds no {engine.precision} graph, only {', '.join(bundle.precisions)}"
-    return Prepared(
-        adapter=adapter_folder,
-        bundle=bundle_folder,
-        task_name=task.name,
-        model=f"the shape of {config.shape_of}, random weights" if config.shape_of else str(adapter_folder),
-        inputs=path,
-        cells=tuple(cells),
-        dimensions=Dimensions.of(
-            settings,
-            labels=len(adapter.labels),
-            is_decoder=base.is_decoder,
-            virtual_tokens=adapter.virtual_tokens,
-            in_every_layer=adapter.method == P_TUNING_V2,
-        ),
+        if shape.length > limit:
+            raise UsageError(f"--shapes {shape}: {adapter.folder} reads at most {limit} tokens. Give shorter texts.")
+    return adapter, bundle, task.name
+
+
+def random_texts(generator: np.random.Generator, shape: Shape, bundle: Bundle, *, padded: bool = False) -> Batch:
+    """A batch of random token ids for a bundle."""
+    return random_batch(
+        generator,
+        (shape.batch_size, shape.length),
+        inputs=bundle.text_inputs,
+        vocabulary_size=bundle.vocabulary_size,
         pad_token_id=bundle.pad_token_id,
-        is_decoder=base.is_decoder,
-        graphs=graphs,
-        absent=absent,
-        task=adapter.task,
-        expected=tuple(expected),
-        machine=describe_machine(),
-        versions={name: version(name) for name in ("torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx")},
+        padded=padded,
     )
 
 
-def _check_device(device: str) -> None:
-    """Refuse a GPU that is not there, rather than time the CPU under its name.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if device != CUDA:
-        return
+def _make_inputs(
+    config: BenchConfig, adapter: Adapter, bundle: Bundle, peft: Any, *, is_decoder: bool
+) -> tuple[list[Cell], Inputs, list[int]]:
+    """The cells, their arrays, and the classes that a file's rows should have."""
     import torch
 
-    from export.runtime.session import cuda_absence
-
-    absence = cuda_absence() or ("" if torch.cuda.is_available() else "PyTorch sees no GPU")
-    if absence:
-        raise UsageError(f"--device {CUDA}: {absence}. Leave it out to compare on the CPU.")
-
-
-def _inputs(
-    config: BenchConfig, adapter: Adapter, bundle: Bundle, *, is_decoder: bool
-) -> tuple[list[Cell], Inputs, list[int]]:
-    """The cells, their arrays without the reference, and the classes that a file's rows should have."""
     generator = np.random.default_rng(0)
-    cells, batches, rows = [], {}, {}
-    for shape in config.all_shapes:
-        name, texts = str(shape), shape.batch_size
-        cells.append(Cell(name, f"{texts} × {shape.length} tokens", texts, (shape,)))
-        batches[name] = [random_batch(generator, shape, bundle)]
+    cells = [
+        Cell(str(shape), f"{shape.batch_size} × {shape.length} tokens", shape.batch_size, (shape,))
+        for shape in config.all_shapes
+    ]
+    batches = {cell.name: [random_texts(generator, cell.shapes[0], bundle)] for cell in cells}
+    rows: dict[str, np.ndarray] = {}
     expected: list[int] = []
     if config.file is None:
         shape = Shape(1, min(60, bundle.max_length))
-        calibration = [random_batch(generator, shape, bundle) for _ in range(RANDOM_ROWS)]
+        calibration = [random_texts(generator, shape, bundle) for _ in range(RANDOM_ROWS)]
     else:
-        from export.runtime.batches import in_batches
         from export.runtime.tokenizer import bundle_tokenizer
         from train.data.load import load_split
         from train.data.token_ids import texts_of
 
         task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
         split = load_split(task, "", config.file)
-        texts_of_file = texts_of(split, task)
-        expected = list(split[task.label_column])
+        texts, expected = texts_of(split, task), list(split[task.label_column])
         tokenize = bundle_tokenizer(bundle)
-        numbers = list(range(len(expected)))
-        in_order = [numbers[start : start + BATCH_SIZE] for start in range(0, len(numbers), BATCH_SIZE)]
-        for name, what, grouping in (
-            (FILE, "batches of like length", list(in_batches(texts_of_file, BATCH_SIZE))),
+        n_rows = len(texts)
+        in_order = np.split(np.arange(n_rows), range(BATCH_SIZE, n_rows, BATCH_SIZE))
+        for name, what, groups in (
+            (FILE, "batches of like length", list(in_batches(texts, BATCH_SIZE))),
             (TUTORIAL, "as the tutorial does, in the file's order", in_order),
         ):
-            rows[name] = [np.array(group) for group in grouping]
-            batches[name] = [tokenize([texts_of_file[row] for row in group]).arrays for group in grouping]
+            rows[name] = np.concatenate(groups)
+            batches[name] = [tokenize([texts[row] for row in group]).arrays for group in groups]
             shapes = tuple(Shape(*batch["input_ids"].shape) for batch in batches[name])
-            cells.append(Cell(name, f"{len(numbers)} rows of {config.file.name}, {what}", len(numbers), shapes))
-        calibration = [tokenize([text]).arrays for text in texts_of_file[:CALIBRATION_ROWS]]
-    check = random_batch(generator, Shape(3, min(24, bundle.max_length)), bundle)
-    if not is_decoder:
-        # PEFT's decoder pads on the other side, where its positions are other ones.
-        check["attention_mask"] = np.tril(check["attention_mask"], k=check["attention_mask"].shape[1] // 2)
-    return cells, Inputs(batches, rows, calibration, check, np.zeros(0)), expected
-
-
-def random_batch(generator: np.random.Generator, shape: Shape, bundle: Bundle) -> Batch:
-    """Full rows of random ids, none of them padding's, which some models number differently."""
-    size = (shape.batch_size, shape.length)
-    ids = generator.integers(0, bundle.vocabulary_size, size)
-    ids[ids == bundle.pad_token_id] = (bundle.pad_token_id + 1) % bundle.vocabulary_size
-    batch = {
-        "input_ids": ids,
-        "attention_mask": np.ones(size, np.int64),
-        "token_type_ids": np.broadcast_to(np.arange(shape.length) >= shape.length // 2, size).astype(np.int64),
-    }
-    return {name: batch[name] for name in bundle.text_inputs}
-
-
-def _reference(
-    adapter: Adapter, base: BaseModel, bundle: Bundle, check: Batch
-) -> tuple[np.ndarray, "PretrainedConfig"]:
-    """PEFT's logits of a batch, in fp32 on the CPU, and the model's configuration."""
-    import torch
-
-    from export.bench.worker import peft_for_batches
-
-    model = peft_for_batches(adapter.folder, base, adapter.labels, bundle.pad_token_id)
+            cells.append(Cell(name, f"{n_rows} rows of {config.file.name}, {what}", n_rows, shapes))
+        calibration = [tokenize([text]).arrays for text in texts[:CALIBRATION_ROWS]]
+    # PEFT's decoder pads on the left, where its positions are other ones.
+    check = random_texts(generator, Shape(3, min(24, bundle.max_length)), bundle, padded=not is_decoder)
     with torch.inference_mode():
-        logits = model(**{name: torch.from_numpy(array) for name, array in check.items()}).logits
-    return logits.numpy(), model.base_model.config
+        reference = peft(**{name: torch.from_numpy(array) for name, array in check.items()}).logits.numpy()
+    return cells, Inputs(batches, rows, calibration, check, reference), expected
 
 
-def _graphs(
-    config: BenchConfig, adapter: Adapter, base: BaseModel, work: Path
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """The plain graphs that the wanted engines load, and of each that cannot be made, why."""
-    wanted = [
-        name
-        for name in config.all_engines
-        if ENGINES[name].family in {PLAIN, OPENVINO} and config.device in ENGINES[name].devices
-    ]
-    absent: dict[str, str] = {}
-    for name in list(wanted):
-        if ENGINES[name].family == OPENVINO and config.openvino_python is None:
-            absent[name] = "--openvino-python names no environment with OpenVINO (pip install openvino nncf)"
-            wanted.remove(name)
-    if not wanted:
-        return {}, absent
-    say("exporting the same model the usual way")
-    folder = work / "plain"
-    folder.mkdir()
-    try:
-        graph = export_plain(adapter, base, folder)
-    except Exception as cause:  # other libraries' code; what it cannot do is a line of the report
-        return {}, absent | dict.fromkeys(
-            wanted, f"the plain export failed ({type(cause).__name__}: {first_line(cause)})"
-        )
-    graphs = dict.fromkeys(wanted, graph)
-    for name, convert in (("plain-int8", quantize_plain), ("plain-fp16", halve_plain)):
-        if name not in wanted:
-            continue
-        try:
-            graphs[name] = convert(graph)
-        except Exception as cause:  # the same
-            absent[name] = f"the plain graph cannot be converted ({type(cause).__name__}: {first_line(cause)})"
-    return graphs, absent
+def _cannot_run(config: BenchConfig, bundle: Bundle) -> dict[str, str]:
+    """By name of a wanted engine that the device, the bundle or the settings exclude, the reason."""
+    absent = {}
+    for engine in (ENGINES[name] for name in config.all_engines):
+        if config.device not in engine.devices:
+            absent[engine.name] = f"runs on {' and '.join(engine.devices)} only"
+        elif engine.family == OURS and engine.precision not in bundle.precisions:
+            absent[engine.name] = (
+                f"{bundle.folder} holds no {engine.precision} graph, only {', '.join(bundle.precisions)}"
+            )
+        elif engine.family == OPENVINO and config.openvino_python is None:
+            absent[engine.name] = "--openvino-python names no environment with OpenVINO (pip install openvino nncf)"
+    return absent
+
+
+def _dimensions(settings: Any, adapter: Adapter, *, is_decoder: bool) -> dict[str, int]:
+    """Sizes of the model from its `transformers.PretrainedConfig`."""
+    hidden, heads = settings.hidden_size, settings.num_attention_heads
+    names = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner")  # the same thing in different model types
+    return {
+        "hidden": hidden,
+        "wide": next((width for name in names if (width := getattr(settings, name, None))), 4 * hidden),
+        "wide_products": 3 if settings.model_type == "llama" else 2,
+        "keys": hidden * (getattr(settings, "num_key_value_heads", None) or heads) // heads,
+        "heads": heads,
+        "layers": settings.num_hidden_layers,
+        "labels": len(adapter.labels),
+        "is_decoder": is_decoder,
+        "has_dense_head": not is_decoder,
+        "virtual_tokens": adapter.virtual_tokens,
+        "in_every_layer": adapter.method == P_TUNING_V2,
+    }

@@ -1,84 +1,56 @@
-"""The engines that `export.bench` compares, and the process in which one of them is loaded and timed.
+"""The process in which one engine of `export.bench` is loaded and timed: python -m export.bench.worker CALL ANSWER
 
-    python -m export.bench.worker JOB ANSWER
-
-`export.bench` starts it, not a person: one process for each engine and round. JOB and ANSWER are JSON files. Nothing
-is imported here but NumPy, and in each function what its engine needs, so that the interpreter may be another
-environment's, which has OpenVINO and none of promptfold's requirements.
+CALL and ANSWER are pickles: of a function with its arguments, and of what it returned. At its top this file imports
+NumPy alone, and each function what its engine needs: OpenVINO's environment has none of promptfold's requirements.
 
 What is measured, for every engine alike:
 
-- load: from files to an engine that can answer, imports left out. Ours checks its files' hashes within that time.
+- load: from files to an engine that can answer, imports left out. Our engines check their files' hashes within it.
 - first run at a shape: with whatever is compiled or planned then.
-- latency: NumPy arrays of token ids in, logits as a NumPy array out. After the first run comes a pause, so that no
+- latency: from NumPy arrays of token ids to logits as a NumPy array. The first run is followed by a pause, so that no
   thread pool spins any more, a warm-up, and the timed burst.
-- memory: the largest resident size of the process, libraries included; on a GPU also what it has taken there.
+- memory: the largest resident size of the process, libraries included, and the GPU memory that it has taken.
 """
 
-import importlib
-import json
+import pickle
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export.bench.engines import (
-    CPU,
-    CUDA,
-    ENGINES,
-    OPENVINO,
-    OURS,
-    PEFT,
-    PLAIN,
-    Batch,
-    Engine,
-    Inputs,
-    Job,
-    Measured,
-    Peak,
-    Plan,
-    Timed,
-)
+from export.bench.engines import ENGINES, OPENVINO, OURS, PEFT, PLAIN, Batch, Engine, Inputs, Job, Measured, Plan, Timed
+from train.common.errors import first_line
 from train.common.machine import gpu_memory_used_mib, peak_memory_mib
 
 WARM_UP_RUNS = 3
-"""At most so many before a timed burst: the first ones after a pause are slower."""
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+"""Upper bound for the runs before a timed burst: the first ones after a pause are slower."""
+Run = Callable[[Batch], np.ndarray]
+"""A batch → logits, shape = (n_batch, n_labels); it returns when they are there."""
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """An engine that can answer.
+class Loaded:
+    """An engine that can answer."""
 
-    Attributes:
-        run: a batch → logits, shape = (n_batch, n_labels); it returns when they are there.
-        files: what was loaded.
-        library, note: see `Measured`.
-        arrange: brings a batch into the form that ``run`` wants, before anything is timed.
-    """
-
-    run: Callable[[Batch], np.ndarray]
+    run: Run
     files: Sequence[Path]
     library: str
-    note: str = ""
-    arrange: Callable[[Batch], Batch] = field(default=_as_it_is)
+    note: str
+    start: float
+    """When loading began, after the imports, as `time.perf_counter` says."""
+    pads_left: bool = False
+    """Whether it wants a batch's padding before the texts."""
 
 
-Load = Callable[[], _Loaded]
-"""The part of loading that is timed."""
-
-
-def _load_peft(job: Job, engine: Engine) -> Load:
+def _load_peft(job: Job, engine: Engine, _: Path) -> Loaded:
     import torch
 
+    from export.bench.models import peft_for_batches
     from train.adapter.folder import load_adapter
     from train.adapter.peft import find_adapter_base
     from train.adapter.record import FILES
@@ -86,49 +58,25 @@ def _load_peft(job: Job, engine: Engine) -> Load:
     torch.set_num_threads(job.threads)
     adapter = load_adapter(Path(job.adapter))
     base = find_adapter_base(adapter)
-    device = torch.device(job.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+    start = time.perf_counter()
+    model: Any = peft_for_batches(adapter, base, job.pad_token_id).to(job.device, dtype)
+    if engine.compile_mode:
+        model = torch.compile(model, mode=engine.compile_mode)
 
-    def load() -> _Loaded:
-        model: Any = peft_for_batches(adapter.folder, base, adapter.labels, job.pad_token_id).to(device, dtype)
-        if engine.compile_mode:
-            model = torch.compile(model, mode=engine.compile_mode)
+    def run(batch: Batch) -> np.ndarray:
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(array).to(job.device) for name, array in batch.items()}
+            return np.asarray(model(**tensors).logits.float().cpu())
 
-        def run(batch: Batch) -> np.ndarray:
-            with torch.inference_mode():
-                tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-                logits: np.ndarray = model(**tensors).logits.float().cpu().numpy()
-            if job.device == CUDA:
-                torch.cuda.synchronize()
-            return logits
-
-        return _Loaded(
-            run,
-            files=[*base.folder.glob(base.gguf_file or "model*.safetensors"), adapter.folder / FILES.weights],
-            library=f"PyTorch {torch.__version__.partition('+')[0]}",
-            note=f"{model.config._attn_implementation} attention",
-            arrange=padded_on_the_left if job.is_decoder else _as_it_is,
-        )
-
-    return load
-
-
-def peft_for_batches(folder: Path, base: Any, labels: Sequence[str], pad_token_id: int) -> Any:
-    """`train.adapter.peft.load_peft_model`, but a decoder takes batches too, padded on the left, as PEFT wants them.
-
-    Its answers then depend on the padding that a text's neighbours bring, so that over a file some of its labels are
-    not those which it gives to each text alone, and everybody else's are.
-
-    Args:
-        folder: the adapter's.
-        base: a `train.model.find.BaseModel`.
-    """
-    from train.adapter.peft import load_peft_model
-
-    model: Any = load_peft_model(folder, base, labels)
-    if base.is_decoder:
-        model.base_model.config.pad_token_id = pad_token_id
-    return model
+    return Loaded(
+        run,
+        files=[*base.folder.glob(base.gguf_file or "model*.safetensors"), adapter.folder / FILES.weights],
+        library=f"PyTorch {torch.__version__.partition('+')[0]}",
+        note=f"{model.config._attn_implementation} attention",
+        start=start,
+        pads_left=base.is_decoder,
+    )
 
 
 def padded_on_the_left(batch: Batch) -> Batch:
@@ -139,140 +87,102 @@ def padded_on_the_left(batch: Batch) -> Batch:
     return {name: np.take_along_axis(array, columns, axis=1) for name, array in batch.items()}
 
 
-def _load_plain(job: Job, _: Engine) -> Load:
+def _load_plain(job: Job, _: Engine, graph: Path) -> Loaded:
     import onnxruntime
 
     from export.runtime.session import open_session, run_session
 
-    path = Path(job.graph)
-
-    def load() -> _Loaded:
-        session = open_session(path, threads=job.threads, use_cuda=job.device == CUDA)
-        names = [item.name for item in session.get_inputs()]
-        return _Loaded(
-            lambda batch: run_session(session, {name: batch[name] for name in names}),
-            files=[path, *path.parent.glob(f"{path.name}_data")],
-            library=f"ONNX Runtime {onnxruntime.__version__}",
-            note=session.get_providers()[0],
-        )
-
-    return load
+    start = time.perf_counter()
+    session = open_session(graph, threads=job.threads, use_cuda=job.on_cuda)
+    names = [item.name for item in session.get_inputs()]
+    return Loaded(
+        lambda batch: run_session(session, {name: batch[name] for name in names}),
+        files=[graph, *graph.parent.glob(f"{graph.name}_data")],
+        library=f"ONNX Runtime {onnxruntime.__version__}",
+        note=session.get_providers()[0],
+        start=start,
+    )
 
 
-def _load_ours(job: Job, engine: Engine) -> Load:
+def _load_ours(job: Job, engine: Engine, _: Path) -> Loaded:
     from export.bundle.folder import load_bundle
     from export.runtime.classifier import OnnxClassifier
 
-    def load() -> _Loaded:
-        bundle = load_bundle(Path(job.bundle))
-        classifier = OnnxClassifier(
-            bundle,
-            task=job.task,
-            precision=engine.precision,
-            threads=job.threads,
-            use_cuda=job.device == CUDA,
-            cuda_graphs=engine.cuda_graphs,
-        )
-        execution = classifier.execution
-        return _Loaded(
-            classifier.logits,
-            files=[bundle.graph_path(engine.precision)],
-            library=execution.engine,
-            note="; ".join(part for part in (execution.provider, execution.note) if part),
-        )
-
-    return load
-
-
-def _load_openvino(job: Job, _: Engine) -> Load:
-    # No import statement: promptfold's own environment, in which types are checked, has no OpenVINO.
-    openvino: Any = importlib.import_module("openvino")
-    path = Path(job.graph)
-
-    def load() -> _Loaded:
-        compiled = openvino.Core().compile_model(
-            str(path), "CPU", {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
-        )
-        request = compiled.create_infer_request()
-        names = [item.any_name for item in compiled.inputs]
-
-        def run(batch: Batch) -> np.ndarray:
-            answer = request.infer({name: batch[name] for name in names})
-            # A copy, as everywhere else: the next request overwrites it.
-            return np.array(answer["logits"])
-
-        return _Loaded(
-            run,
-            files=[path, path.with_suffix(".bin")],
-            library=f"OpenVINO {openvino.__version__.partition('-')[0]}",
-            note=f"what is not int8 runs in {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}",
-        )
-
-    return load
-
-
-LOADERS: dict[str, Callable[[Job, Engine], Load]] = {
-    PEFT: _load_peft,
-    PLAIN: _load_plain,
-    OPENVINO: _load_openvino,
-    OURS: _load_ours,
-}
-"""By family: import what is needed and return the part that is timed."""
-
-
-def measure(job: Job) -> Measured:
-    """Load an engine and time it on every cell."""
-    engine = ENGINES[job.engine]
-    inputs = Inputs.load(Path(job.inputs))
-    load = LOADERS[engine.family](job, engine)
-    gpu_mib_before = gpu_memory_used_mib() if job.device == CUDA else None
     start = time.perf_counter()
-    loaded = load()
-    load_seconds = time.perf_counter() - start
-    cells: dict[str, Timed] = {}
+    bundle = load_bundle(Path(job.bundle))
+    classifier = OnnxClassifier(
+        bundle,
+        task=job.task,
+        precision=engine.precision,
+        threads=job.threads,
+        use_cuda=job.on_cuda,
+        cuda_graphs=engine.cuda_graphs,
+    )
+    execution = classifier.execution
+    return Loaded(
+        classifier.logits,
+        files=[bundle.graph_path(engine.precision)],
+        library=execution.engine,
+        note="; ".join(part for part in (execution.provider, execution.note) if part),
+        start=start,
+    )
+
+
+def _load_openvino(job: Job, _: Engine, graph: Path) -> Loaded:
+    import openvino
+
+    start = time.perf_counter()
+    settings = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(str(graph), "CPU", settings)
+    request = compiled.create_infer_request()
+    names = [item.any_name for item in compiled.inputs]
+    return Loaded(
+        # The next request overwrites the result, so it is copied, as in all other engines.
+        lambda batch: np.array(request.infer({name: batch[name] for name in names})["logits"]),
+        files=[graph, graph.with_suffix(".bin")],
+        library=f"OpenVINO {openvino.__version__.partition('-')[0]}",
+        note=f"what is not int8 runs in {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}",
+        start=start,
+    )
+
+
+LOADERS = {PEFT: _load_peft, PLAIN: _load_plain, OPENVINO: _load_openvino, OURS: _load_ours}
+
+
+def measure(job: Job, name: str, cells: Sequence[str], graph: str) -> Measured:
+    """Load an engine and time it on cells; ``graph`` is the file of the engines that load no folder."""
+    engine = ENGINES[name]
+    inputs: Inputs = _unpickle(job.inputs)
+    gpu_mib_before = gpu_memory_used_mib() if job.on_cuda else None
+    loaded = LOADERS[engine.family](job, engine, Path(graph))
+    load_seconds = time.perf_counter() - loaded.start
+    arranged = padded_on_the_left if loaded.pads_left else dict
+    timed: dict[str, Timed] = {}
     predictions: dict[str, list[int]] = {}
-    for name in job.cells:
-        batches = [loaded.arrange(batch) for batch in inputs.cells[name]]
-        passes = time_passes(loaded.run, batches, job.plan)
-        cells[name], logits = passes.timed, passes.logits
-        if name in inputs.rows:
-            order = np.concatenate(inputs.rows[name])
-            classes = np.empty(len(order), np.int64)
-            classes[order] = np.concatenate([batch.argmax(axis=1) for batch in logits])
-            predictions[name] = classes.tolist()
-    # Last: torch.compile takes the first shape it meets for the only one, and that shall be a measured one.
-    logits_of_check = loaded.run(loaded.arrange(inputs.check))
-    difference = float(np.abs(logits_of_check.astype(np.float64) - inputs.reference).max())
-    gpu_mib = None if gpu_mib_before is None else gpu_memory_used_mib()
+    for cell in cells:
+        timed[cell], logits = time_passes(loaded.run, [arranged(batch) for batch in inputs.cells[cell]], job.plan)
+        if cell in inputs.rows:
+            classes = np.concatenate([batch.argmax(axis=1) for batch in logits])
+            predictions[cell] = classes[np.argsort(inputs.rows[cell])].tolist()
+    # The check comes last: torch.compile specializes on the first shape it meets, which shall be a measured one.
+    difference = np.abs(loaded.run(arranged(inputs.check)).astype(np.float64) - inputs.reference).max()
+    gpu_mib = gpu_memory_used_mib() if job.on_cuda else None
     return Measured(
         library=loaded.library,
         note=loaded.note,
         load_seconds=load_seconds,
         peak_memory_mib=peak_memory_mib(),
         gpu_memory_mib=None if gpu_mib is None or gpu_mib_before is None else gpu_mib - gpu_mib_before,
-        file_bytes=sum(path.stat().st_size for path in loaded.files),
-        # JSON knows no NaN, and an engine that gives no number is as wrong as can be.
-        max_logit_difference=difference if np.isfinite(difference) else sys.float_info.max,
-        cells=cells,
+        file_mib=sum(path.stat().st_size for path in loaded.files) / 2**20,
+        # JSON has no NaN, and an engine whose logits are not numbers is as wrong as can be.
+        max_logit_difference=float(np.nan_to_num(difference, nan=sys.float_info.max)),
+        cells=timed,
         predictions=predictions,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Passes:
-    """Passes over the batches of a cell.
-
-    Attributes:
-        timed: how long they took.
-        logits: of the first one; of each batch float32, shape = (n_batch, n_labels)
-    """
-
-    timed: Timed
-    logits: list[np.ndarray]
-
-
-def time_passes(run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], plan: Plan) -> Passes:
-    """Time passes over the batches of a cell."""
+def time_passes(run: Run, batches: Sequence[Batch], plan: Plan) -> tuple[Timed, list[np.ndarray]]:
+    """Time passes over the batches of a cell, and keep the first pass's logits, an array a batch."""
 
     def one_pass() -> tuple[float, list[np.ndarray]]:
         start = time.perf_counter()
@@ -281,7 +191,7 @@ def time_passes(run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], pl
 
     first_run_ms, logits = one_pass()
     time.sleep(plan.pause_seconds)
-    # Of what takes long, one run warms up as well as three.
+    # Where a pass takes long, one warms up as well as three.
     end = time.perf_counter() + plan.budget_seconds / 4
     for _ in range(WARM_UP_RUNS):
         one_pass()
@@ -291,132 +201,43 @@ def time_passes(run: Callable[[Batch], np.ndarray], batches: Sequence[Batch], pl
     end = time.perf_counter() + plan.budget_seconds
     while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
         latencies_ms.append(one_pass()[0])
-    return Passes(Timed(first_run_ms, tuple(latencies_ms)), logits)
+    return Timed(first_run_ms, tuple(latencies_ms)), logits
 
 
-def calibrate(job: Job) -> None:
-    """Quantise the plain graph for OpenVINO as optimum-intel does, by NNCF with its preset for transformers."""
-    openvino: Any = importlib.import_module("openvino")
-    nncf: Any = importlib.import_module("nncf")
-    texts = Inputs.load(Path(job.inputs)).calibration
-    model = openvino.Core().read_model(job.source)
+def calibrate(job: Job, source: str, graph: str) -> None:
+    """Quantize a plain graph for OpenVINO as optimum-intel does, by NNCF with its preset for transformers."""
+    import nncf
+    import openvino
+
+    texts = _unpickle(job.inputs).calibration
+    model = openvino.Core().read_model(source)
     names = [item.any_name for item in model.inputs]
-    dataset = nncf.Dataset(texts, lambda batch: {name: batch[name] for name in names})
     quantized = nncf.quantize(
         model,
-        dataset,
+        nncf.Dataset(texts, lambda batch: {name: batch[name] for name in names}),
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(texts),
     )
-    openvino.save_model(quantized, job.graph, compress_to_fp16=False)
+    openvino.save_model(quantized, graph, compress_to_fp16=False)
 
 
-PRODUCT_SIZES = {CPU: (256, 1024, 2048), CUDA: (2048, 4096, 8192)}
-"""Rows and columns of the matrices: the larger ones reach more of a peak, and a GPU's needs larger ones still."""
+def _unpickle(path: str) -> Any:
+    return pickle.loads(Path(path).read_bytes())  # noqa: S301 -- written by the process that started this one
 
 
-LONGEST_PRODUCT_SECONDS = 1.5
-"""What would take longer, at the pace of the smaller ones, is not tried: where a processor lacks the instructions, PyTorch
-multiplies in bf16 and int8 number by number, and the largest matrices would take minutes."""
+def main(call_file: str, answer_file: str) -> None:
+    """Make the call in the first file, and write what it returns, or its error as a string, to the second.
 
-
-def find_peaks(job: Job) -> list[Peak]:
-    """The fastest square matrix products here, with the same number of threads as the engines have."""
-    import torch
-
-    torch.set_num_threads(job.threads)
-    device = torch.device(job.device)
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if job.device == CUDA else {})
-    best: dict[str, Peak] = {}
-    seconds_per_cell: dict[str, float] = {}
-
-    def try_product(precision: str, product: str, size: int, multiply: Callable[[], object]) -> None:
-        if size**3 * seconds_per_cell.get(product, 0) > LONGEST_PRODUCT_SECONDS:
-            return
-        seconds = _fastest_seconds(multiply, job)
-        seconds_per_cell[product] = seconds / size**3
-        rate = 2 * size**3 / seconds / 1e9
-        if precision not in best or rate > best[precision].gflop_per_second:
-            best[precision] = Peak(precision, rate, f"{product}, {size} × {size} × {size}")
-
-    for size in PRODUCT_SIZES[job.device]:
-        for precision, dtype in kinds.items():
-            # Of ones a GPU multiplies faster than of numbers: it draws less power.
-            square = torch.randn(size, size, device=device).to(dtype)
-            try_product(precision, f"torch.mm in {precision}", size, partial(torch.mm, square, square))
-        whole = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
-        try_product("int8", "torch._int_mm", size, partial(torch._int_mm, whole, whole))
-        if job.device == CPU:
-            try_product("int8", "ONNX Runtime's MatMulInteger", size, _integer_product(size, job.threads))
-    return list(best.values())
-
-
-def _fastest_seconds(multiply: Callable[[], object], job: Job) -> float:
-    multiply()
-    time.sleep(job.plan.pause_seconds)
-    seconds: list[float] = []
-    end = time.perf_counter() + job.plan.budget_seconds / 4
-    while len(seconds) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        multiply()
-        if job.device == CUDA:
-            import torch
-
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def _integer_product(size: int, threads: int) -> Callable[[], object]:
-    """ONNX Runtime's product of unsigned rows with a constant signed matrix, which its int8 dense layers are."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    matrix = numpy_helper.from_array(np.ones((size, size), np.int8), "matrix")
-    graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["rows", "matrix"], ["product"])],
-        "product",
-        [helper.make_tensor_value_info("rows", TensorProto.UINT8, [size, size])],
-        [helper.make_tensor_value_info("product", TensorProto.INT32, [size, size])],
-        [matrix],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    rows = np.ones((size, size), np.uint8)
-    return lambda: session.run(None, {"rows": rows})
-
-
-def _answer(job: Job) -> dict[str, Any]:
-    """Do a job; what went wrong is an answer too.
-
-    An engine is other people's code on a machine we do not know: without a compiler, with a model that it cannot
-    take. Whatever it raises, the other engines shall still be measured, and its line in the table says why it is empty.
+    Any error of an engine's library is a line of the report, and the other engines are still measured.
     """
     try:
-        if job.work == "peaks":
-            return {"peaks": [asdict(peak) for peak in find_peaks(job)]}
-        if job.work == "calibrate":
-            calibrate(job)
-            return {}
-        return {"measured": asdict(measure(job))}
+        answer = _unpickle(call_file)()
     except Exception as cause:
-        import traceback
-
         traceback.print_exc()
-        lines = str(cause).strip().splitlines()
-        return {"error": f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run a process for `export.bench`: the job's file, then where the answer goes."""
-    job_file, answer_file = map(Path, argv)
-    job = Job.from_json(json.loads(job_file.read_text(encoding="utf-8")))
-    answer_file.write_text(json.dumps(_answer(job)), encoding="utf-8")
-    return 0
+        answer = f"{type(cause).__name__}: {first_line(cause)}"
+    Path(answer_file).write_bytes(pickle.dumps(answer))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(*sys.argv[1:])

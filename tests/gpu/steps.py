@@ -90,15 +90,13 @@ def _tiny(kind: str) -> tuple[Path, Path]:
     from export.bench import random_model
     from export.fold.config import ExportConfig
     from export.fold.pipeline import export_adapters
-    from train.data.tasks import custom_task
 
     family, _, suffix = kind.partition("-")
     folder = WORK / "tiny" / kind
     settings = AutoConfig.for_model(family, vocab_size=200, pad_token_id=1, **TINY[family])
-    random_model._write_random_base(settings, [f"word{number}" for number in range(32)], folder / "base")
-    task = custom_task(("text",), "label", ("first", "second"))
+    random_model.write_random_base(settings, folder / "base")
     method = "p-tuning-v2" if suffix else "p-tuning"
-    random_model._write_random_adapter(folder / "base", task, folder / "adapter", method=method, head_bias=0.0)
+    random_model.write_random_adapter(folder / "base", folder / "adapter", method=method, head_bias=0.0)
     export_adapters(ExportConfig((folder / "adapter",), folder / "bundle", precision="fp16", ungated=True))
     return folder / "adapter", folder / "bundle"
 
@@ -190,13 +188,13 @@ def _batches(bundle: Any, shapes: tuple[str, ...], *, padded: bool) -> Iterator[
     import numpy as np
 
     from export.bench.config import Shape
-    from export.bench.prepare import random_batch
+    from export.bench.prepare import random_texts
 
     generator = np.random.default_rng(1)
     for turn in range(3):
         for text in shapes:
             shape = Shape.parse(text)
-            batch = random_batch(generator, shape, bundle)
+            batch = random_texts(generator, shape, bundle)
             if turn and padded:
                 lengths = generator.integers(1, shape.length + 1, (shape.batch_size, 1))
                 batch["attention_mask"] = (np.arange(shape.length) < lengths).astype(np.int64)
@@ -249,7 +247,8 @@ def prepare(name: str) -> None:
         prepared = preparation.prepare(_config(name, file=rows), work, usable_cores())
         (folder / "prepared.tmp").write_bytes(pickle.dumps(prepared))
         (folder / "prepared.tmp").rename(folder / "prepared.pickle")
-        tell("prepared", {"absent": prepared.absent, "seconds": round(time.monotonic() - began, 1)})
+        absent = {name: reason for name, reason in prepared.graphs.items() if isinstance(reason, str)}
+        tell("prepared", {"absent": absent, "seconds": round(time.monotonic() - began, 1)})
     except BaseException:
         (folder / "failed").touch()
         raise
@@ -283,13 +282,12 @@ def compile(name: str, engines: str = "") -> None:
 
 def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
     from export.bench.rounds import time_engines
-    from train.common.machine import usable_cores
 
     folder = WORK / name
     prepared = pickle.loads((folder / "prepared.pickle").read_bytes())  # noqa: S301 -- our own
     if shapes:
         prepared = replace(prepared, cells=tuple(cell for cell in prepared.cells if cell.name in shapes))
-    found = time_engines(_config(name, engines=engines), prepared, folder / "bench", usable_cores())
+    found = time_engines(_config(name, engines=engines), prepared, folder / "bench")
     keys = ("library", "note", "status", "reason", "max_logit_difference", "load_seconds", "gpu_memory_mib", "scores")
     for engine in found["engines"]:
         cells = {
@@ -311,8 +309,8 @@ def profile(name: str) -> None:
     import torch
 
     from export.bench.config import Shape
-    from export.bench.prepare import random_batch
-    from export.bench.worker import peft_for_batches
+    from export.bench.models import peft_for_batches
+    from export.bench.prepare import random_texts
     from export.bundle.folder import load_bundle
     from export.runtime.classifier import OnnxClassifier
     from train.adapter.folder import load_adapter
@@ -327,7 +325,7 @@ def profile(name: str) -> None:
     }
 
     def peft_eager(dtype: torch.dtype) -> Callable[[dict[str, Any]], Any]:
-        model: Any = peft_for_batches(adapter.folder, find_adapter_base(adapter), adapter.labels, bundle.pad_token_id)
+        model: Any = peft_for_batches(adapter, find_adapter_base(adapter), bundle.pad_token_id)
         model.to(DEVICE, dtype)
 
         def run(batch: dict[str, Any]) -> Any:
@@ -341,7 +339,7 @@ def profile(name: str) -> None:
     for way, make in ways.items():
         run = make()
         for text in (SHAPES[1], SHAPES[-1]):
-            batch = random_batch(generator, Shape.parse(text), bundle)
+            batch = random_texts(generator, Shape.parse(text), bundle)
             for _ in range(3):
                 run(batch)
             tell(f"{way} {text}", _profiled(partial(run, batch)))

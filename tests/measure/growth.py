@@ -31,7 +31,7 @@ import numpy as np
 
 from export.bench.config import Shape
 from export.bench.engines import Plan
-from export.bench.prepare import random_batch
+from export.bench.prepare import random_texts
 from export.bench.worker import time_passes
 from export.bundle.folder import BUNDLE, FILES, TASK_IDS, Bundle, load_bundle
 from export.runtime.classifier import OnnxClassifier, best_precision
@@ -278,10 +278,10 @@ def measure_tasks(source: Path, n_tasks: int, folder: Path, threads: int, plan: 
     latencies_ms = {}
     for shape in (Shape(size, min(N_TOKENS, bundle.max_length)) for size in BATCH_SIZES):
         batches = [
-            random_batch(generator, shape, bundle) | {TASK_IDS: generator.integers(0, n_tasks, shape.batch_size)}
+            random_texts(generator, shape, bundle) | {TASK_IDS: generator.integers(0, n_tasks, shape.batch_size)}
             for _ in range(N_BATCHES)
         ]
-        timed = time_passes(classifier.logits, batches, plan).timed
+        timed, _ = time_passes(classifier.logits, batches, plan)
         latencies_ms[str(shape)] = statistics.median(timed.latencies_ms) / N_BATCHES
     file_mb = bundle.graph_path(classifier.execution.precision).stat().st_size / 1e6
     return TasksCell(n_tasks, file_mb, load_seconds, peak_memory_mib(), latencies_ms)
