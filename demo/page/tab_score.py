@@ -15,7 +15,7 @@ from demo.measure.label_file import Progress, Scored, label_upload, write_labell
 from demo.measure.upload import MAX_ROWS, Upload, read_upload
 from demo.page.controls import Selectors, facing_visitors, text
 from train.common.errors import PromptfoldError
-from train.data.load import FILE_TYPES
+from train.data.read_rows import FILE_TYPES
 from train.data.tasks import METRICS
 
 SCORE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "score"}
@@ -314,7 +314,7 @@ def _preview(scored: Scored) -> str:
         head.append("In the file")
     if scored.pytorch is not None or upload.expected is not None:
         head.append("Note")
-    texts = upload.texts
+    texts = upload.sentences
     rows = []
     for row in shown:
         cells = [f"{row + 1:,}", *map(_short, texts[row])]

@@ -140,11 +140,11 @@ def _make_inputs(
     else:
         from export.runtime.tokenizer import bundle_tokenizer
         from train.data.load import load_split
-        from train.data.token_ids import texts_of
+        from train.data.token_ids import sentences_of
 
         task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
         split = load_split(task, "", config.file)
-        texts, expected = texts_of(split, task), list(split[task.label_column])
+        texts, expected = sentences_of(split, task), list(split[task.label_column])
         tokenize = bundle_tokenizer(bundle)
         n_rows = len(texts)
         in_order = np.split(np.arange(n_rows), range(BATCH_SIZE, n_rows, BATCH_SIZE))

@@ -15,7 +15,7 @@ from export.runtime.session import open_session, run_session
 from export.runtime.tokenizer import TextTokenizer
 from train.common.machine import usable_cores
 from train.data.tasks import Task, score
-from train.data.token_ids import texts_of
+from train.data.token_ids import sentences_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -58,7 +58,7 @@ def label_batches(folder: Path, sources: Sources) -> list[LabelledBatches]:
     for task in sources.tasks:
         if task.rows is None:
             return []
-        texts = texts_of(task.rows.dataset, task.rows.task)
+        texts = sentences_of(task.rows.dataset, task.rows.task)
         labels = np.array(task.rows.dataset[task.rows.task.label_column])
         groups = list(in_batches(texts, 32))
         batches = tuple(tokenize([texts[row] for row in group]).arrays for group in groups)

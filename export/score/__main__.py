@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from export.score.label import Labelled
-from export.score.local import ScoreConfig, score_file
+from export.score.local import ScoreConfig, partial_folder, score_file
 from export.score.options import CHUNK_ROWS
-from export.score.parts import Parts
 from train.common.console import Parser, names, run_main, say
 from train.common.errors import UsageError
-from train.data.load import FILE_TYPES
+from train.data.read_rows import FILE_TYPES
 
 
 def _command(argv: Sequence[str] | None) -> None:
@@ -121,7 +120,7 @@ def _run_local(options: dict[str, Any]) -> Labelled:
     try:
         return score_file(config)
     except KeyboardInterrupt:
-        if Parts(config.out).folder.is_dir():
+        if partial_folder(config.out).is_dir():
             print(_KEPT, file=sys.stderr)
         raise
 

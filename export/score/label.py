@@ -1,197 +1,123 @@
-"""Which rows are refused, and how a chunk of rows is labelled."""
+"""What both engines share: how a chunk of rows is labelled, what identifies a run, and what it adds up to."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.runtime.batches import Classified, classify, count_pairs
+from export.runtime.batches import classify, count_pairs, score_counts
 from export.runtime.classifier import OnnxClassifier
+from export.score.finished_chunks import ChunkRecord, FinishedChunks
+from export.score.options import Opened, ScoreOptions
+from export.score.write_rows import encode_rows
 from train.common.errors import DataError
+from train.data.check_rows import check_columns, read_labels, read_sentences
 from train.data.read_rows import Chunk
 from train.data.tasks import Scores, Task
 
-PREDICTION = "prediction"
+if TYPE_CHECKING:
+    import pyarrow
 
-
-PROBABILITY = "probability"
-
-
+PREDICTION, PROBABILITY = "prediction", "probability"
 NO_LABELS = "add --no-labels"
 
 
-def label_indices(chunk: Chunk, task: Task, file: object, *, unread: str = NO_LABELS) -> list[int]:
-    """The class indices of a chunk's labels.
+def check_header(file: str, columns: Sequence[str], task: Task, options: ScoreOptions) -> None:
+    """Refuse a file that lacks one of the task's columns, or has one with the name of an added column."""
+    wanted = [*task.text_columns, *([task.label_column] if options.label_column is not None else [])]
+    check_columns(file, columns, wanted, "Name the right ones: --text-columns, --label-column.")
+    check_added(file, columns, _added_columns(task, options))
 
-    Args:
-        file: its name, for a complaint.
-        unread: what to do so that labels are left unread, for the same.
 
-    Raises:
-        DataError: a row has another one.
-    """
-    known = task.known_labels
-    indices: list[int] = []
-    for row, label in enumerate(chunk.column(task.label_column)):
-        index = None if label is None else known.get(str(label))
-        if index is None:
+def check_added(file: str, columns: Sequence[str], added: Iterable[str]) -> None:
+    """Refuse a file that has one of the columns to be added."""
+    for name in added:
+        if name in columns:
             raise DataError(
-                f"{file}, {chunk.place(row)}: label {label!r:.80} in column {task.label_column!r} is none of task "
-                f"{task.name}'s ({task.label_choices}). Mend or drop the row, or {unread} to leave labels unread."
+                f"{file} has a column {name!r} already, and one of that name would be added. Rename or drop it first."
             )
-        indices.append(index)
-    return indices
 
 
-def check_texts(chunk: Chunk, task: Task, file: object) -> None:
-    """Refuse a row without text.
-
-    Args:
-        file: its name, for a complaint.
-
-    Raises:
-        DataError: there is one.
-    """
-    for name in task.text_columns:
-        for row, text in enumerate(chunk.column(name)):
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{file}, {chunk.place(row)}: column {name!r} holds no text. Mend or drop the row.")
+def _added_columns(task: Task, options: ScoreOptions) -> list[str]:
+    each = [f"{PROBABILITY}_{label}" for label in task.labels] if options.all_probabilities else []
+    return [PREDICTION, PROBABILITY, *each]
 
 
-def check_columns(file: object, columns: Sequence[str], task: Task, *, needs_labels: bool) -> None:
-    """Refuse a file that lacks a column.
-
-    Args:
-        file: its name, for a complaint.
-        needs_labels: whether it must have labels.
-
-    Raises:
-        DataError: it lacks one.
-    """
-    wanted = dict.fromkeys(task.text_columns, "--text-columns")
-    if needs_labels:
-        wanted[task.label_column] = "--label-column"
-    for name, flag in wanted.items():
-        if name not in columns:
-            raise DataError(f"{file} has no column {name!r}; it has {', '.join(columns)}. Name the right one: {flag}.")
+def read_checked(chunk: Chunk, task: Task, *, is_labelled: bool) -> tuple[list[tuple[str, ...]], list[int]]:
+    """The sentences and the class index of each row (none where no labels are read); the first bad row is refused."""
+    sentences = read_sentences(chunk, task)
+    return sentences, read_labels(chunk, task, or_else=NO_LABELS) if is_labelled else []
 
 
-def new_columns(classified: Classified, *, all_probabilities: bool) -> dict[str, list[Any]]:
-    """The columns that are added, by name."""
-    columns: dict[str, list[Any]] = {
-        PREDICTION: classified.predictions,
-        PROBABILITY: classified.best_probabilities.tolist(),
+def describe_run(
+    options: ScoreOptions, opened: Opened, *, is_labelled: bool, precision: str, engine: str
+) -> dict[str, Any]:
+    """What decides the output's bytes in both engines, under names that a message can show. Plain JSON."""
+    return {
+        "bundle_sha256": opened.bundle.manifest_sha256,
+        "task": opened.bundle.find_task(options.task).name,
+        "precision": precision,
+        "text_columns": ",".join(opened.task.text_columns),
+        "label_column": opened.task.label_column if is_labelled else None,
+        "all_probabilities": options.all_probabilities,
+        "batch_size": options.batch_size,
+        "chunk_rows": options.chunk_rows,
+        "engine": engine,
     }
-    if all_probabilities:
-        columns |= {
-            name: classified.probabilities[:, index].tolist()
-            for index, name in enumerate(_probability_columns(classified.labels))
-        }
-    return columns
-
-
-def _probability_columns(labels: Iterable[str]) -> list[str]:
-    return [f"{PROBABILITY}_{label}" for label in labels]
-
-
-def refuse_clash(source: object, columns: Sequence[str], task: Task, *, all_probabilities: bool) -> None:
-    """Refuse columns of the input that have the name of one that would be added.
-
-    Args:
-        source: the input's name, for a complaint.
-
-    Raises:
-        DataError: there is one.
-    """
-    names = [PREDICTION, PROBABILITY, *(_probability_columns(task.labels) if all_probabilities else ())]
-    taken = [name for name in names if name in columns]
-    if taken:
-        raise DataError(
-            f"{source} has a column {taken[0]!r} already, and one of that name would be added. Rename or drop it first."
-        )
 
 
 @dataclass(frozen=True)
-class LabelledChunk:
-    """What a classifier says of a chunk.
+class ChunkLabeller:
+    """Labels chunks whose rows were checked, and keeps them."""
 
-    Attributes:
-        added: the new columns by name, one value a row.
-        texts_cut: how many texts were longer than the model reads and lost their end.
-        counts: as from `count_pairs`; all 0 where the rows have no labels.
-    """
+    classifier: OnnxClassifier
+    chunks: FinishedChunks
+    task: Task
+    """With the file's columns."""
+    is_labelled: bool
+    options: ScoreOptions
+    schema: "pyarrow.Schema"
 
-    added: dict[str, list[Any]]
-    texts_cut: int
-    counts: np.ndarray
-
-
-def label_chunk(
-    classifier: OnnxClassifier,
-    chunk: Chunk,
-    task: Task,
-    file: object,
-    *,
-    is_labelled: bool,
-    batch_size: int,
-    all_probabilities: bool,
-    report: Callable[[int], object] | None = None,
-) -> LabelledChunk:
-    """Label a chunk whose texts were checked.
-
-    Args:
-        task: with the chunk's text and label columns.
-        file: its name, for a complaint.
-        is_labelled: whether its rows have true labels, to count against.
-        report: as for `classify`.
-
-    Raises:
-        DataError: a label is none of the task's.
-    """
-    texts = list(zip(*(chunk.column(name) for name in task.text_columns), strict=True))
-    classified = classify(classifier, texts, batch_size=batch_size, report=report)
-    expected = label_indices(chunk, task, file) if is_labelled else []
-    return LabelledChunk(
-        added=new_columns(classified, all_probabilities=all_probabilities),
-        texts_cut=int(classified.cut.sum()),
-        counts=count_pairs(task, expected, classified.indices if expected else []),
-    )
+    def label(self, number: int, chunk: Chunk, report: Callable[[int], object] | None = None) -> ChunkRecord:
+        """Label a chunk and write it; ``report`` is called after every batch with the number of rows in it."""
+        sentences, expected = read_checked(chunk, self.task, is_labelled=self.is_labelled)
+        classified = classify(self.classifier, sentences, batch_size=self.options.batch_size, report=report)
+        counts = count_pairs(self.task, expected, classified.indices if expected else [])
+        each = classified.probabilities.T.tolist() if self.options.all_probabilities else []
+        values = [classified.predictions, classified.best_probabilities.tolist(), *each]
+        added = dict(zip(_added_columns(self.task, self.options), values, strict=True))
+        content = encode_rows(chunk, added, self.schema, self.chunks.suffix)
+        pairs = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
+        return self.chunks.add(number, content, rows=len(chunk), texts_cut=int(classified.cut.sum()), counts=pairs)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a run did.
-
-    Attributes:
-        rows: in the input.
-        rows_resumed: how many of them an earlier run had labelled.
-        parts: in how many chunks.
-        seconds: spent on the others; loading the bundle and the first pass are left out.
-        texts_cut: how many texts were longer than the model reads and lost their end.
-        scores: where the input has labels.
-        max_length: how many tokens the model reads.
-    """
+    """What a run did."""
 
     rows: int
     rows_resumed: int
-    parts: int
+    """Rows that an earlier run had labelled."""
     seconds: float
+    """Spent on the others; without the first pass, and on a cluster with the start of the workers."""
     texts_cut: int
+    """How many rows were longer than the model reads and lost their end."""
     scores: Scores | None
+    """Where the input has labels."""
     max_length: int
+    """How many tokens the model reads."""
+    cluster: Mapping[str, float] = field(default_factory=dict)
+    """What only a run on a cluster reports."""
 
     @property
     def rows_per_second(self) -> float:
-        """Of the rows that this run labelled."""
+        """Counts the rows that this run labelled."""
         return (self.rows - self.rows_resumed) / self.seconds
 
     def document(self, out: str) -> dict[str, Any]:
-        """What the command line prints as JSON.
-
-        Args:
-            out: what was written.
-        """
+        """What the command line prints as JSON, with the name of what was written."""
         return {
             "rows": self.rows,
             "seconds": self.seconds,
@@ -199,4 +125,21 @@ class Labelled:
             "texts_cut": self.texts_cut,
             "scores": self.scores.values if self.scores is not None else None,
             "out": out,
+            **self.cluster,
         }
+
+
+def add_up(records: Iterable[tuple[ChunkRecord, bool]], task: Task, *, is_labelled: bool, max_length: int) -> Labelled:
+    """The result of a run from the record of each chunk, and whether it was resumed; none of them is kept in memory."""
+    counts = count_pairs(task, [], [])
+    rows = rows_resumed = texts_cut = 0
+    start = time.perf_counter()
+    for record, is_resumed in records:
+        rows += record.rows
+        rows_resumed += record.rows * is_resumed
+        texts_cut += record.texts_cut
+        for expected, predicted, n in record.counts:
+            counts[expected, predicted] += n
+    seconds = time.perf_counter() - start
+    scores = score_counts(task, counts) if is_labelled else None
+    return Labelled(rows, rows_resumed, seconds, texts_cut, scores, max_length)

@@ -1,229 +1,125 @@
 """``python -m export.score BUNDLE --in 'FOLDER/*.parquet' --out FOLDER --engine ray``: a data set larger than memory.
 
-Ray Data hands blocks of rows to workers, on one machine or on many; each holds the model and writes one Parquet part a
-block (`export.score.data_set`). A worker that dies is replaced and its block done again; a command that dies goes on with
-``--resume``. (Ray Data's own checkpoints need a column of unique row ids, keep all of them in memory, and do not keep
-the order.)
+Ray Data hands blocks of rows to workers, on one machine or on many; each holds the model and writes one Parquet file
+a block (`export.score.finished_chunks`). A worker that dies is replaced and its block done again; a command that dies
+goes on with ``--resume``. As with the other engine every row is checked first, on the cluster too: before a model is
+loaded and before an older output is touched.
 
-As with the other engine two passes are made, both on the cluster: the first refuses the first row that cannot be used,
-before a model is loaded and before an older output is touched. That costs reading the files twice, which is little
-beside the labelling, and no half-labelled output has to be thrown away for a row at its end.
+Ray Data 2.60's own restart (`ray.data.checkpoint.CheckpointConfig`) does not do for this. It loads the ids of all
+finished rows into memory; it names what a resumed run writes anew, so that the order of the rows is lost where blocks
+had finished out of order; it takes a finished file that was damaged or deleted for whole; it goes on with what another
+bundle or other options had labelled; and its columns of paths and ids end up in the output.
 """
 
-import json
 import logging
 import os
+import pickle
 import platform
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import train.common.errors
-from export.bundle.folder import Bundle, load_bundle
+from export.bundle.folder import load_bundle
 from export.ray_cluster import RayCluster, import_ray, ray_cluster
-from export.runtime.batches import count_pairs, score_counts
 from export.runtime.classifier import OnnxClassifier, best_precision
 from export.runtime.session import CPU
-from export.score.data_set import Block, BlockReader, DataSet, find_data_set, parse_place
-from export.score.data_set_out import OutFolder
-from export.score.label import Labelled, check_columns, check_texts, label_chunk, label_indices, refuse_clash
-from export.score.options import Opened, ScoreOptions
-from export.score.parts import pairs_met
-from export.score.write_rows import write_parquet
+from export.score.data_set import SUFFIX, Block, BlockReader, DataSet, find_data_set
+from export.score.finished_chunks import ChunkRecord, FinishedChunks
+from export.score.label import ChunkLabeller, Labelled, add_up, check_header, describe_run, read_checked
+from export.score.options import ScoreOptions
+from export.score.place import parse_place
 from train.common.errors import BundleError, DataError, EngineError, PromptfoldError, UsageError, first_line
 from train.common.machine import peak_memory_mib
 from train.data.tasks import Task
 
 INSPECT_BLOCK_ROWS = 1 << 17
-"""Looked at by one task of the first pass, a chunk at a time."""
+"""Rows that one task of the first pass checks, a chunk at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayScoreConfig(ScoreOptions):
-    """What shall be labelled on a cluster, and how.
-
-    Attributes:
-        source: a Parquet file, a folder of them, a pattern of their paths, or the same as ``s3://BUCKET/KEY``.
-        out: the folder to write, or ``s3://BUCKET/KEY``.
-        address: of the cluster, as for `ray_cluster`.
-        workers: processes that hold the model; None for one a thread that there is room for.
-    """
+    """What shall be labelled on a cluster, and how."""
 
     source: str
+    """A Parquet file, a folder of them, a pattern of their paths, or the same as ``s3://BUCKET/KEY``."""
     out: str
+    """The folder to write, or ``s3://BUCKET/KEY``."""
     address: str | None = None
     workers: int | None = None
-
-
-@dataclass(frozen=True)
-class RayLabelled(Labelled):
-    """What a run on a cluster did. Its seconds hold the start of the workers and the loading of their models.
-
-    Attributes:
-        workers: processes that labelled.
-        threads: of each.
-        peak_worker_mib: the largest resident size of any of them; 0 where all was labelled before.
-        peak_driver_mib: the same of this process.
-    """
-
-    workers: int
-    threads: int
-    peak_worker_mib: float
-    peak_driver_mib: float
-
-    def document(self, out: str) -> dict[str, Any]:
-        """The same as of the other engine, then what only this one has."""
-        own = ("workers", "threads", "peak_worker_mib", "peak_driver_mib")
-        return super().document(out) | {name: getattr(self, name) for name in own}
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How many workers there are, and how many threads each has."""
-
-    workers: int
-    threads: int
+    """Processes that hold the model; None for one a thread that there is room for."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a worker needs to know.
-
-    Attributes:
-        data_set: to read.
-        folder: to write.
-        bundle: where it lies on every machine.
-        manifest_sha256: of its manifest, which holds the hash of every other file.
-        bundle_task: name of its task.
-        precision: of the graph.
-        engine: name and version of the library.
-        task: with the data set's columns.
-        is_labelled: whether the rows have labels.
-        options: as the user gave them.
-        threads: of a worker; how many is known once the cluster is.
-    """
+    """All that a worker needs to know."""
 
     data_set: DataSet
-    folder: OutFolder
+    chunks: FinishedChunks
     bundle: Path
-    manifest_sha256: str
-    bundle_task: str
-    precision: str
-    engine: str
+    """The bundle's folder on every machine."""
     task: Task
+    """With the data set's columns."""
     is_labelled: bool
     options: ScoreOptions
+    max_length: int
+    fingerprint: dict[str, Any]
+    """What decides the output's bytes; not workers and threads, so that a cluster that grew can go on."""
     threads: int = 1
+    """Threads of each worker; known once the cluster is."""
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a block; crosses processes as JSON.
-
-    Attributes:
-        number: of the block.
-        rows: of the block.
-        trouble: class of a `PromptfoldError`, or empty.
-        message: its own.
-        is_resumed: whether an earlier run had labelled it.
-        n_bytes: of its part.
-        texts_cut: as in `PartRecord`.
-        counts: as in `PartRecord`.
-        peak_mib: the worker's largest resident size so far.
-    """
+    """What became of a block."""
 
     number: int
-    rows: int
-    trouble: str = ""
-    message: str = ""
+    error: PromptfoldError | None = None
+    record: ChunkRecord | None = None
     is_resumed: bool = False
-    n_bytes: int = 0
-    texts_cut: int = 0
-    counts: Sequence[Sequence[int]] = ()
     peak_mib: float = 0.0
-
-    def error(self) -> PromptfoldError:
-        """What the worker raised."""
-        error: PromptfoldError = getattr(train.common.errors, self.trouble)(self.message)
-        return error
+    """The worker's largest resident size so far."""
 
 
-def score_data_set(config: RayScoreConfig) -> RayLabelled:
-    """Label a data set.
+def score_data_set(config: RayScoreConfig) -> Labelled:
+    """Label a data set. What a user can fix is raised as a `PromptfoldError`."""
+    job = _plan(config)
+    with ray_cluster(config.address) as cluster:
+        workers, threads = _lay_out(cluster, config)
+        job = replace(job, threads=threads)
+        _inspect(job)
+        job = replace(job, chunks=job.chunks.start(job.fingerprint, resume=config.resume))
+        labelled, sizes = _label(job, workers)
+        _finish(job, labelled, sizes)
+    return labelled
 
-    Raises:
-        UsageError: a flag cannot be used, Ray is not installed, or the output may not or cannot be written.
-        DataError: a file cannot be read or lacks a column, a row has no text or an unknown label; or a file changed.
-        BundleError: the bundle cannot be used, or is missing or another one on a machine of the cluster.
-        EngineError: the cluster cannot be reached, or gave up.
-    """
+
+def _plan(config: RayScoreConfig) -> _Job:
+    """Refuse what can be refused without reading a row and without a cluster."""
     config.check()
     if config.workers is not None and config.workers < 1:
         raise UsageError(f"--workers {config.workers}: give a whole number of at least 1.")
     import_ray()
     source, out = parse_place(config.source, "--in"), parse_place(config.out, "--out")
-    folder = OutFolder(out)
-    folder.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
+    chunks = FinishedChunks(out, str(out), SUFFIX)
+    chunks.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
     opened = config.open()
-    task = opened.task
+    bundle, task = opened.bundle, opened.task
     data_set = find_data_set(source, out)
     columns = data_set.schema.names
-    check_columns(data_set.name(0), columns, task, needs_labels=config.label_column is not None)
-    refuse_clash(source, columns, task, all_probabilities=config.all_probabilities)
-    job = _plan(config, opened, data_set, folder)
-    fingerprint = _fingerprint(job)
+    check_header(data_set.name(0), columns, task, config)
+    is_labelled = not config.no_labels and task.label_column in columns
+    # The precision is chosen here, so that no machine chooses for itself: on the CPU, which all of them have.
+    precision = best_precision(bundle, on_cuda=False)
+    common = describe_run(config, opened, is_labelled=is_labelled, precision=precision, engine=_engine())
+    fingerprint = {"input_sha256_of_names_sizes_and_versions": data_set.fingerprint, **common}
     if config.resume:
-        folder.refuse_another_run(fingerprint)
-    with ray_cluster(config.address) as cluster:
-        layout = _lay_out(cluster, config)
-        _inspect(job)
-        folder = folder.prepare(fingerprint, resume=config.resume)
-        labelled = _label(replace(job, folder=folder, threads=layout.threads), layout, opened.bundle)
-        if find_data_set(source, out).fingerprint != data_set.fingerprint:
-            raise DataError(f"{source} changed while it was read. Start anew with --overwrite.")
-        _finish(folder, fingerprint, labelled)
-    return labelled.summary
-
-
-def _lay_out(cluster: RayCluster, config: RayScoreConfig) -> _Layout:
-    """As many workers and threads as the machines have room for."""
-
-    def room(threads: int) -> int:
-        return sum(cpus // threads for cpus in cluster.node_cpus)
-
-    workers = config.workers or max(1, room(config.threads or 1))
-    threads = config.threads or max(1, cluster.cpus // workers)
-    while config.threads is None and threads > 1 and room(threads) < workers:
-        threads -= 1
-    if room(threads) < workers:
-        raise UsageError(
-            f"--workers {workers} of {threads} threads each: the cluster has room for {room(threads)} "
-            f"({cluster.cpus} CPUs on {len(cluster.node_cpus)} machines). Give fewer."
-        )
-    return _Layout(workers, threads)
-
-
-def _plan(config: RayScoreConfig, opened: Opened, data_set: DataSet, folder: OutFolder) -> _Job:
-    bundle, task = opened.bundle, opened.task
-    return _Job(
-        data_set=data_set,
-        folder=folder,
-        bundle=bundle.folder.absolute(),
-        manifest_sha256=bundle.manifest_sha256,
-        bundle_task=bundle.find_task(config.task).name,
-        # Decided here, so that no machine chooses for itself. On the CPU, which all of them have.
-        precision=best_precision(bundle, on_cuda=False),
-        engine=_engine(),
-        task=task,
-        is_labelled=not config.no_labels and task.label_column in data_set.schema.names,
-        # Without the places, which have their own entries.
-        options=ScoreOptions(**{item.name: getattr(config, item.name) for item in fields(ScoreOptions)}),
-    )
+        chunks.refuse_another_run(fingerprint)
+    folder, max_length = bundle.folder.absolute(), bundle.max_length
+    return _Job(data_set, chunks, folder, task, is_labelled, config, max_length, fingerprint)
 
 
 def _engine() -> str:
@@ -232,119 +128,100 @@ def _engine() -> str:
     return f"ONNX Runtime {onnxruntime.__version__}, {CPU}"
 
 
-def _fingerprint(job: _Job) -> dict[str, Any]:
-    """What decides the output, under names that a message can show.
+def _lay_out(cluster: RayCluster, config: RayScoreConfig) -> tuple[int, int]:
+    """As many workers, and threads of each, as the machines have room for."""
 
-    Workers and threads are left out: they decide the last bits of a probability at most, and a cluster that grew must
-    be able to go on.
-    """
-    options = job.options
-    return {
-        "input_sha256_of_names_sizes_and_versions": job.data_set.fingerprint,
-        "bundle_sha256": job.manifest_sha256,
-        "task": job.bundle_task,
-        "precision": job.precision,
-        "text_columns": ",".join(job.task.text_columns),
-        "label_column": job.task.label_column if job.is_labelled else None,
-        "all_probabilities": options.all_probabilities,
-        "batch_size": options.batch_size,
-        "chunk_rows": options.chunk_rows,
-        "engine": job.engine,
-    }
+    def room(threads: int) -> int:
+        return sum(cpus // threads for cpus in cluster.node_cpus)
 
-
-# The first pass.
+    workers = config.workers or max(1, room(config.threads or 1))
+    most = cluster.cpus // workers
+    threads = config.threads or next((n for n in range(most, 1, -1) if room(n) >= workers), 1)
+    if room(threads) < workers:
+        raise UsageError(
+            f"--workers {workers} of {threads} threads each: the cluster has room for {room(threads)} "
+            f"({cluster.cpus} CPUs on {len(cluster.node_cpus)} machines). Give fewer."
+        )
+    return workers, threads
 
 
 def _inspect(job: _Job) -> None:
-    """Look at every row, and refuse the first one that cannot be used."""
+    """Check every row, and refuse the first one that cannot be used."""
     blocks = job.data_set.blocks(INSPECT_BLOCK_ROWS)
-    outcomes = _run(
-        blocks, "check", lambda rows: rows.map_batches(_inspect_batch, batch_size=1, fn_kwargs={"job": job})
-    )
-    bad = [outcome for outcome in outcomes.values() if outcome.trouble]
-    if bad:
-        raise min(bad, key=lambda outcome: outcome.number).error()
+    outcomes = _run(blocks, "check", _inspect_batch, fn_kwargs={"job": job})
+    if errors := {outcome.number: outcome.error for outcome in outcomes if outcome.error is not None}:
+        raise errors[min(errors)]
 
 
-def _inspect_batch(batch: dict[str, np.ndarray], job: _Job) -> dict[str, list[str]]:
-    return _answer(_block(batch), lambda block: _inspect_block(job, block))
+def _inspect_batch(batch: dict[str, np.ndarray], job: _Job) -> dict[str, list[bytes]]:
+    return _answer(batch, lambda block: _inspect_block(job, block))
 
 
 def _inspect_block(job: _Job, block: Block) -> _Outcome:
     reader = BlockReader(job.data_set)
-    name = job.data_set.name(block.file)
-    step = job.options.chunk_rows
-    try:
-        for start in range(block.start, block.start + block.rows, step):
-            rows = min(step, block.start + block.rows - start)
-            chunk = reader.read(Block(block.number, block.file, start, rows))
-            check_texts(chunk, job.task, name)
-            if job.is_labelled:
-                label_indices(chunk, job.task, name)
-    finally:
-        reader.close()
-    return _Outcome(block.number, block.rows)
+    step, end = job.options.chunk_rows, block.start + block.rows
+    for start in range(block.start, end, step):
+        chunk = reader.read(replace(block, start=start, rows=min(step, end - start)))
+        read_checked(chunk, job.task, is_labelled=job.is_labelled)
+    return _Outcome(block.number)
 
 
-# The second pass.
+def _label(job: _Job, workers: int) -> tuple[Labelled, list[int]]:
+    """Label every block that is not labelled yet; the result, and the size of each chunk in bytes."""
+    from ray.data import ActorPoolStrategy
+
+    blocks = job.data_set.blocks(job.options.chunk_rows)
+    workers = min(workers, len(blocks))
+    sizes = [0] * len(blocks)
+    peak_mib = 0.0
+
+    def records() -> Iterator[tuple[ChunkRecord, bool]]:
+        nonlocal peak_mib
+        pool = {"compute": ActorPoolStrategy(size=workers), "num_cpus": job.threads}
+        for outcome in _run(blocks, "label", _Labeller, fn_constructor_kwargs={"job": job}, **pool):
+            if outcome.error is not None:
+                raise outcome.error
+            assert outcome.record is not None
+            sizes[outcome.number] = outcome.record.n_bytes
+            peak_mib = max(peak_mib, outcome.peak_mib)
+            yield outcome.record, outcome.is_resumed
+
+    labelled = add_up(records(), job.task, is_labelled=job.is_labelled, max_length=job.max_length)
+    peaks = {"peak_worker_mib": peak_mib, "peak_driver_mib": peak_memory_mib()}
+    return replace(labelled, cluster={"workers": workers, "threads": job.threads, **peaks}), sizes
 
 
 class _Labeller:
-    """An actor of Ray Data that holds the model. Trouble of its own is its answer to every block: none is labelled."""
+    """An actor of Ray Data that holds the model. If it cannot be loaded, that error is the answer to every block."""
 
     def __init__(self, job: _Job) -> None:
         # The tokenizer's threads, which would else be as many as the machine has cores in every worker.
         os.environ.setdefault("RAYON_NUM_THREADS", str(job.threads))
-        self._job = job
-        self._reader = BlockReader(job.data_set)
-        self._trouble: PromptfoldError | None = None
+        self._job, self._reader = job, BlockReader(job.data_set)
+        self._error: PromptfoldError | None = None
         try:
-            self._classifier = _load_same(job)
+            self._labeller = ChunkLabeller(
+                _load_same(job), job.chunks, job.task, job.is_labelled, job.options, job.data_set.schema
+            )
         except PromptfoldError as error:
-            self._trouble = error
+            self._error = error
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return _answer(_block(batch), self._label)
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        return _answer(batch, self._label)
 
     def _label(self, block: Block) -> _Outcome:
-        import pyarrow
-
-        if self._trouble is not None:
-            raise self._trouble
-        job = self._job
-        found = job.folder.find(block)
-        # In a run that does not resume, such a part is of a worker that died before it could answer.
-        is_resumed = found is not None and job.options.resume
-        if found is None:
-            chunk = self._reader.read(block)
-            labelled = label_chunk(
-                self._classifier,
-                chunk,
-                job.task,
-                job.data_set.name(block.file),
-                is_labelled=job.is_labelled,
-                batch_size=job.options.batch_size,
-                all_probabilities=job.options.all_probabilities,
-            )
-            sink = pyarrow.BufferOutputStream()
-            write_parquet(sink, chunk, labelled.added, chunk.arrow.schema)
-            counts = pairs_met(labelled.counts)
-            found = job.folder.add(block, sink.getvalue(), texts_cut=labelled.texts_cut, counts=counts)
-        return _Outcome(
-            number=block.number,
-            rows=block.rows,
-            is_resumed=is_resumed,
-            n_bytes=found.n_bytes,
-            texts_cut=found.record.texts_cut,
-            counts=found.record.counts,
-            peak_mib=peak_memory_mib(),
-        )
+        if self._error is not None:
+            raise self._error
+        found = self._job.chunks.find(block.number, block.rows)
+        record = found or self._labeller.label(block.number, self._reader.read(block))
+        # In a run that does not resume, a chunk that is found was written by a worker that died before it answered.
+        is_resumed = found is not None and self._job.options.resume
+        return _Outcome(block.number, None, record, is_resumed, peak_memory_mib())
 
 
 def _load_same(job: _Job) -> OnnxClassifier:
-    """Load the bundle that the driver has, or raise what is the matter with this machine."""
-    machine = platform.node()
+    """Load the bundle that the command has, or raise why this machine cannot."""
+    machine, expected = platform.node(), job.fingerprint
     remedy = "Copy the same bundle to the same path on every machine of the cluster, then add --resume."
     if not job.bundle.is_dir():
         raise BundleError(f"On {machine} there is no bundle folder {job.bundle}. {remedy}")
@@ -353,148 +230,66 @@ def _load_same(job: _Job) -> OnnxClassifier:
     except BundleError as cause:
         raise BundleError(f"On {machine}: {cause}") from cause
     sha256 = bundle.manifest_sha256
-    if sha256 != job.manifest_sha256:
+    if sha256 != expected["bundle_sha256"]:
         raise BundleError(
-            f"On {machine} {job.bundle} is another bundle (manifest {sha256[:12]}…, here {job.manifest_sha256[:12]}…). "
-            f"It labelled nothing. {remedy}"
+            f"On {machine} {job.bundle} is another bundle (manifest {sha256[:12]}…, here "
+            f"{expected['bundle_sha256'][:12]}…). It labelled nothing. {remedy}"
         )
-    if _engine() != job.engine:
-        raise BundleError(f"On {machine} there is {_engine()}, here {job.engine}. Install the same everywhere.")
-    return OnnxClassifier(bundle, task=job.bundle_task, precision=job.precision, threads=job.threads, use_cuda=False)
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What the second pass did, and the size of each part in bytes."""
-
-    summary: RayLabelled
-    sizes: list[int]
-
-
-def _label(job: _Job, layout: _Layout, bundle: Bundle) -> _Done:
-    from ray.data import ActorPoolStrategy
-
-    blocks = job.data_set.blocks(job.options.chunk_rows)
-    workers = min(layout.workers, len(blocks))
-    start = time.perf_counter()
-    outcomes = _run(
-        blocks,
-        "label",
-        lambda rows: rows.map_batches(
-            _Labeller,
-            batch_size=1,
-            fn_constructor_kwargs={"job": job},
-            compute=ActorPoolStrategy(size=workers),
-            num_cpus=layout.threads,
-        ),
-        stop_at_trouble=True,
+    if _engine() != expected["engine"]:
+        raise BundleError(f"On {machine} there is {_engine()}, here {expected['engine']}. Install the same everywhere.")
+    return OnnxClassifier(
+        bundle, task=expected["task"], precision=expected["precision"], threads=job.threads, use_cuda=False
     )
-    seconds = time.perf_counter() - start
-    counts = count_pairs(job.task, [], [])
-    for outcome in outcomes.values():
-        for expected, predicted, n in outcome.counts:
-            counts[expected, predicted] += n
-    done = outcomes.values()
-    summary = RayLabelled(
-        rows=job.data_set.rows,
-        rows_resumed=sum(outcome.rows for outcome in done if outcome.is_resumed),
-        parts=len(blocks),
-        seconds=seconds,
-        texts_cut=sum(outcome.texts_cut for outcome in done),
-        scores=score_counts(job.task, counts) if job.is_labelled else None,
-        max_length=bundle.max_length,
-        workers=workers,
-        threads=layout.threads,
-        peak_worker_mib=max(outcome.peak_mib for outcome in done),
-        peak_driver_mib=peak_memory_mib(),
-    )
-    return _Done(summary, [outcomes[block.number].n_bytes for block in blocks])
 
 
-def _finish(folder: OutFolder, fingerprint: dict[str, Any], done: _Done) -> None:
-    labelled = done.summary
+def _finish(job: _Job, labelled: Labelled, sizes: list[int]) -> None:
+    """Mark the output as whole, unless the input changed."""
+    if find_data_set(job.data_set.place, job.chunks.place).fingerprint != job.data_set.fingerprint:
+        raise DataError(f"{job.data_set.place} changed while it was read. Start anew with --overwrite.")
     scores = labelled.scores.values if labelled.scores is not None else None
-    folder.finish(
-        done.sizes,
-        {
-            **fingerprint,
-            "rows": labelled.rows,
-            "parts": labelled.parts,
-            "texts_cut": labelled.texts_cut,
-            "scores": scores,
-        },
-    )
+    summary = {"rows": labelled.rows, "chunks": len(sizes), "texts_cut": labelled.texts_cut, "scores": scores}
+    job.chunks.finish_folder(sizes, {**job.fingerprint, **summary})
 
 
-# What both passes share.
-
-
-def _run(
-    blocks: list[Block], title: str, plan: Callable[[Any], Any], *, stop_at_trouble: bool = False
-) -> dict[int, _Outcome]:
-    """Let Ray Data work through blocks.
-
-    Args:
-        title: of the bar that says how far it is.
-        plan: from a `ray.data.Dataset` of blocks to one of outcomes.
-        stop_at_trouble: whether the first trouble is raised at once.
-
-    Returns:
-        The outcomes by the number of their block: of each exactly one
-
-    Raises:
-        EngineError: Ray gave up.
-    """
-    from ray.data import from_items
+def _run(blocks: list[Block], title: str, work: Callable[..., Any], **options: Any) -> Iterator[_Outcome]:
+    """Let Ray Data's `map_batches` work through blocks; the outcome of each, in the order in which they are done."""
+    from ray.data import DataContext, from_items
     from ray.exceptions import RayError, RayTaskError
     from tqdm import tqdm
 
-    _quieten()
-    outcomes: dict[int, _Outcome] = {}
+    # Nothing of Ray Data's own on the terminal.
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    n_done, n_rows = 0, sum(block.rows for block in blocks)
     # A block of Ray's own for each: then they are done, and done again, one by one.
     rows = from_items([asdict(block) for block in blocks], override_num_blocks=len(blocks))
     try:
-        with tqdm(
-            total=sum(block.rows for block in blocks), desc=title, unit="row", smoothing=0, file=sys.stderr
-        ) as bar:
-            for batch in plan(rows).iter_batches(batch_size=None, prefetch_batches=0):
-                for text in batch["outcome"]:
-                    outcome = _Outcome(**json.loads(text))
-                    if outcome.trouble and stop_at_trouble:
-                        raise outcome.error()
-                    outcomes[outcome.number] = outcome
+        with tqdm(total=n_rows, desc=title, unit="row", smoothing=0, file=sys.stderr) as bar:
+            outcomes = rows.map_batches(work, batch_size=1, **options)
+            for batch in outcomes.iter_batches(batch_size=None, prefetch_batches=0):
+                for pickled in batch["outcome"]:
+                    outcome: _Outcome = pickle.loads(pickled)  # noqa: S301 -- from our own workers
+                    yield outcome
+                    n_done += 1
                     if outcome.is_resumed:
-                        bar.initial += outcome.rows  # which tqdm leaves out of rows/s
-                    bar.update(outcome.rows)
+                        bar.initial += blocks[outcome.number].rows  # which tqdm leaves out of rows/s
+                    bar.update(blocks[outcome.number].rows)
     except RayTaskError:
-        raise  # a bug of ours, with its traceback
+        raise  # an error in our code, with its traceback
     except RayError as cause:
         raise EngineError(f"Ray gave up ({first_line(cause)}). What is done is kept: add --resume to go on.") from cause
-    if len(outcomes) != len(blocks):
+    if n_done != len(blocks):
         raise EngineError(
-            f"Ray answered for {len(outcomes)} of {len(blocks)} blocks. What is done is kept: add --resume to go on."
+            f"Ray answered for {n_done} of {len(blocks)} blocks. What is done is kept: add --resume to go on."
         )
-    return outcomes
 
 
-def _block(batch: dict[str, np.ndarray]) -> Block:
-    return Block(**{name: int(values[0]) for name, values in batch.items()})
-
-
-def _answer(block: Block, work: Callable[[Block], _Outcome]) -> dict[str, list[str]]:
-    """An outcome as Ray Data passes it on. What a user can mend is one too: to Ray an exception would be a crash."""
+def _answer(batch: dict[str, np.ndarray], work: Callable[[Block], _Outcome]) -> dict[str, list[bytes]]:
+    """A block's outcome, as Ray Data passes it on; a user's error is one too: to Ray an exception is a crash."""
+    block = Block(**{name: int(values[0]) for name, values in batch.items()})
     try:
         outcome = work(block)
     except PromptfoldError as error:
-        outcome = _Outcome(block.number, block.rows, trouble=type(error).__name__, message=str(error))
-    return {"outcome": [json.dumps(asdict(outcome))]}
-
-
-def _quieten() -> None:
-    """No bars and no plans of Ray Data's on the terminal: one bar of ours says how far it is."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        outcome = _Outcome(block.number, error)
+    return {"outcome": [pickle.dumps(outcome)]}

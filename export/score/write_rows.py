@@ -1,15 +1,15 @@
-"""Labelled rows to .csv, .jsonl and .parquet files."""
+"""Labelled rows as .csv, .jsonl and .parquet."""
 
 import csv
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -22,43 +22,60 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-# Rows out.
-
-
-def merge_types(file: Path, chunk: Chunk, name: str, before: Any, out_suffix: str) -> Any:
-    """The Arrow type that holds a column so far; only Parquet needs one, and the others cannot hold bytes.
-
-    Args:
-        before: the type that holds it in the chunks before; None where it is new, or no type is needed.
-        out_suffix: of what shall be written.
-
-    Raises:
-        DataError: no type holds it, or the format does not.
-    """
+def merge_schema(chunk: Chunk, before: "pyarrow.Schema | None", suffix: str) -> "pyarrow.Schema":
+    """The columns of a chunk and of those before; their types matter only where the ``suffix`` is Parquet's."""
     import pyarrow
 
-    if out_suffix != ".parquet":
-        if isinstance(chunk, ArrowChunk) and _holds_bytes(chunk.column_type(name)):
-            raise DataError(
-                f"{file}: column {name!r} holds bytes, which {out_suffix[1:]} cannot. Give an --out that ends in .parquet."
-            )
-        return None
     if isinstance(chunk, ArrowChunk):
-        return chunk.column_type(name)
+        schema = chunk.table.schema
+    else:
+        kinds = {} if before is None else dict(zip(before.names, before.types, strict=True))
+        for name in chunk.columns:
+            kinds[name] = _merge_type(chunk, name, kinds.get(name)) if suffix == ".parquet" else pyarrow.null()
+        schema = pyarrow.schema(list(kinds.items()))
+    if schema != before:
+        _check_schema(chunk, schema, suffix)
+    return schema
+
+
+def _merge_type(chunk: Chunk, name: str, before: Any) -> Any:
+    """The type that holds a column in this chunk and, of type ``before``, in those before."""
+    import pyarrow
+
+    values = chunk.column(name)
+    classes = {type(value) for value in values if value is not None}
     try:
-        found = chunk.column_type(name)
-        if before is None or found == before:
-            return found
-        schemas = [pyarrow.schema([(name, item)]) for item in (before, found)]
+        if bool in classes and len(classes) > 1:
+            # pyarrow would take True for 1.0 where fractions precede it.
+            raise pyarrow.ArrowTypeError("true or false beside other values")
+        schemas = [pyarrow.schema([(name, kind)]) for kind in (before, pyarrow.array(values).type) if kind is not None]
         return pyarrow.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pyarrow.ArrowException, OverflowError) as cause:
-        raise _no_parquet(file, name, cause) from cause
+        raise _no_parquet(chunk, name, cause) from cause
 
 
-def _no_parquet(file: Path, name: str, cause: BaseException) -> DataError:
+def _check_schema(chunk: Chunk, schema: "pyarrow.Schema", suffix: str) -> None:
+    """Refuse a column of a type that the format does not have."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for field in schema:
+        if suffix != ".parquet" and _holds_bytes(field.type):
+            raise DataError(
+                f"{chunk.file}: column {field.name!r:.80} holds bytes, which {suffix[1:]} cannot. Give an --out that "
+                "ends in .parquet."
+            )
+        if suffix == ".parquet":
+            try:
+                parquet.write_table(pyarrow.schema([field]).empty_table(), pyarrow.BufferOutputStream())
+            except pyarrow.ArrowException as cause:
+                raise _no_parquet(chunk, field.name, cause) from cause
+
+
+def _no_parquet(chunk: Chunk, name: str, cause: BaseException) -> DataError:
     return DataError(
-        f"{file}: column {name!r} cannot be written as parquet, which wants one type for all rows "
-        f"({first_line(cause)}). Give an --out that ends in .jsonl."
+        f"{chunk.file}: column {name!r:.80} cannot be written as parquet, which wants one type for all rows "
+        f"({first_line(cause):.300}). Give an --out that ends in .jsonl."
     )
 
 
@@ -73,106 +90,49 @@ def _holds_bytes(kind: Any) -> bool:
     return "binary" in str(kind)
 
 
-def parquet_schema(file: Path, chunk: Chunk, types: Mapping[str, Any]) -> "pyarrow.Schema":
-    """The schema in which a file's columns are written to Parquet: its own where it has one.
-
-    It is tried column by column, on no rows at all: Parquet cannot hold every Arrow type.
-
-    Args:
-        chunk: any of the file's.
-        types: of every column, as `merge_types` found it in all chunks.
-
-    Raises:
-        DataError: Parquet cannot hold a column.
-    """
-    import pyarrow
-    from pyarrow import parquet
-
-    schema = chunk.arrow.schema if isinstance(chunk, ArrowChunk) else pyarrow.schema(list(types.items()))
-    for field in schema:
-        try:
-            alone = pyarrow.schema([field])
-            parquet.write_table(alone.empty_table(), pyarrow.BufferOutputStream())
-        except pyarrow.ArrowException as cause:
-            raise _no_parquet(file, field.name, cause) from cause
-    return schema
-
-
-def write_part(
-    path: Path,
+def encode_rows(
     chunk: Chunk,
     added: Mapping[str, Sequence[Any]],
+    schema: "pyarrow.Schema",
+    suffix: str,
     *,
-    columns: Sequence[str],
-    schema: "pyarrow.Schema | None",
-    neutralise: bool = False,
-) -> None:
-    """Write a chunk and the columns that are added to it, in the format that the name ends in.
+    no_formulas: bool = False,
+) -> bytes:
+    """A chunk and the columns that are added to it, in the format of a file name ending.
 
-    Args:
-        added: texts, fractions or booleans by column, one a row.
-        columns: all that the file has, this chunk's among them.
-        schema: of these; needed for Parquet alone.
-        neutralise: whether no cell of a CSV file may be a formula where a spreadsheet opens it.
-
-    Raises:
-        DataError: a value cannot be written in that format.
+    ``schema`` is that of the whole file, from `merge_schema`. With ``no_formulas`` a spreadsheet that opens a CSV file
+    finds no formula in a cell.
     """
-    if path.suffix == ".parquet":
-        assert schema is not None
-        write_parquet(path, chunk, added, schema)
-        return
+    if suffix == ".parquet":
+        return _encode_parquet(chunk, added, schema)
     rows = [
         {name: _plain(value) for name, value in row.items()} | dict(zip(added, values, strict=True))
         for row, *values in zip(chunk.rows, *added.values(), strict=True)
     ]
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        if path.suffix == ".jsonl":
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            return
-        writer = csv.writer(_LineFeeds(stream.write))
-        names = [*columns, *added]
-        cell = _neutral_cell if neutralise else _cell
-        if not chunk.start:
-            writer.writerow([cell(name) for name in names])
-        writer.writerows([cell(row.get(name)) for name in names] for row in rows)
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    names = [*schema.names, *added]
+    header = [] if chunk.start else [{name: name for name in names}]
+    lines: list[str] = []
+    # With lineterminator="\n" a carriage return in a cell would not be quoted, and the file could not be read again.
+    writer = csv.writer(SimpleNamespace(write=lines.append))
+    writer.writerows([_cell(row.get(name), no_formulas=no_formulas) for name in names] for row in [*header, *rows])
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines).encode()
 
 
-@dataclass(frozen=True)
-class _LineFeeds:
-    """Ends the lines of a `csv.writer` in a line feed alone.
-
-    With ``lineterminator="\\n"`` the writer would leave a carriage return within a cell unquoted, and the
-    file could not be read again.
-    """
-
-    write_on: Callable[[str], int]
-
-    def write(self, line: str) -> int:
-        return self.write_on(line.removesuffix("\r\n") + "\n")
+# What a spreadsheet would take for a formula; -3.5 is a number.
+_FORMULA = re.compile(r"(?![+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\Z)[=+\-@\t\r]", re.ASCII)
 
 
-def _cell(value: Any) -> str:
-    """A value in CSV: texts as they are, nothing for null, all else as in JSON."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-
-
-def _neutral_cell(value: Any) -> str:
-    """The same with an apostrophe before what a spreadsheet would take for a formula; -3.5 is a number and stays."""
-    cell = _cell(value)
-    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(cell) else cell
+def _cell(value: Any, *, no_formulas: bool) -> str:
+    """A value in CSV: texts as they are, nothing for null, all else as in JSON; an apostrophe before a formula."""
+    if not isinstance(value, str):
+        value = "" if value is None else json.dumps(value, ensure_ascii=False)
+    return f"'{value}" if no_formulas and _FORMULA.match(value) else value
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: dates and decimals as text, null for what is no number."""
+    """A value as JSON has it: dates and decimals as text, null for a float that is not finite."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -190,44 +150,41 @@ def _plain(value: Any) -> Any:
     )
 
 
-def write_parquet(sink: Any, chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "pyarrow.Schema") -> None:
-    """Write a chunk and the columns that are added to it as one Parquet row group.
-
-    Args:
-        sink: a path or an open file.
-        added: as for `write_part`.
-        schema: of the chunk's own columns.
-
-    Raises:
-        DataError: a value does not fit the schema.
-    """
+def _encode_parquet(chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "pyarrow.Schema") -> bytes:
+    """One Parquet row group; ``schema`` is that of the chunk's own columns."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        table = chunk.table(schema)
+        if isinstance(chunk, ArrowChunk):
+            table = chunk.table.cast(schema)
+        else:
+            table = pyarrow.table([pyarrow.array(chunk.column(item.name), item.type) for item in schema], schema=schema)
     except (pyarrow.ArrowException, OverflowError) as cause:
         raise DataError(
-            f"{chunk.place(0)} to {chunk.place(len(chunk) - 1)} cannot be written as parquet ({first_line(cause)}). "
-            "Give an --out that ends in .jsonl."
+            f"{chunk.place(0)}, or one of the {len(chunk) - 1} rows after it, cannot be written as parquet "
+            f"({first_line(cause)}). Give an --out that ends in .jsonl."
         ) from cause
     for name, values in added.items():
         table = table.append_column(name, pyarrow.array(values))
+    sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink, row_group_size=len(table), write_page_checksum=True)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
-def join_parts(parts: Sequence[Path], whole: Path) -> None:
-    """Put files of one format together, in their order; in Parquet each becomes one row group."""
-    if whole.suffix != ".parquet":
+def join_files(chunks: Sequence[Path], whole: Path, suffix: str) -> None:
+    """Join files of one format in their order; in Parquet each becomes one row group."""
+    if suffix != ".parquet":
         with whole.open("wb") as stream:
-            for path in parts:
-                with path.open("rb") as part:
-                    shutil.copyfileobj(part, stream)
+            for path in chunks:
+                with path.open("rb") as chunk:
+                    shutil.copyfileobj(chunk, stream)
         return
     from pyarrow import parquet
 
-    with parquet.ParquetWriter(whole, parquet.read_schema(parts[0]), write_page_checksum=True) as writer:
-        for path in parts:
-            with parquet.ParquetFile(path) as part:
-                table = part.read()
+    with parquet.ParquetWriter(whole, parquet.read_schema(chunks[0]), write_page_checksum=True) as writer:
+        for path in chunks:
+            with parquet.ParquetFile(path) as chunk:
+                table = chunk.read()
             writer.write_table(table, row_group_size=len(table))

@@ -163,8 +163,8 @@ def read_or_refuse(content: bytes, name: str, folder: Path, **columns: str) -> N
         assert str(folder) not in str(error)
     else:
         assert isinstance(upload, Upload)
-        assert len(upload.texts) == len(upload.rows)
-        for row in upload.texts:
+        assert len(upload.sentences) == len(upload.rows)
+        for row in upload.sentences:
             for sentence in row:
                 sentence.encode()
 

@@ -1,4 +1,4 @@
-"""GLUE's tasks by name, a user's own columns and labels, the baselines, and the order of the rows."""
+"""GLUE's tasks by name, a user's own columns and labels, labelled files, the baselines, and the order of the rows."""
 
 import csv
 import json
@@ -16,8 +16,10 @@ from tests.conftest import WORDS, Data, make_pairs, peft_logits, write_jsonl
 from train.__main__ import main
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
-from train.data.load import load_split
-from train.data.tasks import get_task
+from train.common.errors import DataError
+from train.config import TrainConfig
+from train.data.load import load_split, load_splits
+from train.data.tasks import MRPC, custom_task, score
 from train.data.token_ids import LengthGroupedSampler
 from train.model.classifier import load_classifier
 
@@ -29,6 +31,7 @@ Metrics = dict[str, Callable[[Any, Any], float]]
 
 ACCURACY: Metrics = {"accuracy": accuracy_score}
 ACCURACY_F1: Metrics = {"accuracy": accuracy_score, "f1": f1_score}
+MATTHEWS: Metrics = {"matthews": matthews_corrcoef, "accuracy": accuracy_score}
 
 GLUE: dict[str, tuple[list[str], list[str], Metrics]] = {
     "mrpc": (["sentence1", "sentence2"], ["not_equivalent", "equivalent"], ACCURACY_F1),
@@ -38,11 +41,7 @@ GLUE: dict[str, tuple[list[str], list[str], Metrics]] = {
     "wnli": (["sentence1", "sentence2"], ["not_entailment", "entailment"], ACCURACY),
     "mnli": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], ACCURACY),
     "sst2": (["sentence"], ["negative", "positive"], ACCURACY),
-    "cola": (
-        ["sentence"],
-        ["unacceptable", "acceptable"],
-        {"matthews": matthews_corrcoef, "accuracy": accuracy_score},
-    ),
+    "cola": (["sentence"], ["unacceptable", "acceptable"], MATTHEWS),
 }
 """Columns, labels in order and metrics of each task: the data set card's, and table 1 of arXiv 1804.07461."""
 
@@ -50,13 +49,11 @@ GLUE: dict[str, tuple[list[str], list[str], Metrics]] = {
 def make_rows(columns: list[str], labels: Iterable[Any], *, label_column: str = "label", seed: int = 0) -> Rows:
     """Random texts of a few words, in these columns."""
     generator = random.Random(seed)  # noqa: S311 -- test data
-    return [
-        {
-            **{column: " ".join(generator.sample(WORDS, generator.randint(2, 8))) for column in columns},
-            label_column: label,
-        }
-        for label in labels
-    ]
+
+    def words() -> str:
+        return " ".join(generator.sample(WORDS, generator.randint(2, 8)))
+
+    return [{**{column: words() for column in columns}, label_column: label} for label in labels]
 
 
 def write_csv(path: Path, rows: Rows) -> Path:
@@ -101,219 +98,175 @@ def check_labels_everywhere(out: Path, labels: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_a_glue_task_is_learned_by_name_and_scored_as_glue_defines_it(
-    name: str, base_model: Folders, tmp_path: Path
-) -> None:
+def test_a_glue_task_is_the_one_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns, labels, metrics = GLUE[name]
-    indices = [index % len(labels) for index in range(24)]
-    # The index in one file and the name in the other: both are the task's.
-    train = make_rows(columns, [labels[index] for index in indices], seed=1)
-    validation = make_rows(columns, indices, seed=2)
-    data = write_splits(tmp_path, train, validation)
-    training = run(base_model("bert"), data, tmp_path / "a", "--task", name, "--epochs", "3", "--batch-size", "4")
+    asked: list[tuple[str, str, str]] = []
 
-    predicted = peft_predictions(tmp_path / "a", base_model("bert"), columns, validation, len(labels))
-    assert training["validation"] == pytest.approx(
-        {metric: compute(indices, predicted) for metric, compute in metrics.items()}
-    )
-    assert list(training["validation"]) == list(metrics)
-    assert training["task"]["text_columns"] == columns
-    check_labels_everywhere(tmp_path / "a", labels)
-    # The first metric chooses the epoch, the others break ties.
-    keys = [tuple(epoch["scores"].values()) for epoch in training["epochs"]]
-    assert training["best_epoch"] == 1 + keys.index(max(keys))
+    def load_dataset(path: str, config: str, *, split: str) -> datasets.Dataset:
+        """Stands in for the hub, which needs a network."""
+        asked.append((path, config, split))
+        return datasets.Dataset.from_list(make_rows(columns, [1, 0]))
 
-
-class Hub:
-    """Stands in for `datasets.load_dataset`, which needs a network: gives rows and remembers what was asked for."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self.asked: list[tuple[str, str, str]] = []
-
-    def __call__(self, path: str, name: str, *, split: str) -> datasets.Dataset:
-        self.asked.append((path, name, split))
-        return datasets.Dataset.from_list(self.rows)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = load_splits(TrainConfig(out=tmp_path / "a", task=name))
+    validation = "validation_matched" if name == "mnli" else "validation"
+    assert asked == [("nyu-mll/glue", name, "train"), ("nyu-mll/glue", name, validation)]
+    task = splits.task
+    assert list(task.labels) == labels
+    # A file may hold names in the place of indices.
+    file = write_csv(tmp_path / "file.csv", make_rows(columns, [labels[1], labels[0]]))
+    for dataset in (splits.train, splits.validation, load_split(task, "train", file)):
+        assert dataset.column_names == [*columns, "label"]
+        assert dataset["label"][:] == [1, 0]
+    expected, predicted = np.random.default_rng(0).integers(0, len(labels), (2, 50))
+    values = {metric: compute(expected, predicted) for metric, compute in metrics.items()}
+    assert score(task, predicted, expected).values == pytest.approx(values)
+    assert list(score(task, predicted, expected).values) == list(metrics)
 
 
-def test_the_hubs_matched_validation_split_is_the_one_of_mnli(
-    base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_own_labels_in_an_order_of_ones_own_are_scored_by_accuracy_and_macro_f1(
+    base_model: Folders, tmp_path: Path
 ) -> None:
-    columns, labels, _ = GLUE["mnli"]
-    hub = Hub(make_rows(columns, [0, 1, 2] * 4))
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    flags = ["--model", str(base_model("bert")), "--task", "mnli", "--virtual-tokens", "4", "--epochs", "1"]
-    assert main([*flags, "--out", str(tmp_path / "a")]) == 0
-    assert hub.asked == [("nyu-mll/glue", "mnli", "train"), ("nyu-mll/glue", "mnli", "validation_matched")]
-    check_labels_everywhere(tmp_path / "a", labels)
-
-
-@pytest.mark.parametrize("name", [name for name in GLUE if name != "mnli"])
-def test_the_hub_is_asked_for_the_tasks_own_splits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns, _, __ = GLUE[name]
-    hub = Hub(make_rows(columns, [0, 1]))
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    for split in ("train", "validation"):
-        dataset = load_split(get_task(name), split, None)
-        assert set(dataset.column_names) == {*columns, "label"}
-    assert hub.asked == [("nyu-mll/glue", name, split) for split in ("train", "validation")]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_own_columns_with_three_classes_are_scored_by_accuracy_and_macro_f1(
-    suffix: str, base_model: Folders, tmp_path: Path
-) -> None:
-    """Names that a CSV reader may take for an empty cell are labels like any other."""
-    labels = ["NA", "none", "yes"]
-    train = make_rows(["left", "right"], [labels[index % 3] for index in range(24)], label_column="gold", seed=1)
+    """Names that a CSV reader may take for an empty cell or a number are labels like any other."""
+    labels = ["none", "01", "NA", "1"]  # the last is in neither file
+    train = make_rows(["said"], [labels[index % 3] for index in range(24)], label_column="gold", seed=1)
     # A class that the validation file lacks counts with an F1 of 0, as scikit-learn counts it.
-    validation = make_rows(["left", "right"], ["none", "NA", "none"] * 5, label_column="gold", seed=2)
-    data = write_splits(tmp_path, train, validation, suffix)
-    flags = ["--text-columns", "left,right", "--label-column", "gold"]
-    training = run(base_model("bert"), data, tmp_path / "a", *flags, "--epochs", "2", "--batch-size", "4")
+    validation = make_rows(["said"], ["none", "NA", "none"] * 5, label_column="gold", seed=2)
+    data = write_splits(tmp_path, train, validation, ".csv")
+    flags = ["--text-columns", "said", "--label-column", "gold", "--labels", "none, 01,NA,1"]
+    training = run(base_model("bert"), data, tmp_path / "a", *flags, "--epochs", "3", "--batch-size", "4")
 
     expected = [labels.index(row["gold"]) for row in validation]
-    predicted = peft_predictions(tmp_path / "a", base_model("bert"), ["left", "right"], validation, 3)
-    macro = np.mean(
-        [f1_score([e == k for e in expected], [p == k for p in predicted], zero_division=0) for k in range(3)]
+    predicted = peft_predictions(tmp_path / "a", base_model("bert"), ["said"], validation, len(labels))
+    f1_macro = f1_score(expected, predicted, average="macro", labels=range(4), zero_division=0)
+    assert training["validation"] == pytest.approx(
+        {"accuracy": accuracy_score(expected, predicted), "f1_macro": f1_macro}
     )
-    assert training["validation"] == pytest.approx({"accuracy": accuracy_score(expected, predicted), "f1_macro": macro})
     check_labels_everywhere(tmp_path / "a", labels)
     assert "macro F1" in (tmp_path / "a" / "README.md").read_text()
-
-
-def test_one_text_column_with_a_hundred_classes(base_model: Folders, tmp_path: Path) -> None:
-    labels = [f"class {index:03}" for index in range(100)]
-    train = make_rows(["text"], labels, label_column="kind", seed=1)
-    random.Random(3).shuffle(train)  # noqa: S311 -- test data
-    validation = make_rows(["text"], labels[::-1], label_column="kind", seed=2)
-    data = write_splits(tmp_path, train, validation)
-    training = run(base_model("bert"), data, tmp_path / "a", "--text-columns", "text", "--label-column", "kind")
-    expected = list(range(100))[::-1]
-    predicted = peft_predictions(tmp_path / "a", base_model("bert"), ["text"], validation, 100)
-    assert training["validation"] == pytest.approx(
-        {
-            "accuracy": accuracy_score(expected, predicted),
-            "f1_macro": f1_score(expected, predicted, average="macro", labels=range(100), zero_division=0),
-        }
-    )
-    check_labels_everywhere(tmp_path / "a", labels)
+    # The first metric chooses the epoch, the next breaks ties.
+    keys = [tuple(epoch["scores"].values()) for epoch in training["epochs"]]
+    assert training["best_epoch"] == 1 + keys.index(max(keys))
     # A single text is no pair of embeddings.
-    assert list(training["baselines"]) == ["always `class 000`"]
+    assert list(training["baselines"]) == ["always `none`"]
+    assert len(custom_task(("said",), "gold", [str(number) for number in range(100)]).labels) == 100
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_numbers_are_labels_by_their_value_and_not_class_indices(
-    suffix: str, base_model: Folders, tmp_path: Path
+def test_numbers_are_labels_by_their_value_and_any_names_will_do_for_columns(
+    base_model: Folders, tmp_path: Path
 ) -> None:
-    """2 comes before 10, and 1 is no way to write the second class."""
-    rows = make_rows(["a", "b"], [10, 2, 10, 10] * 4, label_column="stars")
-    data = write_splits(tmp_path, rows, rows, suffix)
-    flags = ["--text-columns", "a,b", "--label-column", "stars"]
-    training = run(base_model("bert"), data, tmp_path / "a", *flags)
+    """2 comes before 10, 1 is not the second class, and the columns have names that the code itself uses."""
+    columns, label_column = ["labels", "input_ids"], "attention_mask"
+    rows = make_rows(columns, [10, 2, 10, 10] * 4, label_column=label_column)
+    flags = ["--text-columns", ",".join(columns), "--label-column", label_column]
+    training = run(base_model("bert"), write_splits(tmp_path, rows, rows), tmp_path / "a", *flags)
     check_labels_everywhere(tmp_path / "a", ["2", "10"])
     assert training["task"]["positive_label"] == "10"
     # F1 is that of the second label: always saying it is right for three of four rows.
     assert training["baselines"]["always `10`"] == pytest.approx({"accuracy": 0.75, "f1": 6 / 7})
-    expected = [int(row["stars"] == 10) for row in rows]
-    predicted = peft_predictions(tmp_path / "a", base_model("bert"), ["a", "b"], rows, 2)
-    assert training["validation"] == pytest.approx(
-        {"accuracy": accuracy_score(expected, predicted), "f1": f1_score(expected, predicted)}
-    )
-
-
-def test_labels_stand_in_the_order_that_was_asked_for(base_model: Folders, tmp_path: Path) -> None:
-    """And one may be named that the training file lacks. Leading zeros belong to a name."""
-    rows = make_rows(["a", "b"], ["01", "1", "x"] * 4)
-    data = write_splits(tmp_path, rows, rows, ".csv")
-    run(base_model("bert"), data, tmp_path / "a", "--text-columns", "a,b", "--labels", "x, 1,unseen,01")
-    check_labels_everywhere(tmp_path / "a", ["x", "1", "unseen", "01"])
-
-
-def test_any_names_will_do_for_columns(base_model: Folders, tmp_path: Path) -> None:
-    """Also those that the code itself uses."""
-    rows = make_rows(["labels", "input_ids"], ["x", "y"] * 6, label_column="attention_mask")
-    same = [{"a": row["labels"], "b": row["input_ids"], "c": row["attention_mask"]} for row in rows]
-    flags = ["--text-columns", "labels,input_ids", "--label-column", "attention_mask"]
-    (tmp_path / "same").mkdir()
-    run(base_model("bert"), write_splits(tmp_path, rows, rows), tmp_path / "x", *flags)
-    flags = ["--text-columns", "a,b", "--label-column", "c"]
-    run(base_model("bert"), write_splits(tmp_path / "same", same, same), tmp_path / "y", *flags)
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "xy"]
-    assert weights[0] == weights[1]
+    expected = [int(row[label_column] == 10) for row in rows]
+    predicted = peft_predictions(tmp_path / "a", base_model("bert"), columns, rows, 2)
+    metrics = {"accuracy": accuracy_score(expected, predicted), "f1": f1_score(expected, predicted)}
+    assert training["validation"] == pytest.approx(metrics)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--text-columns", "a,c"], "train.csv has no column 'c'; it has a, b, label, one, many, gap."),
-        (["--text-columns", "a,b", "--label-column", "gold"], "train.csv has no column 'gold'"),
+        ("--text-columns a,c", "train.csv has no column 'c'; it has a, b, label, one, many, gap."),
+        ("--text-columns a,b --label-column gold", "train.csv has no column 'gold'"),
+        ("--text-columns a,b --label-column one", "Column 'one': between 2 and 100 labels can be told apart, not 1."),
         (
-            ["--text-columns", "a,b", "--label-column", "one"],
-            "Column 'one': between 2 and 100 labels can be told apart, not 1.",
+            "--text-columns a,b --label-column many",
+            "between 2 and 100 labels can be told apart, not 101.",
         ),
+        ("--text-columns a,b --label-column gap", "train.csv, row 3 (line 4): column 'gap' holds no label."),
+        ("--text-columns a,b --labels x,y,x", "--labels x,y,x: a label is named twice"),
+        ("--text-columns a,b --labels x,z", "row 2 (line 3): label 'y' in column 'label' is none of task custom's"),
         (
-            ["--text-columns", "a,b", "--label-column", "many"],
-            "Column 'many': between 2 and 100 labels can be told apart, not 101.",
+            "--text-columns a,b",
+            "validation.csv, row 4 (line 5): label 'w' in column 'label' is none of task custom's ('x', 'y')",
         ),
-        (["--text-columns", "a,b", "--label-column", "gap"], "train.csv, row 3: column 'gap' holds no label."),
-        (["--text-columns", "a,b", "--labels", "x,y,x"], "--labels x,y,x: a label stands there twice"),
-        (["--text-columns", "a,b", "--labels", "x,z"], "row 2: label 'y' is none of task custom's ('x', 'z')"),
-        (["--text-columns", "a,b"], "validation.csv, row 4: label 'w' is none of task custom's ('x', 'y')"),
-        (["--text-columns", "a,b", "--label-column", "b"], "--label-column b is one of --text-columns too"),
-        (["--text-columns", "a,label"], "--label-column label is one of --text-columns too"),
-        (["--text-columns", "a,b,one"], "--text-columns a,b,one: name one column, or two different ones"),
-        (["--text-columns", "a,a"], "--text-columns a,a: name one column, or two different ones"),
-        (["--text-columns", "a,b", "--task", "rte"], "--task rte has its own columns"),
-        (["--labels", "x,y"], "--labels needs --text-columns"),
-        (["--label-column", "one"], "--label-column needs --text-columns"),
-        (["--text-columns", "a", "--swap-sentences"], "--swap-sentences needs two sentences; task custom has one"),
-        (["--task", "sst2", "--swap-sentences"], "--swap-sentences needs two sentences; task sst2 has one"),
-        (["--task", "rte", "--swap-sentences"], "in task rte the order of the sentences decides the label"),
-        (["--task", "cola"], "train.csv has no column 'sentence'; it has a, b, label, one, many, gap. Task cola reads"),
+        ("--text-columns a,b --label-column b", "--label-column b is one of --text-columns too"),
+        ("--text-columns a,label", "--label-column label is one of --text-columns too"),
+        ("--text-columns a,b,one", "--text-columns a,b,one: name one column, or two different ones"),
+        ("--text-columns a,a", "--text-columns a,a: name one column, or two different ones"),
+        ("--text-columns a,b --task rte", "--task rte has its own columns"),
+        ("--labels x,y", "--labels needs --text-columns"),
+        ("--label-column one", "--label-column needs --text-columns"),
+        ("--text-columns a --swap-sentences", "--swap-sentences needs two sentences; task custom has one"),
+        ("--task sst2 --swap-sentences", "--swap-sentences needs two sentences; task sst2 has one"),
+        ("--task rte --swap-sentences", "in task rte the order of the sentences decides the label"),
+        ("--task cola", "train.csv has no column 'sentence'; it has a, b, label, one, many, gap. Task cola reads"),
     ],
 )
 def test_columns_and_labels_that_cannot_be_used_are_named(
-    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = make_rows(["a", "b"], ["x", "y"] * 51)
     for index, row in enumerate(rows):
         row |= {"one": "same", "many": f"m{min(index, 100)}", "gap": ["x", "y", " "][index % 3]}
     data = write_splits(tmp_path, rows, [*rows[:3], {**rows[3], "label": "w"}], ".csv")
-    assert main(["--model", "minilm", *data.flags, *flags, "--out", str(tmp_path / "a")]) == 2
+    assert main(["--model", "minilm", *data.flags, *flags.split(), "--out", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "a").exists()
-    assert not (tmp_path / "a.checkpoints").exists()
+    assert not list(tmp_path.glob("a*"))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("a,b,label\n", "has no rows"),
-        ("a,b,label\nx,y\n", "cannot be read as csv (row 1 has not as many cells as the first line, 3)"),
-        ("a,b,label\nx,y,z,w\n", "cannot be read as csv (row 1 has not as many cells as the first line, 3)"),
-        ('a,b,label\n"x,y,z\n', "cannot be read as csv (unexpected end of data)"),
-        (b"a,b,label\n\xff,y,z\n", "cannot be read as csv ("),
-        ("a,b,label\nnull,,z\n", "row 1: column 'b' holds no text"),
-    ],
-)
-def test_a_wrong_csv_file_is_named(
-    content: str | bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+GOOD = 'sentence1,sentence2,label\nword1,word2,1\n"a\nb",word3,0\n'
+"""Two rows; the second begins on line 3 and ends on line 4."""
+
+BAD_FILES: list[tuple[str, bytes, str]] = [
+    ("in.txt", b"x", "in.txt: give a file that ends in .csv, .jsonl, .parquet"),
+    ("in.csv", b"", "in.csv is empty"),
+    ("in.csv", b"sentence1,sentence2,label\n", "in.csv has no rows"),
+    ("in.jsonl", b"\n\n", "in.jsonl has no rows"),
+    ("in.csv", b"\n", "in.csv: the first line names no columns"),
+    ("in.csv", b"a,a\n1,2\n", "in.csv has two columns 'a'. Rename one."),
+    ("in.csv", b"c," * 500_000 + b"d\n1", "in.csv has two columns 'c'"),
+    ("in.csv", ",".join(map(str, range(300_000))).encode() + b"\n1\n", "row 1 (line 2) has 1 cells, the first line"),
+    ("in.csv", GOOD.encode() + b"a,b\n", "in.csv, row 3 (line 5) has 2 cells, the first line names 3 columns"),
+    ("in.csv", GOOD.encode() + b"a,b,1,\n", "in.csv, row 3 (line 5) has 4 cells"),
+    ("in.csv", GOOD.encode() + b'"a,b,1\n', "in.csv, line 5 cannot be read as csv (unexpected end of data)"),
+    ("in.csv", GOOD.encode() + b"\nn\xefve,b,1\n", "in.csv, line 6, byte 57 of the file is not UTF-8 text"),
+    ("in.csv", GOOD.encode() + b"\x00,b,1\n", "in.csv, line 5, byte 55 of the file is not UTF-8 text. Is it really a"),
+    ("in.csv", GOOD.encode("utf-16"), "in.csv, line 1, byte 1 of the file is not UTF-8 text"),
+    ("in.csv", GOOD.encode() + b"a, ,1\n", "row 3 (line 5): column 'sentence2' holds no text. Fix or remove the row."),
+    ("in.csv", GOOD.encode() + b"a,b,maybe\n", "in.csv, row 3 (line 5): label 'maybe' in column 'label' is none of"),
+    ("in.csv", GOOD.encode() + b"a,b,\n", "label '' in column 'label' is none of task mrpc's (0 or 'not_equivalent'"),
+    ("in.csv", b"sentence1,sentence2,label\na,b," + b"x" * 9999, f"label '{'x' * 79} in column"),
+    ("in.csv", b"sentence1,text,label\na,b,c\n", "has no column 'sentence2'; it has sentence1, text, label. Task mrpc"),
+    ("in.jsonl", json.dumps({f"{n}" * 50: 1 for n in range(9999)}).encode(), "has no column 'sentence1'; it has 00000"),
+    ("in.jsonl", b'{"sentence1": "a"}\n{"sentence1": "a"\n', "in.jsonl, line 2 is no JSON ("),
+    ("in.jsonl", b'{"sentence1": "a"}\n\n["a"]\n', "in.jsonl, line 3 holds no JSON object. Give one object a line."),
+    ("in.jsonl", b"[" * 100_000 + b"\n", "in.jsonl, line 1 is no JSON"),
+    ("in.jsonl", b'{"sentence1": "\xff"}\n', "in.jsonl, line 1, byte 16 of the file is not UTF-8 text"),
+    ("in.jsonl", b'{"sentence1": "\\ud83d"}\n', "in.jsonl, line 1 holds half a surrogate pair"),
+    ("in.jsonl", b'{"sentence1": 3, "sentence2": "b", "label": 1}', "row 1 (line 1): column 'sentence1' holds no text"),
+    ("in.jsonl", b'\n{"sentence1": "a", "sentence2": null, "label": 1}', "row 1 (line 2): column 'sentence2' holds no"),
+    ("in.jsonl", b'{"sentence1": "a", "sentence2": "b", "label": -1}', "row 1 (line 1): label -1 in column 'label' is"),
+    ("in.parquet", b"PAR1 and no more", "in.parquet cannot be read as parquet ("),
+    ("in.parquet", GOOD.encode(), "in.parquet cannot be read as parquet (Parquet magic bytes not found"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_bad_file_is_named_with_the_place_and_the_remedy(
+    name: str, content: bytes, words: str, tmp_path: Path
 ) -> None:
-    file = tmp_path / "file.csv"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    flags = ["--text-columns", "a,b", "--labels", "z,w", "--train-file", str(file), "--validation-file", str(file)]
-    assert main(["--model", "minilm", *flags, "--out", str(tmp_path / "a")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert words in error
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        load_split(MRPC, "train", tmp_path / name)
+    message = str(refusal.value)
+    assert words in message
+    assert str(tmp_path / name) in message
+    assert len(message.replace(str(tmp_path), "")) < 700
 
 
 def cosines(base: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
-    """Of mean-pooled embeddings, one text at a time, by transformers alone."""
+    """Cosines of mean-pooled embeddings, one text at a time, by transformers alone."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -328,7 +281,7 @@ def cosines(base: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array([embed(first) @ embed(second) for first, second in pairs])
 
 
-@pytest.mark.parametrize(("task", "flipped"), [("mrpc", False), ("rte", False), ("rte", True)])
+@pytest.mark.parametrize(("task", "flipped"), [("mrpc", False), ("rte", True)])
 def test_the_baselines_are_the_frequent_label_and_the_best_threshold_on_a_cosine(
     task: str, flipped: bool, base_model: Folders, tmp_path: Path
 ) -> None:
@@ -416,9 +369,8 @@ def test_swapped_pairs_are_the_same_pairs_with_the_sentences_exchanged(base_mode
     rows = make_pairs(5, seed=4)
     turned = [{**row, "sentence1": row["sentence2"], "sentence2": row["sentence1"]} for row in rows]
     tokenizer = base_tokenizer(find_base_model(str(base_model("bert"))), 40)
-    task = get_task("mrpc")
     first, second = (
-        encode(load_split(task, "train", write_jsonl(tmp_path / f"{name}.jsonl", items)), task, tokenizer, swap=True)
+        encode(load_split(MRPC, "train", write_jsonl(tmp_path / f"{name}.jsonl", items)), MRPC, tokenizer, swap=True)
         for name, items in (("first", rows), ("second", turned))
     )
     assert first.swapped == second.rows

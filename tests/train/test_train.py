@@ -412,11 +412,14 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
     ("content", "words"),
     [
         ("", "train.jsonl is empty"),
-        ("not json\n", "cannot be read as jsonl"),
+        ("not json\n", "line 1 is no JSON"),
         ('{"sentence1": "a", "label": 1}\n', "no column 'sentence2'; it has sentence1, label"),
-        ('{"sentence1": "a", "sentence2": " ", "label": 1}\n', "row 1: column 'sentence2' holds no text"),
-        ('{"sentence1": "a", "sentence2": "b", "label": 7}\n', "row 1: label 7 is none of task mrpc's"),
-        ('{"sentence1": "a", "sentence2": null, "label": 1}\n', "row 1: column 'sentence2' holds no text"),
+        ('{"sentence1": "a", "sentence2": " ", "label": 1}\n', "row 1 (line 1): column 'sentence2' holds no text"),
+        (
+            '{"sentence1": "a", "sentence2": "b", "label": 7}\n',
+            "row 1 (line 1): label 7 in column 'label' is none of task mrpc's",
+        ),
+        ('{"sentence1": "a", "sentence2": null, "label": 1}\n', "row 1 (line 1): column 'sentence2' holds no text"),
     ],
 )
 def test_a_wrong_data_file_is_named_with_its_row(

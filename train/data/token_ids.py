@@ -13,44 +13,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as token ids, in their own order.
+    """Rows in the order of the data: what the tokenizer gives, lists of n_tokens integers, and ``labels``, an index.
 
-    Attributes:
-        rows: for each row ``input_ids``, ``attention_mask`` and what else the tokenizer gives, each a
-            list of n_tokens integers, and ``labels``, a class index. (Plain lists: indexing a
-            `datasets.Dataset` costs more than the step's own Python.)
-        swapped: the same rows with their sentences in the other order; empty for single texts.
-        texts_cut: how many texts were longer than the limit and lost their end.
+    (Plain lists: indexing a `datasets.Dataset` takes longer than the rest of a training step's Python.)
     """
 
     rows: "list[dict[str, Any]]"
     swapped: "list[dict[str, Any]]"
+    """The same rows with their sentences in the other order; empty for single sentences."""
     texts_cut: int
+    """How many rows were longer than the limit and lost their end."""
 
 
-def texts_of(dataset: "Dataset", task: Task) -> list[tuple[str, ...]]:
-    """Of each row its one or two sentences."""
+def sentences_of(dataset: "Dataset", task: Task) -> list[tuple[str, ...]]:
+    """The one or two sentences of each row."""
     return list(zip(*(dataset[column] for column in task.text_columns), strict=True))
 
 
 def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast", *, swap: bool = False) -> Encoded:
-    """Tokenise a split. Texts over the tokenizer's ``model_max_length`` lose their end, the longer sentence first.
+    """Tokenise a split; rows over the tokenizer's ``model_max_length`` lose their end, the longer sentence first.
 
-    Args:
-        swap: whether to tokenise the pairs in the other order as well.
+    With ``swap`` the pairs are tokenised in the other order as well.
     """
-    texts = [list(dataset[column]) for column in task.text_columns]
+    columns = [list(dataset[column]) for column in task.text_columns]
     labels = list(dataset[task.label_column])
-    whole_lengths = [len(ids) for ids in tokenizer(*texts, verbose=False)["input_ids"]]
+    whole_lengths = [len(ids) for ids in tokenizer(*columns, verbose=False)["input_ids"]]
     return Encoded(
-        rows=_rows(tokenizer, texts, labels),
-        swapped=_rows(tokenizer, texts[::-1], labels) if swap else [],
+        rows=_rows(tokenizer, columns, labels),
+        swapped=_rows(tokenizer, columns[::-1], labels) if swap else [],
         texts_cut=sum(length > tokenizer.model_max_length for length in whole_lengths),
     )
 
 
-def _rows(tokenizer: "PreTrainedTokenizerFast", texts: list[list[str]], labels: list[int]) -> list[dict[str, Any]]:
-    encoded = tokenizer(*texts, truncation="longest_first")
+def _rows(tokenizer: "PreTrainedTokenizerFast", columns: list[list[str]], labels: list[int]) -> list[dict[str, Any]]:
+    encoded = tokenizer(*columns, truncation="longest_first")
     names = list(encoded)
     return [
         dict(zip(names, values, strict=True)) | {"labels": label}
@@ -59,31 +55,25 @@ def _rows(tokenizer: "PreTrainedTokenizerFast", texts: list[list[str]], labels: 
 
 
 class LengthGroupedSampler:
-    """An order of the training rows in which each batch holds texts of like length.
+    """An order of the training rows in which each batch holds rows of similar length.
 
-    Rows are shuffled, cut into blocks of fifty batches, and sorted by length within a block; then the
-    batches change places. Padding all but vanishes and the batches stay random. (transformers had the
-    same in `LengthGroupedSampler`, which version 5 removed from the Trainer.)
+    Rows are shuffled, cut into blocks of fifty batches, and sorted by length within a block; then the batches are
+    shuffled. There is hardly any padding, and the batches stay random. (transformers 5 removed its own.)
 
-    The order, and which of a pair's two orders is shown, follow from the seed and the epoch alone, so
-    an interrupted run meets the same batches again, and each of several processes the same ones.
+    The order, and which of a pair's two orders is shown, follow from the seed and the epoch alone, so an interrupted
+    run sees the same batches again, and so does each of several processes.
     """
 
     BATCHES_IN_A_BLOCK = 50
 
     def __init__(self, lengths: list[int], *, batch_size: int, seed: int, swap: bool) -> None:
-        """Set an order up.
+        """Create the order for rows of so many tokens; ``batch_size`` is that of all processes together.
 
-        Args:
-            lengths: of each row in tokens, shape = (n_rows,)
-            batch_size: over all processes together.
-            swap: whether half of the rows, at random, come from the second half of `EpochRows`.
+        With ``swap`` half of the rows, at random, come from the second half of the data: `Encoded.swapped`.
         """
         self.epoch = 0
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._seed = seed
-        self._swap = swap
+        self._lengths, self._batch_size = lengths, batch_size
+        self._seed, self._swap = seed, swap
 
     def __len__(self) -> int:
         return len(self._lengths)
