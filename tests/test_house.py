@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from demo.__main__ import parse_config as parse_demo
+from demo.__main__ import main as demo_main
 from export.__main__ import main as export_main
-from export.serve.__main__ import parse_config as parse_serve
+from export.serve.__main__ import main as serve_main
 from tests.conftest import ROOT, SHIPPED, Data
 from tests.demo.server import serve
 from tests.measure.training import main as bench_main
+from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
-from train.config import parse_config as parse_train
 from train.evaluate import main as evaluate_main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,12 +76,12 @@ def run_block(code: str, places: dict[str, str]) -> str:
 
 def test_every_command_in_the_readme_is_one_that_the_programs_understand() -> None:
     """Those of the other modules, and pytest's, are run by tests below or by whoever reads this."""
-    train_commands = [parse_train(words) for words in readme_commands("train")]
+    train_commands = [train_main.parse(words) for words in readme_commands("train")]
     models = ["roberta-large", *["minilm"] * 3, "smollm2", "minilm"]
     assert [config.model for config in train_commands] == models
-    demo_commands = [parse_demo(words) for words in readme_commands("demo")]
+    demo_commands = [demo_main.parse(words) for words in readme_commands("demo")]
     assert [config.engine for config in demo_commands] == ["both", "both", "ray"]
-    (serve_command,) = [parse_serve(words) for words in readme_commands("export.serve")]
+    (serve_command,) = [serve_main.parse(words) for words in readme_commands("export.serve")]
     assert serve_command.serving.replicas == 2
     counts = {
         "export": 1,

@@ -31,7 +31,7 @@ from export.runtime.session import open_session
 from export.runtime.tokenizer import TextTokenizer
 from export.runtime.trial import try_bundle
 from export.score.__main__ import main as score_main
-from export.triton import write_triton_repository
+from export.triton import TritonConfig, write_triton_repository
 from tests.conftest import KINDS, ROOT, Data
 from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
@@ -772,7 +772,7 @@ def test_a_graph_whose_numbers_are_in_another_file_is_refused(
     for use in (
         lambda: OnnxClassifier(bundle, threads=1, use_cuda=False),
         lambda: open_session(folder / "model.onnx", threads=1),
-        lambda: write_triton_repository(bundle, tmp_path / "models"),
+        lambda: write_triton_repository(TritonConfig(folder, out=tmp_path / "models")),
     ):
         with pytest.raises(BundleError, match="is not opened: it holds a tensor whose numbers are in another file"):
             use()

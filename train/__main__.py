@@ -2,20 +2,32 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from dataclasses import fields
 
-from train.common.console import run_main, say
-from train.config import parse_config
+from train.common.command_line import Command, flag
+from train.common.console import say
+from train.config import TrainConfig
 from train.data.tasks import METRICS
 
 
-def _command(argv: Sequence[str] | None) -> None:
+def command_of(config: TrainConfig) -> str:
+    """The command that makes an adapter anew, for its model card: what differs from the defaults, --out at the end."""
+    words = ["python", "-m", "train"]
+    for item in sorted(fields(config), key=lambda item: item.name == "out"):
+        value = getattr(config, item.name)
+        # The card does not tell that a run was interrupted or an older adapter replaced.
+        if value == item.default or item.name in {"resume", "overwrite"}:
+            continue
+        words.append(flag(item.name))
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join(words)
+
+
+def _run(config: TrainConfig) -> None:
     from train.fit.seeds import train
 
-    config = parse_config(argv)
-    # The card shall show what makes the adapter anew, not what an interruption or an older one asked for.
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--overwrite")]
-    result = train(config, command=shlex.join(["python", "-m", "train", *words]))
+    result = train(config, command=command_of(config))
     if result is None:
         return
     adapter = result.adapter
@@ -24,19 +36,22 @@ def _command(argv: Sequence[str] | None) -> None:
     if len(result.seed_scores) > 1:
         for seed, scores in result.seed_scores.items():
             say(f"  seed {seed}: {scores}")
-        spread = ", ".join(
+        rows[f"mean of {len(result.seed_scores)} seeds"] = ", ".join(
             f"{METRICS[name]} {100 * item.mean:.1f} ± {100 * item.std:.1f}" for name, item in result.spread.items()
         )
-        rows[f"mean of {len(result.seed_scores)} seeds"] = spread
     rows |= {name: str(scores) for name, scores in adapter.baselines.items()}
     for name, scores_text in rows.items():
         say(f"  {name}: {scores_text}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    return run_main(_command, argv)
-
+main = Command(
+    TrainConfig,
+    _run,
+    "python -m train",
+    example="offline example: python -m train --model minilm --task mrpc --train-file train.jsonl "
+    "--validation-file validation.jsonl --out adapters/minilm-mrpc",
+    takes_settings=True,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

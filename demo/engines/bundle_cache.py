@@ -53,4 +53,4 @@ def _export(adapter_folder: Path, folder: Path) -> None:
     from export.fold.pipeline import export_adapters
 
     # An ungated graph is kept: the page says that its cost in quality is unknown, and starts with fp32.
-    export_adapters(ExportConfig((adapter_folder,), folder, ungated=True, overwrite=True))
+    export_adapters(ExportConfig((adapter_folder,), out=folder, ungated=True, overwrite=True))

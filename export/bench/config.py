@@ -1,10 +1,14 @@
 """Settings of a benchmark, and the cells that it times."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from export.bench.engines import CPU, CUDA, ENGINES, Plan
 from export.bench.random_model import SHAPES
+from train.common.command_line import Words, check_counts
 from train.common.errors import UsageError
 
 FILE, TUTORIAL = "file", "file-as-tutorial"
@@ -24,11 +28,7 @@ class Shape:
 
     @staticmethod
     def parse(text: str) -> "Shape":
-        """The inverse of `__str__`.
-
-        Raises:
-            UsageError: it is no shape.
-        """
+        """The inverse of `__str__`; a UsageError for anything else."""
         first, separator, second = text.partition("x")
         if not (separator and first.isdecimal() and second.isdecimal() and int(first) and int(second)):
             raise UsageError(f"--shapes {text}: write texts×tokens, such as 8x60 for eight texts of 60 tokens.")
@@ -37,58 +37,50 @@ class Shape:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What shall be compared, and how.
+    """Time every way to run one P-tuned model, side by side; the last line is JSON."""
 
-    Attributes:
-        adapter: folder that `python -m train` wrote; None with ``shape_of``.
-        bundle: folder that `python -m export` wrote from it; None with ``shape_of``.
-        shape_of: a name of `SHAPES`, or a folder with config.json: of what size random weights shall be.
-        file: labelled rows to score as a whole.
-        text_columns: that file's, where they are not named as in training.
-        label_column: the same of its labels.
-        shapes: as `Shape.parse` takes them.
-        engines: names of `ENGINES`; none for all that can run on the device.
-        rounds: how often every engine has its turn.
-        device: `CPU` or `CUDA`.
-        threads: for every engine; None for all usable cores.
-        openvino_python: the interpreter of an environment with OpenVINO and NNCF.
-        png: where the chart goes.
-        plan: of each burst.
-
-    Raises:
-        UsageError: a value cannot be used.
-    """
-
-    adapter: Path | None
-    bundle: Path | None
-    plan: Plan
+    adapter: Path | None = None
+    """folder that `python -m train` wrote; none with --shape-of"""
+    bundle: Path | None = None
+    """folder that `python -m export` wrote from it; none with --shape-of"""
+    _: KW_ONLY
     shape_of: str | None = None
+    """random weights instead of an adapter: roberta-large, or a folder with a config.json. Latency does not depend on
+    the values"""
     file: Path | None = None
-    text_columns: tuple[str, ...] = ()
+    """labelled rows (.csv, .jsonl or .parquet) to score as a whole, too"""
+    text_columns: Words = ()
+    """text columns of that file (default: the adapter's)"""
     label_column: str | None = None
-    shapes: tuple[str, ...] = ()
-    engines: tuple[str, ...] = ()
+    """label column of that file (default: the adapter's)"""
+    shapes: Words = ("1x16", "1x60", "1x200", "8x60", "32x60")
+    """texts×tokens, the prompt not counted"""
+    engines: Annotated[Words, Parameter(help=f"some of {', '.join(ENGINES)} (default: all that the device runs)")] = ()
     rounds: int = 2
-    device: str = CPU
+    """turns of each engine"""
+    device: Annotated[str, Parameter(choices=(CPU, CUDA))] = CPU
+    """processor that runs every engine"""
     threads: int | None = None
+    """threads of every engine (default: all usable cores)"""
     openvino_python: Path | None = None
+    """interpreter of an environment with openvino and nncf, whose requirements contradict ours"""
     png: Path | None = None
+    """file for the chart"""
+    pause: float = 0.5
+    """seconds before each timed burst"""
+    min_runs: int = 10
+    """timed runs at least"""
+    max_runs: int = 100
+    """timed runs at most"""
+    budget_seconds: float = 4.0
+    """go on beyond --min-runs for so long"""
 
     def __post_init__(self) -> None:
         self._check_model()
-        for name, number in (
-            ("rounds", self.rounds),
-            ("threads", 1 if self.threads is None else self.threads),
-            ("min-runs", self.plan.min_runs),
-            ("max-runs", self.plan.max_runs),
-        ):
-            if number < 1:
-                raise UsageError(f"--{name} {number}: give a whole number of at least 1.")
-        for name, seconds in (("pause", self.plan.pause_seconds), ("budget-seconds", self.plan.budget_seconds)):
+        check_counts(self, "rounds", "threads", "min_runs", "max_runs")
+        for name, seconds in (("pause", self.pause), ("budget-seconds", self.budget_seconds)):
             if not 0 <= seconds < 3600:
                 raise UsageError(f"--{name} {seconds:g}: give seconds, from 0 to below 3600.")
-        if self.device not in {CPU, CUDA}:
-            raise UsageError(f"--device {self.device}: choose {CPU} or {CUDA}.")
         unknown = [name for name in self.engines if name not in ENGINES]
         if unknown:
             raise UsageError(f"--engines {unknown[0]}: there is no such engine. Choose from {', '.join(ENGINES)}.")
@@ -117,36 +109,30 @@ class BenchConfig:
             )
 
     @property
-    def all_shapes(self) -> list[Shape]:
-        """What is to be timed beside a file, each once.
+    def plan(self) -> Plan:
+        """How often each pass is timed."""
+        return Plan(self.pause, self.min_runs, self.max_runs, self.budget_seconds)
 
-        Raises:
-            UsageError: one of them is no shape.
-        """
+    @property
+    def all_shapes(self) -> list[Shape]:
+        """The shapes to time beside a file, each once; a UsageError for what is no shape."""
         return list(dict.fromkeys(Shape.parse(text) for text in self.shapes))
 
     @property
     def all_engines(self) -> list[str]:
-        """Names, in the order in which they take turns; PEFT's comes first, as all others are held against it."""
-        return [
-            name
-            for name, engine in ENGINES.items()
-            if (name in self.engines if self.engines else self.device in engine.devices)
-        ]
+        """Names in the order of the turns; PEFT's is first, because all others are compared with it."""
+        wanted = self.engines or [name for name, engine in ENGINES.items() if self.device in engine.devices]
+        return [name for name in ENGINES if name in wanted]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing that every engine does: a shape, or a whole file.
-
-    Attributes:
-        name: "8x60", `FILE` or `TUTORIAL`.
-        what: for people.
-        texts: how many it answers.
-        shapes: of its batches.
-    """
+    """One thing that every engine does: a shape, or a whole file."""
 
     name: str
+    """ "8x60", `FILE` or `TUTORIAL`."""
     what: str
+    """Its description in the report."""
     texts: int
     shapes: tuple[Shape, ...]
+    """The shape of each batch."""

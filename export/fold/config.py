@@ -1,9 +1,13 @@
-"""What an export is told."""
+"""What an export is told, which are the flags of ``python -m export``."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from export.bundle.folder import FP16, FP32, INT8
+from train.common.command_line import Words
 from train.common.errors import UsageError
 
 AUTO = "auto"
@@ -13,29 +17,33 @@ PRECISIONS = (FP32, FP16, INT8, AUTO)
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What an export is told, or a UsageError where a value cannot be used."""
+    """Fold an adapter's learned prompt and head into one static ONNX graph, and prove it equal. Several adapters of one
+    base model become one graph, which is told the task of each row.
+    """
 
     adapters: tuple[Path, ...]
-    """Folders that `python -m train` wrote; several of one base model become one graph for all."""
+    """folders that `python -m train` wrote; several of one base model become one graph for all"""
+    _: KW_ONLY
     out: Path
-    """Appears when everything was measured, or not at all."""
+    """folder for the bundle; it appears when everything was measured, or not at all"""
     add: bool = False
-    """Whether to add the adapters to the bundle at ``out``."""
-    precision: str = AUTO
-    validation_files: tuple[Path, ...] = ()
-    """Labelled rows for each adapter, on which other precisions than fp32 are gated; by default the file that an adapter
-    was validated with, where it still lies unchanged."""
-    text_columns: tuple[str, ...] = ()
+    """add the adapters to the bundle at --out, which holds several already"""
+    precision: Annotated[str, Parameter(choices=PRECISIONS)] = AUTO
+    """fp32, fp16 (for CUDA), int8, or auto: whatever is fastest and passes the gate"""
+    validation_files: Annotated[tuple[Path, ...], Parameter(name="--validation-file", consume_multiple=1)] = ()
+    """labelled rows, a file for each adapter, that decide whether a precision is kept: no metric may fall by more than
+    half a point (default: the file the adapter was validated with, where it still lies unchanged)"""
+    text_columns: Words = ()
+    """text columns of that file (default: the adapter's)"""
     label_column: str | None = None
-    """Both of the validation files, where columns are not named as in training."""
+    """label column of that file (default: the adapter's)"""
     ungated: bool = False
-    """Whether to make other precisions also where no labelled rows can say what they cost. Such a graph has no gate in
-    the manifest and runs only where it is asked for by name."""
+    """make other precisions also where no labelled rows can say what they cost; they have no gate in the manifest and
+    run only where they are named"""
     overwrite: bool = False
+    """replace an older bundle at --out"""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"--precision {self.precision}: choose one of {', '.join(PRECISIONS)}.")
         if self.validation_files and len(self.validation_files) != len(self.adapters):
             raise UsageError(
                 f"--validation-file names {len(self.validation_files)} files for {len(self.adapters)} adapters. "

@@ -114,14 +114,14 @@ def test_every_engine_is_measured_on_every_cell_or_says_why_not(
         ("{adapter} {bundle} --rounds 0", "--rounds 0: give a whole number of at least 1"),
         ("{adapter} {bundle} --threads 0", "--threads 0: give"),
         ("{adapter} {bundle} --pause -1", "--pause -1: give seconds"),
-        ("{adapter} {bundle} --device tpu", "--device tpu: choose cpu or cuda"),
+        ("{adapter} {bundle} --device tpu", 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda".'),
         ("{adapter} {bundle} --openvino-python nowhere", "--openvino-python nowhere: there is no such program"),
         ("{adapter} {bundle} --png {tmp}/no/a.png", "in a folder that exists"),
         ("{adapter} {bundle} --png {tmp}/a.jpg", "give a name that ends in .png"),
         ("{adapter} {bundle} --shape-of roberta-large", "makes its own adapter"),
         ("--shape-of roberta-large --file {tmp}/f.jsonl", "random weights, which score nothing"),
         ("--shape-of roberta-huge", "give roberta-large, or a folder that holds a model's config.json"),
-        ("{adapter} {bundle} --what", "unrecognized arguments: --what"),
+        ("{adapter} {bundle} --what", "Unknown option: --what"),
     ],
 )
 def test_what_cannot_be_used_is_refused_at_once(

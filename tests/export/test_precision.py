@@ -237,7 +237,10 @@ def test_a_validation_file_that_cannot_be_read_costs_no_work(
 def test_an_unknown_precision_is_refused(adapter: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert export_bundle(adapter("bert"), tmp_path / "b", "--precision", "int4") == 2
-    assert capsys.readouterr().err == "error: --precision int4: choose one of fp32, fp16, int8, auto.\n"
+    assert capsys.readouterr().err == (
+        'error: Invalid value "int4" for --precision. Choose from: "fp32", "fp16", "int8", "auto". Did you mean "int8"? '
+        "See python -m export --help.\n"
+    )
 
 
 VNNI = frozenset({"avx2", "avx512f", "avx512_vnni"})

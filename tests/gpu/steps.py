@@ -97,7 +97,7 @@ def _tiny(kind: str) -> tuple[Path, Path]:
     random_model.write_random_base(settings, folder / "base")
     method = "p-tuning-v2" if suffix else "p-tuning"
     random_model.write_random_adapter(folder / "base", folder / "adapter", method=method, head_bias=0.0)
-    export_adapters(ExportConfig((folder / "adapter",), folder / "bundle", precision="fp16", ungated=True))
+    export_adapters(ExportConfig((folder / "adapter",), out=folder / "bundle", precision="fp16", ungated=True))
     return folder / "adapter", folder / "bundle"
 
 
@@ -208,11 +208,10 @@ def _folders(name: str) -> tuple[Path, Path]:
 
 def _config(name: str, **changed: Any) -> Any:
     from export.bench.config import BenchConfig
-    from export.bench.engines import Plan
 
     adapter, bundle = _folders(name)
-    plan = Plan(pause_seconds=0.1, min_runs=15, max_runs=200, budget_seconds=0.4)
-    settings = BenchConfig(adapter, bundle, plan, shapes=SHAPES, rounds=1, device=DEVICE)
+    plan: dict[str, Any] = {"pause": 0.1, "min_runs": 15, "max_runs": 200, "budget_seconds": 0.4}
+    settings = BenchConfig(adapter, bundle, shapes=SHAPES, rounds=1, device=DEVICE, **plan)
     return replace(settings, **changed)
 
 
@@ -236,7 +235,7 @@ def prepare(name: str) -> None:
             random_model.make_random_bundle(_large(), folder, device=DEVICE)
         else:
             gate = {"validation_files": (rows,)} if rows else {"ungated": True}
-            export_adapters(ExportConfig((ADAPTERS[name],), folder / "bundle", precision="fp16", **gate))
+            export_adapters(ExportConfig((ADAPTERS[name],), out=folder / "bundle", precision="fp16", **gate))
         manifest = read_record(folder / "bundle", BUNDLE)
         gates = {graph.precision: list(map(str, graph.gates)) for graph in load_bundle(folder / "bundle").graphs}
         parity = manifest["tasks"][0]["parity"]["max_logit_difference"]

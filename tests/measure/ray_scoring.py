@@ -16,100 +16,50 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from export.bundle.folder import load_bundle
 from export.score.label import PREDICTION
-from train.common.console import Parser, names, run_main, say
-from train.common.errors import EngineError, UsageError
+from train.common.command_line import Command, WholeNumbers, check_counts
+from train.common.console import say
+from train.common.errors import EngineError
 from train.data.tasks import Task
 
 ROOT = Path(__file__).parent.parent.parent
 """The repository, from which the command is started."""
 
-WORDS = [
-    "the",
-    "company",
-    "said",
-    "it",
-    "will",
-    "buy",
-    "shares",
-    "of",
-    "stock",
-    "in",
-    "new",
-    "york",
-    "on",
-    "monday",
-    "after",
-    "market",
-    "close",
-    "and",
-    "sell",
-    "them",
-    "for",
-    "more",
-    "money",
-    "next",
-    "year",
-    "while",
-    "police",
-    "found",
-    "no",
-    "one",
-    "at",
-    "home",
-    "who",
-    "knew",
-    "what",
-    "happened",
-    "to",
-    "that",
-    "old",
-    "man",
-]
-
+TEXT = (
+    "the company said it will buy shares of stock in new york on monday after market close and sell them for more money "
+    "next year while police found no one at home who knew what happened to that old man"
+)
 FILES = 8
 GROUP_ROWS = 50_000
-"""Of a row group, as large as others would write it, so that blocks are parts of one."""
-
+"""Rows of a row group, as large as others would write it, so that blocks are parts of one."""
 ROW = "row"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took.
-
-    Attributes:
-        workers: processes that held the model.
-        threads: of each.
-        rows: that were labelled.
-        seconds: for them.
-        rows_per_second: of all workers together.
-        core_seconds_per_million_rows: seconds times workers and threads, for a million rows: the cost.
-        peak_worker_mib: the largest resident size of a worker.
-        peak_driver_mib: the same of the command.
-    """
+    """What one run took."""
 
     workers: int
     threads: int
+    """Threads of each worker."""
     rows: int
     seconds: float
     rows_per_second: float
+    """Of all workers together."""
     core_seconds_per_million_rows: float
     peak_worker_mib: float
+    """Largest resident size of a worker."""
     peak_driver_mib: float
+    """The same of the command."""
 
 
 def write_rows(folder: Path, task: Task, rows: int, words: int) -> None:
-    """Write numbered rows of made-up sentences, a few files of them, without ever holding more than a row group.
-
-    Args:
-        words: of a sentence, on average.
-    """
+    """Write files of numbered rows, whose sentences have so many words on average, a row group at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -121,7 +71,10 @@ def write_rows(folder: Path, task: Task, rows: int, words: int) -> None:
             for start in range(first, end, GROUP_ROWS):
                 numbers = range(start, min(end, start + GROUP_ROWS))
                 columns = {
-                    name: [" ".join(generator.choices(WORDS, k=generator.randint(1, 2 * words - 1))) for _ in numbers]
+                    name: [
+                        " ".join(generator.choices(TEXT.split(), k=generator.randint(1, 2 * words - 1)))
+                        for _ in numbers
+                    ]
                     for name in task.text_columns
                 }
                 writer.write_table(pyarrow.table(columns | {ROW: list(numbers)}, schema=schema))
@@ -143,56 +96,45 @@ def check_rows(out: Path, rows: int) -> None:
 
 
 def measure(bundle: Path, folder: Path, *, rows: int, workers: int, threads: int, flags: Sequence[str]) -> Cost:
-    """Label the rows in a folder.
-
-    Raises:
-        EngineError: the command failed, or its output is not what it should be.
-    """
+    """Label the rows in a folder; an EngineError where the command fails, or its output is not what it should be."""
     out = folder / f"out-{workers}"
-    command = [
-        sys.executable,
-        "-m",
-        "export.score",
-        str(bundle.absolute()),
-        "--in",
-        str(folder / "in"),
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "export.score", str(bundle.absolute())]
+    command += ["--in", str(folder / "in"), "--out", str(out)]
     command += ["--engine", "ray", "--no-labels", "--workers", str(workers), "--threads", str(threads), *flags]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if run.returncode:
         raise EngineError(f"{' '.join(command)} ended with status {run.returncode}.")
     document: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     check_rows(out, rows)
-    seconds = document["seconds"]
-    return Cost(
-        workers=document["workers"],
-        threads=document["threads"],
-        rows=rows,
-        seconds=seconds,
-        rows_per_second=document["rows_per_second"],
-        core_seconds_per_million_rows=seconds * document["workers"] * document["threads"] * 1e6 / rows,
-        peak_worker_mib=document["peak_worker_mib"],
-        peak_driver_mib=document["peak_driver_mib"],
-    )
+    names = ("workers", "threads", "seconds", "rows_per_second", "peak_worker_mib", "peak_driver_mib")
+    core_seconds = document["seconds"] * document["workers"] * document["threads"]
+    values = {name: document[name] for name in names}
+    return Cost(rows=rows, core_seconds_per_million_rows=core_seconds * 1e6 / rows, **values)
 
 
-def _command(argv: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="python -m tests.measure.ray_scoring", description="Measure export.score --engine ray on made-up rows."
-    )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `python -m export` wrote")
-    parser.add_argument("--task", metavar="NAME", help="which task, where the bundle holds several")
-    parser.add_argument("--rows", type=int, default=20_000, help="rows to label (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=5, help="words of a sentence, on average (default: %(default)s)")
-    parser.add_argument("--workers", type=names, default=("1", "2"), help="how many, one run each (default: 1,2)")
-    parser.add_argument("--threads", type=int, default=1, help="of each worker (default: %(default)s)")
-    options = parser.parse_args(argv)
-    if options.rows < 1 or options.words < 1:
-        raise UsageError("--rows and --words: give whole numbers of at least 1.")
-    if not all(number.isdecimal() for number in options.workers):
-        raise UsageError("--workers: give whole numbers, with commas between them.")
+@dataclass(frozen=True)
+class RayScoringConfig:
+    """Measure export.score --engine ray on made-up rows; the last line is JSON."""
+
+    bundle: Path
+    """folder that `python -m export` wrote"""
+    _: KW_ONLY
+    task: str | None = None
+    """name of the task, where the bundle holds several"""
+    rows: int = 20_000
+    """rows to label"""
+    words: int = 5
+    """words of a sentence, on average"""
+    workers: WholeNumbers = (1, 2)
+    """numbers of workers, one run each"""
+    threads: int = 1
+    """threads of each worker"""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rows", "words")
+
+
+def _run(options: RayScoringConfig) -> None:
     bundle = load_bundle(options.bundle)
     flags = ["--task", options.task] if options.task is not None else []
     costs = []
@@ -203,7 +145,7 @@ def _command(argv: Sequence[str] | None) -> None:
         say(
             f"{'workers':>7}{'threads':>9}{'rows/s':>9}{'core-seconds/million':>22}{'worker MiB':>12}{'driver MiB':>12}"
         )
-        for workers in map(int, options.workers):
+        for workers in options.workers:
             cost = measure(
                 options.bundle, folder, rows=options.rows, workers=workers, threads=options.threads, flags=flags
             )
@@ -215,10 +157,7 @@ def _command(argv: Sequence[str] | None) -> None:
     say(json.dumps({"runs": costs}))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    return run_main(_command, argv)
-
+main = Command(RayScoringConfig, _run, "python -m tests.measure.ray_scoring")
 
 if __name__ == "__main__":
     sys.exit(main())

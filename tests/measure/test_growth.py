@@ -1,10 +1,7 @@
-"""The benchmark of growth: a graph with more tasks answers as before, its sums are right, and it runs as it says."""
+"""The benchmark of growth: a graph with more tasks answers as before, and its sums are right."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,23 +12,26 @@ from export.__main__ import main as export_main
 from export.bundle.folder import Bundle, load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.runtime.tokenizer import bundle_tokenizer
-from tests.conftest import ON_CPU, ROOT
-from tests.measure.growth import BUSY_SHARE, Line, ServingCell, cpu_seconds, demands, main, request_bodies, with_tasks
+from tests.measure.growth import BUSY_SHARE, Line, ServingCell, demands, main
+from tests.measure.http_load import request_bodies
+from tests.measure.many_tasks import with_tasks
 from train.common.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
 Folders = Callable[[str], Path]
-ON_CPU_ENVIRONMENT = os.environ | ON_CPU
 
 
-@pytest.fixture(scope="module")
-def shared(adapter: Folders, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("shared")
+def bundle_of_two_tasks(adapter: Folders, folder: Path) -> Bundle:
     # As another adapter of the same base model: a folder's name is its task's.
     other = shutil.copytree(adapter("bert"), folder / "other")
     assert export_main([str(adapter("bert")), str(other), "--out", str(folder / "bundle")]) == 0
     return load_bundle(folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def shared(adapter: Folders, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bundle_of_two_tasks(adapter, tmp_path_factory.mktemp("shared"))
 
 
 def test_a_graph_with_more_tasks_gives_each_its_own_logits(shared: Bundle, tmp_path: Path) -> None:
@@ -93,39 +93,3 @@ def test_the_requests_have_the_length_that_is_measured(shared: Bundle) -> None:
         question = json.loads(body)
         assert question["task"] == shared.tasks[0].name
         assert tokenize([tuple(pair) for pair in question["pairs"]]).arrays["input_ids"].shape <= (2, 12)
-
-
-def test_it_measures_tasks_and_replicas(shared: Bundle) -> None:
-    flags = [
-        "--tasks",
-        "1,5",
-        "--replicas",
-        "1",
-        "--batch-waits",
-        "2",
-        "--clients",
-        "2",
-        "--pairs",
-        "3",
-        "--seconds",
-        "1",
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.measure.growth", str(shared.folder), *flags, "--threads", "1"],
-        cwd=ROOT,
-        env=ON_CPU_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    result = json.loads(ended.stdout.splitlines()[-1])
-    assert [cell["n_tasks"] for cell in result["tasks"]] == [1, 5]
-    assert result["tasks"][1]["file_mb"] > result["tasks"][0]["file_mb"]
-    (cell,) = result["serving"]
-    assert (cell["replicas"], cell["clients"], cell["pairs"], cell["errors"]) == (1, 2, 3, 0)
-    assert cell["pairs_per_second"] > 0
-    assert 3 <= cell["batch_size"] <= 6
-    assert set(cell["cpu_ms"]) == set(cpu_seconds())
-    assert cell["cpu_ms"]["replica"] > 0
-    assert [demand["pairs_per_second"] for demand in result["demands"]] == [1, 100, 10_000]

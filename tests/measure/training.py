@@ -1,37 +1,35 @@
 """``python -m tests.measure.training``: the tutorial's training loop against ours, on the same machine, data and epochs.
 
-What is measured: rows per second of a whole training, scoring the validation rows after every epoch
-included, as both do; loading models and tokenising left out.
+Measured are rows per second of a whole training, scoring the validation rows after every epoch included, as both do;
+loading models and tokenising left out.
 
 - tutorial: PEFT's P-tuning tutorial as it stands (https://huggingface.co/docs/peft/main/en/task_guides/
   ptuning-seq-classification): `PeftModel` in the Trainer, random batches padded to their longest text, fp32,
   dropout in the frozen model.
-- promptfold: `train.fit.loop.fit` with the same method, sizes and learning rate: batches of like length, no dropout
-  in what is frozen, the last layer for the pooled row alone.
+- promptfold: our own loop with the same method, sizes and learning rate: batches of like length, no dropout in what is
+  frozen, the last layer for the pooled row alone.
 
-Each training has a process of its own, and they take turns, so that neither sits in the other's caches or
-beside its threads. The figure is the ratio of the medians. Run it on an idle machine:
+Each training has a process of its own, and they take turns. The figure is the ratio of the medians. Run it on an idle
+machine:
 
     python -m tests.measure.training --model minilm --train-file train.jsonl --validation-file validation.jsonl --epochs 2 --rounds 3
 
 Prints a table, then one JSON document as the last line.
 """
 
-import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from train.common.console import Parser, run_main, say
-from train.common.errors import EngineError, PromptfoldError, UsageError
+from tests.measure.child import in_child
+from train.common.command_line import Command, check_counts
+from train.common.console import say
 from train.config import TrainConfig
 
 PAUSE_SECONDS = 2.0
@@ -40,22 +38,16 @@ PAUSE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One training.
-
-    Attributes:
-        loop: whose.
-        seconds: of the training.
-        samples_per_second: training rows of all epochs over ``seconds``.
-        peak_memory_mib: largest resident size of the process.
-        scores: on validation, of the best epoch.
-        machine: where it ran.
-    """
+    """One training."""
 
     loop: str
     seconds: float
     samples_per_second: float
+    """Training rows of all epochs over ``seconds``."""
     peak_memory_mib: float
+    """Largest resident size of the process."""
     scores: dict[str, float]
+    """Of the best epoch, on validation."""
     machine: str
 
 
@@ -144,69 +136,41 @@ LOOPS: dict[str, Callable[[TrainConfig], Measured]] = {
 
 
 def _measured(loop: str, seconds: float, n_samples: int, scores: dict[str, float]) -> Measured:
-    import resource
+    from train.common.machine import describe_machine, peak_memory_mib
 
-    from train.common.machine import describe_machine
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes, but bytes on macOS.
-    peak_mib = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-    return Measured(loop, seconds, n_samples / seconds, peak_mib, scores, describe_machine())
+    return Measured(loop, seconds, n_samples / seconds, peak_memory_mib(), scores, describe_machine())
 
 
-def _in_child(sender: Connection, loop: str, config: TrainConfig) -> None:
-    try:
-        sender.send(LOOPS[loop](config))
-    except PromptfoldError as error:
-        sender.send(error)
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Time the PEFT tutorial's training loop against ours; the last line is JSON."""
+
+    model: str = "minilm"
+    """as for python -m train"""
+    task: str = "mrpc"
+    """as for python -m train"""
+    train_file: Path | None = None
+    """as for python -m train"""
+    validation_file: Path | None = None
+    """as for python -m train"""
+    epochs: int = 2
+    """epochs of each training"""
+    rounds: int = 3
+    """trainings of each loop; the figure is their median"""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rounds")
 
 
-def measure(loop: str, config: TrainConfig) -> Measured:
-    """Run one training in a process of its own.
-
-    Raises:
-        PromptfoldError: whatever the training raises, or an EngineError when its process died.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_in_child, args=(sender, loop, config), name=f"promptfold-bench-{loop}")
-    process.start()
-    sender.close()
-    try:
-        reply: Measured | PromptfoldError = receiver.recv()
-    except EOFError as cause:
-        process.join()
-        raise EngineError(f"The {loop} training ended unexpectedly (exit code {process.exitcode}).") from cause
-    finally:
-        process.join()
-    if isinstance(reply, PromptfoldError):
-        raise reply
-    return reply
-
-
-def _command(argv: Sequence[str] | None) -> None:
-    parser = Parser(
-        prog="python -m tests.measure.training",
-        description="Time the PEFT tutorial's training loop against ours; the last line is JSON.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", default="minilm", help="as for python -m train")
-    parser.add_argument("--task", default="mrpc", help="as for python -m train")
-    parser.add_argument("--train-file", type=Path, default=argparse.SUPPRESS, help="as for python -m train")
-    parser.add_argument("--validation-file", type=Path, default=argparse.SUPPRESS, help="as for python -m train")
-    parser.add_argument("--epochs", type=int, default=2, help="of each training")
-    parser.add_argument("--rounds", type=int, default=3, help="trainings of each loop; the figure is their median")
-    options = vars(parser.parse_args(argv))
-    rounds = options.pop("rounds")
-    if rounds < 1:
-        raise UsageError(f"--rounds {rounds}: give a whole number of at least 1.")
+def _run(options: TrainingConfig) -> None:
+    settings = {name: value for name, value in asdict(options).items() if name != "rounds"}
     # The tutorial's own settings are the defaults.
-    config = TrainConfig(out=Path("bench"), **options)
+    config, rounds = TrainConfig(out=Path("bench"), **settings), options.rounds
     measured: list[Measured] = []
     for number in range(1, rounds + 1):
-        for loop in LOOPS:
+        for loop, train in LOOPS.items():
             time.sleep(PAUSE_SECONDS)
-            result = measure(loop, config)
+            result = in_child(train, config)
             measured.append(result)
             say(f"round {number}/{rounds}  {loop}: {result.samples_per_second:.1f} samples/s in {result.seconds:.0f} s")
     medians = {
@@ -222,26 +186,12 @@ def _command(argv: Sequence[str] | None) -> None:
         say(f"{loop:<12}{medians[loop]:>11.1f}{last.peak_memory_mib:>12.0f}  {scores}")
     speedup = medians["promptfold"] / medians["tutorial"]
     say(f"promptfold trains {speedup:.2f} times as fast ({measured[0].machine})")
-    say(
-        json.dumps(
-            {
-                "model": config.model,
-                "task": config.task,
-                "epochs": config.epochs,
-                "batch_size": config.batch_size,
-                "machine": measured[0].machine,
-                "trainings": [asdict(item) for item in measured],
-                "ratio_per_round": ratios,
-                "samples_per_second_ratio": speedup,
-            }
-        )
-    )
+    document = {name: getattr(config, name) for name in ("model", "task", "epochs", "batch_size")}
+    document |= {"machine": measured[0].machine, "trainings": [asdict(item) for item in measured]}
+    say(json.dumps(document | {"ratio_per_round": ratios, "samples_per_second_ratio": speedup}))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    return run_main(_command, argv)
-
+main = Command(TrainingConfig, _run, "python -m tests.measure.training")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,9 +30,10 @@ from train.__main__ import main
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
 from train.adapter.record import ADAPTER
+from train.common.command_line import flag
 from train.common.errors import AdapterError, ModelError
 from train.common.folder_record import content_of, write_record
-from train.config import TrainConfig, flag, parse_config
+from train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,7 +347,7 @@ def test_the_help_names_the_flag_of_every_setting(capsys: Capture) -> None:
 def test_the_defaults_are_the_tutorials() -> None:
     settings: dict[str, Any] = {"model": "roberta-large", "method": "p-tuning", "epochs": 20, "virtual_tokens": 20}
     settings |= {"encoder_hidden_size": 128, "learning_rate": 1e-3, "batch_size": 32, "weight_decay": 0.01}
-    assert parse_config(["--out", "x"]) == TrainConfig(out=Path("x"), **settings)
+    assert main.parse(["--out", "x"]) == TrainConfig(out=Path("x"), **settings)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_the_defaults_are_the_tutorials() -> None:
     [
         ("", "--out"),
         ("--out {tmp}/a --epochs 0", "--epochs 0: give a whole number"),
-        ("--out {tmp}/a --epochs two", "invalid int value: 'two'"),
+        ("--out {tmp}/a --epochs two", '--epochs: unable to convert "two" into int'),
         ("--out {tmp}/a --learning-rate -1", "--learning-rate -1.0: give a number above 0"),
         ("--out {tmp}/a --learning-rate nan", "--learning-rate nan"),
         ("--out {tmp}/a --seed -1", "--seed -1"),
@@ -371,20 +372,20 @@ def test_the_defaults_are_the_tutorials() -> None:
         ("--out /proc/none/a {data}", "/proc cannot be written"),
         ("--out {train}/a {data}", "cannot be written"),
         ("--bogus", "--help"),
-        ("--out {tmp}/a {data} --precision int4", "--precision int4: choose one of fp32, bf16, fp16"),
+        ("--out {tmp}/a {data} --precision int4", '"int4" for --precision. Choose from: "fp32", "bf16", "fp16"'),
         (
             "--out {tmp}/a {data} --model minilm --precision fp16",
             "needs an NVIDIA GPU, and there is none. Take fp32 or",
         ),
         ("--out {tmp}/a {data} --report-to trackio", "Run: pip install -r requirements.txt trackio"),
-        ("--out {tmp}/a {data} --method lora", "--method lora: choose one of p-tuning, p-tuning-v2"),
+        ("--out {tmp}/a {data} --method lora", '"lora" for --method. Choose from: "p-tuning", "p-tuning-v2"'),
         (
             "--out {tmp}/a --method p-tuning-v2 --reparameterization mlp",
             "--reparameterization mlp belongs to --method p-tuning",
         ),
         ("--out {tmp}/a --average 1", "--average 1.0: give a number from 0 to below 1"),
         ("--out {tmp}/a --seeds 1,1", "--seeds names a seed twice"),
-        ("--out {tmp}/a --seeds 1,x", "invalid comma-separated int value: '1,x'"),
+        ("--out {tmp}/a --seeds 1,x", '--seeds: unable to convert "x" into int'),
         ("--out {tmp}/a --max-steps 0", "--max-steps 0: give a whole number"),
         ("--out {tmp}/a --checkpoint-steps 0", "--checkpoint-steps 0: give a whole number"),
     ],

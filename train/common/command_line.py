@@ -1,0 +1,132 @@
+"""Command lines: each is one frozen dataclass, whose fields give the type, default and help of its flags."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import yaml  # type: ignore[import-untyped]
+from cyclopts import App, ArgumentCollection, Parameter, Token, convert, exceptions
+from cyclopts.config import Dict
+
+from train.common.errors import PromptfoldError, UsageError
+
+T = TypeVar("T")
+
+
+def _split_at_commas(kind: Any, tokens: Sequence[Token]) -> Any:
+    words = [token.evolve(value=word.strip()) for token in tokens for word in token.value.split(",") if word.strip()]
+    return convert(kind, words) if words else ()
+
+
+Words = Annotated[tuple[str, ...], Parameter(converter=_split_at_commas, n_tokens=1, metavar="WORD,...")]
+"""Comma-separated words: ``--text-columns premise,hypothesis``."""
+WholeNumbers = Annotated[tuple[int, ...], Parameter(converter=_split_at_commas, n_tokens=1, metavar="INT,...")]
+Numbers = Annotated[tuple[float, ...], Parameter(converter=_split_at_commas, n_tokens=1, metavar="FLOAT,...")]
+
+
+@dataclass(frozen=True)
+class Command(Generic[T]):
+    """A program: ``main = Command(Config, run, "python -m x")``, and ``main(argv)`` returns its exit status."""
+
+    kind: type[T]
+    """First fields are positional arguments, those after a `KW_ONLY` are flags, the string below a field is its help,
+    and the first paragraph of the docstring describes the program."""
+    run: Callable[[T], None]
+    name: str
+    """What a user types, such as ``python -m train``."""
+    example: str = ""
+    takes_settings: bool = False
+    """Whether ``--config`` names a YAML file with settings."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Run; without ``argv`` on the words that this process was started with.
+
+        0 when it finished, 2 with one line on standard error where the user can put right what went wrong, 130 after
+        Ctrl-C. Anything else is a bug of ours and keeps its traceback.
+        """
+        try:
+            self.run(self.parse(sys.argv[1:] if argv is None else argv))
+        except PromptfoldError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    def parse(self, argv: Sequence[str]) -> T:
+        """Read a command line; ``--help`` prints the flags and exits. Every mistake is a `UsageError`."""
+        app = App(
+            name=self.name,
+            help=(self.kind.__doc__ or "").partition("\n\n")[0],
+            help_epilogue=self.example,
+            version_flags=[],
+            default_parameter=Parameter(negative=(), allow_repeating=True, json_list=False, show_default=_show_default),
+        )
+        app["--help"].show = False
+
+        @dataclass(frozen=True, kw_only=True)
+        class WithSettings(self.kind):  # type: ignore[name-defined]
+            config: Annotated[Path | None, Parameter(metavar="FILE")] = None
+            """YAML file of settings by the flags' names, such as `batch_size: 16`; flags win over it"""
+
+        if self.takes_settings:
+            app.config = (_read_settings,)
+        app.default(WithSettings if self.takes_settings else self.kind)
+        try:
+            parsed = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        except exceptions.CycloptsError as cause:
+            spare = cause.unused_tokens if isinstance(cause, exceptions.UnusedCliTokensError) else None
+            what = f'There is no place for "{spare[0]}".' if spare else cause
+            raise UsageError(f"{what} See {self.name} --help.") from cause
+        if parsed is None:
+            sys.exit(0)  # the help was printed
+        return self.kind(**{name: value for name, value in vars(parsed).items() if name != "config"})
+
+
+def _show_default(value: Any) -> str | None:
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return None if value is None or value is False or value == "" else str(value)
+
+
+def _read_settings(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give the settings of the file at ``--config`` to the flags that are not on the command line (`App.config`)."""
+    own = arguments["--config"]
+    if not own.tokens:
+        return
+    source = f"--config {own.tokens[0].value}"
+    remedy = "Write one setting a line, such as `batch_size: 16`."
+    try:
+        # All values as text, as they are on the command line: 1e-3 would stay a string, and `no` would become False.
+        settings = yaml.load(Path(own.tokens[0].value).read_bytes(), Loader=yaml.BaseLoader)  # noqa: S506 -- no objects
+    except OSError as cause:
+        raise UsageError(f"{source} cannot be read ({cause.strerror}). Give a YAML file.") from cause
+    except yaml.YAMLError as cause:
+        mark = getattr(cause, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{source}{where}: this is no YAML. {remedy}") from cause
+    if not isinstance(settings, dict):
+        raise UsageError(f"{source} holds no settings. {remedy}")
+    others = ArgumentCollection(argument for argument in arguments if argument is not own)
+    for name in settings:
+        if others.get(flag(name), None) is None:
+            raise exceptions.UnknownOptionError(
+                token=Token(keyword=flag(name), source=source), argument_collection=others
+            )
+    Dict(settings, source=source)(app, commands, others)
+
+
+def flag(name: str) -> str:
+    """The flag of a field: ``--batch-size`` for ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Refuse numbers below 1 in these fields with a UsageError; None is allowed."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{flag(name)} {value}: give a whole number of at least 1.")
