@@ -1,0 +1,563 @@
+"""Untrusted adapters, base models and bundles, that would run code, read other files, or take all memory.
+
+Each is made for real; those that take a process of their own are in tests/slow/test_untrusted.py.
+"""
+
+# ruff: noqa: F811 -- arguments have the names of imported fixtures
+
+import builtins
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import train.common.limits
+from export.__main__ import main as export_main
+from export.bundle.folder import BUNDLE, load_bundle
+from export.runtime.classifier import OnnxClassifier
+from export.runtime.session import open_session
+from export.runtime.tokenizer import TextTokenizer
+from export.runtime.trial import try_bundle
+from export.triton import TritonConfig, write_triton_repository
+from tests.conftest import Data
+from tests.untrusted import (  # noqa: F401 -- fixtures too
+    KIND_NAMES,
+    Copies,
+    Folders,
+    Hostile,
+    Trap,
+    base,
+    canary,
+    change_json,
+    copies,
+    graph_of,
+    harmless,
+    hostile,
+    load,
+    rehash,
+    sparse,
+)
+from train.__main__ import main as train_main
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
+from train.adapter.record import ADAPTER
+from train.common.errors import AdapterError, BundleError, ModelError
+from train.model.classifier import load_classifier
+from train.model.find import find_base_model
+from train.model.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_trap_works(canary: Path) -> None:
+    pickle.loads(pickle.dumps(Trap(canary)))  # noqa: S301 -- our own
+    assert canary.exists()
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        *((name, "lists a file outside its folder") for name in ("../outside", "a/b", "/etc/hostname", ".")),
+        *(("", "lacks"), ("..", "lacks .."), ("x\0y", "lacks x"), ("x" * 5000, "cannot be read")),
+    ],
+)
+def test_a_record_that_names_a_file_elsewhere_is_refused(name: str, listed: str, words: str, copies: Copies) -> None:
+    folder, kind = copies(name)
+    (folder.parent / "outside").write_text("x")
+    record = json.loads((folder / kind.record).read_text())
+    change_json(folder / kind.record, sha256=record["sha256"] | {listed: "0" * 64})
+    with pytest.raises(kind.error, match=words):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+@pytest.mark.parametrize("file", ["tokenizer.json", "extra.txt", ".hidden", "{record}"])
+@pytest.mark.parametrize("target", ["file", "folder", "nothing"])
+def test_a_link_is_refused_wherever_it_leads(name: str, file: str, target: str, copies: Copies) -> None:
+    """Also to the very bytes whose hash is recorded; a copy without links is what the refusal says."""
+    folder, kind = copies(name)
+    path = folder / file.format(record=kind.record)
+    elsewhere = folder.parent / "elsewhere"
+    if target == "folder":
+        elsewhere.mkdir()
+    elif target == "file":
+        elsewhere.write_bytes(path.read_bytes() if path.exists() else b"x")
+    path.unlink(missing_ok=True)
+    path.symlink_to(elsewhere)
+    with pytest.raises(kind.error, match="is a link" if target == "file" or file[0] in "e." else "lacks") as refused:
+        load(folder, kind)
+    if target == "file":
+        assert "cp -rL" in str(refused.value)
+        subprocess.run(["cp", "-rL", str(folder), str(folder.parent / "COPY")], check=True)  # noqa: S607
+        if file == "tokenizer.json":
+            load(folder.parent / "COPY", kind)
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+@pytest.mark.parametrize("file", ["{record}", "tokenizer.json", "tokenizer_config.json", "unlisted"])
+def test_a_pipe_or_a_socket_in_place_of_a_file_is_refused_and_never_read(
+    name: str, file: str, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open a pipe would wait for ever."""
+    folder, kind = copies(name)
+    path = folder / file.format(record=kind.record)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(kind.error, match=r"is no plain file|lacks"):
+        load(folder, kind)
+    path.unlink()
+    monkeypatch.chdir(folder)  # a socket's name may have a hundred characters
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+        with pytest.raises(kind.error, match=r"is no plain file|lacks"):
+            load(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_bytes", "limit", "files"),
+    [
+        ("adapter", 2**30, "64", "training.json tokenizer.json"),
+        ("adapter", 17 * 2**20, "16", "training.json"),
+        ("adapter", 100 * 2**30, "64", "adapter_model.bin"),
+        ("adapter", 100 * 2**30, "2,048", "adapter_model.safetensors"),
+        ("bundle", 2**30, "64", "manifest.json tokenizer.json config.json"),
+        ("bundle", 100 * 2**30, "2,048", "model.onnx model_int8.onnx"),
+    ],
+)
+def test_a_file_larger_than_any_is_refused_by_its_length(
+    name: str, n_bytes: int, limit: str, files: str, copies: Copies
+) -> None:
+    folder, kind = copies(name)
+    for file in files.split():
+        whole = (folder / file).read_bytes() if (folder / file).exists() else None
+        sparse(folder / file, n_bytes)
+        with pytest.raises(kind.error, match=f"{file} has .* MiB; no such file has more than {limit}"):
+            load(folder, kind)
+        (folder / file).unlink()
+        if whole is not None:
+            (folder / file).write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+def test_thousands_of_files_are_refused_and_folders_within_are_left_alone(
+    name: str, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `.git` is one, or what the hub's downloads leave."""
+    monkeypatch.setattr(train.common.limits, "MAX_ENTRIES", 30)
+    folder, kind = copies(name)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "link").symlink_to("/")
+    load(folder, kind)
+    rehash(folder, kind)
+    load(folder, kind)
+    for number in range(30):
+        (folder / str(number)).touch()
+    with pytest.raises(kind.error, match="holds more than 30 files"):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param('{"a":' * 100_000, id="deep objects"),
+        pytest.param('{"format_version": ' + "9" * 10_000 + "}", id="digits"),
+        pytest.param("[1]", id="list"),
+        pytest.param("", id="empty"),
+        pytest.param("\ud800", id="surrogate"),
+    ],
+)
+def test_a_record_that_is_no_usable_json_is_refused(name: str, content: str, copies: Copies) -> None:
+    folder, kind = copies(name)
+    (folder / kind.record).write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(kind.error, match=f"{kind.record} (cannot be read|holds no JSON object)"):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("max_length", [2**60, 0, -1, 5.5, "40", float("inf")]),
+        ("virtual_tokens", [2**60, True]),
+        ("pad_token_id", [-1, 2**60]),
+        ("vocabulary_size", [2**60]),
+        ("inputs", [["input_ids", "attention_mask", "hidden"], ["input_ids"], [["input_ids", "attention_mask"]]]),
+        ("graphs", [[{"precision": "fp32", "file": "/etc/passwd", "gates": [1]}]]),
+        ("graphs", [[{"precision": "../model", "file": "model.onnx", "gates": []}], []]),
+        ("tasks", [{}, []]),
+    ],
+)
+def test_a_manifest_of_nonsense_with_hashes_that_fit_is_refused(field: str, values: list[Any], copies: Copies) -> None:
+    folder, kind = copies("bundle")
+    for value in values:
+        rehash(folder, kind, **{field: value})
+        with pytest.raises(BundleError, match=rf"manifest\.json, {field}"):
+            load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": [str(number) for number in range(100_000)]}, "from 2 to 100 labels"),
+        ({"labels": ["one"]}, "from 2 to 100 labels"),
+        ({"text_columns": ["a", "b", "c"]}, "one or two text columns"),
+        ({"metrics": ["profit"]}, "metrics among"),
+        ({"unknown": 1}, "wrong form"),
+    ],
+)
+def test_a_task_that_none_can_be_is_refused(name: str, changes: dict[str, Any], words: str, copies: Copies) -> None:
+    folder, kind = copies(name)
+    record = json.loads((folder / kind.record).read_text())
+    task = (record if kind is ADAPTER else record["tasks"][0])["task"] | changes
+    rehash(folder, kind, **({"task": task} if kind is ADAPTER else {"tasks": [record["tasks"][0] | {"task": task}]}))
+    with pytest.raises(kind.error, match=words):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize("name", KIND_NAMES)
+def test_the_graphs_file_is_ours_whatever_the_manifest_says(name: str, copies: Copies) -> None:
+    folder, kind = copies(name)
+    if kind is BUNDLE:
+        rehash(folder, kind, graphs=[{"precision": "fp32", "file": "../../../etc/passwd", "gates": []}])
+        assert load_bundle(folder).graph_path("fp32") == folder / "model.onnx"
+    else:
+        rehash(folder, kind, method="lora")
+        with pytest.raises(AdapterError, match="method: Input should be 'p-tuning' or 'p-tuning-v2'"):
+            load_adapter(folder)
+
+
+# Adapters
+
+
+def test_pickled_weights_are_no_adapter_and_beside_safetensors_they_are_not_read(
+    copies: Copies, base_model: Folders, canary: Path
+) -> None:
+    folder, kind = copies("adapter")
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(canary)))
+    rehash(folder, kind)
+    adapter = load_adapter(folder)
+    found = find_adapter_base(adapter)
+    load_prompted_classifier(adapter, found)
+    load_peft_model(folder, found, adapter.labels)
+    load_tokenizer(folder, adapter.max_length)
+    assert export_main([str(folder), "--out", str(folder.parent / "b")]) == 0
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"lacks adapter_model\.safetensors"):
+        load_adapter(folder)
+    # As a name alone it makes no difference.
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
+    rehash(folder, kind)
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors cannot be read"):
+        load_prompted_classifier(load_adapter(folder), found)
+    with pytest.raises(AdapterError, match="does not fit"):
+        load_peft_model(folder, found, adapter.labels)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        # Of these kinds of PEFT one imports a module by name, one reads a pickle, one reads a tokenizer elsewhere.
+        ({"peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "evil"}, "peft_type: Input should be"),
+        (
+            {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "evil.bin"},
+            "peft_type: Input should be",
+        ),
+        (
+            {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "../e"},
+            "peft_type: Input should be",
+        ),
+        ({"peft_type": "PREFIX_TUNING"}, "describes a PREFIX_TUNING prompt"),
+        ({"peft_type": ["P_TUNING"]}, "peft_type: Input should be"),
+        ({"task_type": "CAUSAL_LM"}, "task_type: Input should be 'SEQ_CLS'"),
+        (
+            {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+            "auto_mapping: Input should be null",
+        ),
+        ({"num_virtual_tokens": 10**12}, "num_virtual_tokens: Input should be less than"),
+        ({"num_virtual_tokens": 5.0}, "num_virtual_tokens: Input should be a valid integer"),
+        ({"token_dim": 10**12}, "token_dim: Input should be less than"),
+        ({"token_dim": 2**23, "num_layers": 2**10}, "describes a prompt of"),
+        ({"num_layers": None}, "num_layers: Input should be a valid integer"),
+        ({"num_transformer_submodules": "2"}, "num_transformer_submodules: Input should be a valid integer"),
+    ],
+)
+def test_a_configuration_that_makes_peft_do_anything_else_is_refused(
+    changes: dict[str, Any], words: str, copies: Copies
+) -> None:
+    folder, kind = copies("adapter")
+    change_json(folder / "adapter_config.json", **changes)
+    rehash(folder, kind)
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json.*{words}"):
+        load_adapter(folder)
+
+
+# Tokenizers
+
+
+def hostile_tokenizer(folder: Path, canary: Path) -> None:
+    """One that wants a class from a file beside it."""
+    classes = ["hostile.Hostile", "hostile.Hostile"]
+    change_json(folder / "tokenizer_config.json", tokenizer_class="Hostile", auto_map={"AutoTokenizer": classes})
+    (folder / "hostile.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Hostile: pass\n")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every question on the terminal, which is answered with yes."""
+    questions: list[str] = []
+
+    def say_yes(question: str = "") -> str:
+        questions.append(question)
+        return "y"
+
+    monkeypatch.setattr(builtins, "input", say_yes)
+    return questions
+
+
+def test_a_tokenizers_own_code_is_never_run_nor_asked_about(
+    copies: Copies, base: Path, canary: Path, asked: list[str]
+) -> None:
+    folder, kind = copies("adapter")
+    for place in (folder, base):
+        hostile_tokenizer(place, canary)
+    rehash(folder, kind)
+    for place in (folder, base):
+        with pytest.raises(ModelError, match="auto_map"):
+            load_tokenizer(place, 40)
+        change_json(place / "tokenizer_config.json", auto_map=None)
+        with pytest.raises(ModelError, match="holds no tokenizer that can be loaded"):
+            load_tokenizer(place, 40)
+    assert not asked
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "evil"])
+def test_nor_is_that_of_a_configuration_beside_it(
+    model_type: str, copies: Copies, canary: Path, asked: list[str]
+) -> None:
+    """transformers turns to config.json where the tokenizer's own settings name no class."""
+    folder, kind = copies("adapter")
+    hostile_tokenizer(folder, canary)
+    (folder / "tokenizer_config.json").write_text("{}")
+    code = {"AutoConfig": "hostile.Hostile", "AutoTokenizer": ["hostile.Hostile", "hostile.Hostile"]}
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": code}))
+    rehash(folder, kind)
+    with pytest.raises(ModelError, match="holds no tokenizer that can be loaded"):
+        load_tokenizer(folder, 40)
+    assert not asked
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "merges_file", "init_inputs"])
+def test_a_tokenizer_whose_settings_name_another_file_is_refused(key: str, copies: Copies) -> None:
+    """transformers would read that one, though tokenizer.json lies beside them."""
+    folder, kind = copies("adapter")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    elsewhere = shutil.copyfile(folder / "tokenizer.json", folder.parent / "elsewhere.json")
+    change_json(folder / "tokenizer_config.json", **{key: str(elsewhere)})
+    rehash(folder, kind)
+    with pytest.raises(ModelError, match=f"leads elsewhere: {key}"):
+        load_tokenizer(folder, load_adapter(folder).max_length)
+    # What old versions of save_pretrained wrote is fine.
+    settings["special_tokens_map_file"] = "/home/me/x.json"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    load_tokenizer(folder, 40)
+
+
+# Base models
+
+
+def test_a_base_model_of_pickled_weights_is_refused(
+    base: Path, canary: Path, data: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the function and, in one sentence, by the program."""
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(canary)))
+    with pytest.raises(ModelError, match="has no safetensors weights"):
+        find_base_model(str(base))
+    capsys.readouterr()
+    assert train_main(["--model", str(base), "--out", str(base.parent / "a"), *data.flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (base.parent / "a").exists()
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("named", ["pytorch_model.bin", "../base/other.safetensors", "other.safetensors", "/x", None])
+def test_an_index_of_weights_that_names_other_files_is_refused(named: str | None, base: Path, canary: Path) -> None:
+    """transformers would read whatever it names, pickles too, and the hash would be that of the files it leaves out."""
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(canary)))
+    index = {"weight_map": {"embeddings.word_embeddings.weight": named}} if named else {}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
+    with pytest.raises(ModelError, match=r"names other files than model\*\.safetensors"):
+        find_base_model(str(base))
+
+
+def test_a_base_model_in_parts_or_of_links_is_fine(base: Path, tmp_path: Path) -> None:
+    """The hub's own cache is made of links."""
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(base).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
+    load_classifier(find_base_model(str(tmp_path / "parts")), ["a", "b"])
+    (tmp_path / "links").mkdir()
+    for path in base.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert find_base_model(str(tmp_path / "links")).sha256 == find_base_model(str(base)).sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"auto_map": {"AutoConfig": "evil.Config"}}, "wants code of its own"),
+        ({"transformers_weights": "../elsewhere/model.safetensors"}, "names another file of weights"),
+        ({"attn_implementation": "stranger/kernel"}, "wants attention by code from elsewhere"),
+        ({"_attn_implementation": "stranger/kernel"}, "wants attention by code from elsewhere"),
+        ({"hidden_size": 10**9}, "has hidden_size 1000000000"),
+        ({"vocab_size": 10**12}, "has vocab_size 1000000000000"),
+        ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1000000000"),
+        ({"intermediate_size": 10**12}, "has intermediate_size 1000000000000"),
+        ({"max_position_embeddings": 10**12}, "has max_position_embeddings 1000000000000"),
+        ({"vocab_size": "94"}, "has vocab_size '94'"),
+        ({"id2label": 7}, "cannot be used"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "cannot be loaded"),
+    ],
+)
+def test_a_configuration_that_leads_elsewhere_or_fits_no_weights_is_refused(
+    changes: dict[str, Any], words: str, base: Path
+) -> None:
+    change_json(base / "config.json", **changes)
+    with pytest.raises(ModelError, match=words):
+        found = find_base_model(str(base))
+        assert "quantization_config" in changes  # all others are refused before anything is loaded
+        load_classifier(found, ["a", "b"])
+
+
+def test_a_base_model_that_is_an_adapter_is_refused(base: Path, adapter: Folders) -> None:
+    """transformers would load what its configuration names instead."""
+    shutil.copyfile(adapter("bert") / "adapter_config.json", base / "adapter_config.json")
+    with pytest.raises(ModelError, match="is an adapter"):
+        find_base_model(str(base))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"])
+def test_a_base_model_with_a_pipe_or_a_file_without_end_is_refused(file: str, base: Path) -> None:
+    (base / file).unlink(missing_ok=True)
+    os.mkfifo(base / file)
+    with pytest.raises(ModelError, match=r"is no plain file|has no config"):
+        find_base_model(str(base))
+    sparse(base / file, 2**37)
+    with pytest.raises(ModelError, match="no such file has more than"):
+        find_base_model(str(base))
+
+
+# Graphs
+
+
+def test_a_harmless_graph_is_opened(hostile: Hostile) -> None:
+    bundle = load_bundle(hostile(harmless()))
+    try_bundle(bundle)
+    classifier = OnnxClassifier(bundle, threads=1, use_cuda=False)
+    assert np.array_equal(classifier.logits(classifier.tokenize([("a", "b")]).arrays), [[1, 1]])
+
+
+@pytest.mark.parametrize("location", ["../../../../../../etc/passwd", "/etc/passwd", "weights.bin"])
+@pytest.mark.parametrize("place", ["initializer", "constant"])
+def test_a_graph_whose_numbers_are_in_another_file_is_refused(
+    location: str, place: str, hostile: Hostile, tmp_path: Path
+) -> None:
+    tensor = onnx.TensorProto(name="w", data_type=TensorProto.UINT8, dims=[8])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "8")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    model = graph_of("{ logits = Cast <to = 1> (w) }")
+    if place == "initializer":
+        model.graph.initializer.append(tensor)
+    else:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+    folder = hostile(model)
+    (folder / "weights.bin").write_bytes(b"12345678")
+    bundle = load_bundle(folder)
+    for use in (
+        lambda: OnnxClassifier(bundle, threads=1, use_cuda=False),
+        lambda: open_session(folder / "model.onnx", threads=1),
+        lambda: write_triton_repository(TritonConfig(folder, out=tmp_path / "models")),
+    ):
+        with pytest.raises(BundleError, match="is not opened: it holds a tensor whose numbers are in another file"):
+            use()
+    assert not (tmp_path / "models").exists()
+
+
+ENDLESS_LOOP = """<bool go = {1}> {
+    start = Cast <to = 1> (input_ids)
+    logits = Loop <body = body (int64 i, bool more, float[] x) => (bool go_on, float[] x_out) {
+        go_on = Identity (more)
+        x_out = Identity (x)
+    }> (, go, start)
+}"""
+
+
+def with_part(part: str) -> onnx.ModelProto:
+    model = harmless()
+    getattr(model.graph if part == "sparse_initializer" else model, part).add()
+    return model
+
+
+COMPILED = '{ logits = com.microsoft.EPContext <ep_cache_context = "../x"> (input_ids) }'
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: graph_of(ENDLESS_LOOP), "a graph within the graph"),
+        (lambda: with_part("functions"), "functions of its own"),
+        (lambda: with_part("sparse_initializer"), "sparse tensors"),
+        (lambda: with_part("training_info"), "a part for training"),
+        (lambda: graph_of("{ logits = evil.Run (input_ids) }", domain="evil"), "operators of 'evil'"),
+        (lambda: graph_of(COMPILED, domain="com.microsoft"), "a part that is compiled for one device"),
+    ],
+)
+def test_a_graph_that_holds_what_no_graph_of_ours_does_is_refused(
+    make: Callable[[], onnx.ModelProto], words: str, hostile: Hostile
+) -> None:
+    with pytest.raises(BundleError, match=f"model.onnx is not opened: it holds {words}"):
+        OnnxClassifier(load_bundle(hostile(make())), threads=1, use_cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "open_file", "limit"),
+    [
+        ("tokenizer.json", lambda path: TextTokenizer(path, max_length=8, pad_token_id=1, inputs=["input_ids"]), "64"),
+        ("model.onnx", lambda path: open_session(path, threads=1), "2,048"),
+    ],
+)
+def test_a_tokenizer_or_graph_that_is_a_pipe_or_too_large_is_not_read(
+    name: str, open_file: Callable[[Path], object], limit: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match="is no plain file"):
+        open_file(path)
+    sparse(path, 100 * 2**30)
+    with pytest.raises(BundleError, match=f"no such file has more than {limit}"):
+        open_file(path)
