@@ -62,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak",
         action="store_true",
-        help="ten times as many faults in test_faults.py (half an hour), 50 visitors for two minutes in test_load.py",
+        help="ten times as many faults in tests/slow/faults (half an hour), 50 visitors for two minutes in test_load.py",
     )
 
 

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -21,7 +20,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
+from pkgutil import walk_packages
+from threading import Timer
 from typing import IO, Any
 
 from tests.conftest import ON_CPU, ROOT
@@ -34,26 +36,12 @@ PROGRAMS = {
 }
 """The module whose ``main`` a command line is given to."""
 
-WARM = (
-    *PROGRAMS.values(),
-    "datasets",
-    "export.fold.pipeline",
-    "export.fold.trace",
-    "export.fold.compare",
-    "export.fold.quantize",
-    "export.runtime.session",
-    "export.fold.rewrites.many_tasks",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "peft",
-    "pyarrow.parquet",
-    "sklearn.metrics",
-    "tqdm",
-    "train.fit.seeds",
-    "train.fit.trainer",
-    "transformers.models.bert.modeling_bert",
-    "transformers.trainer",
+PACKAGES = ("export.fold", "export.runtime", "export.score", "train.fit", "train.adapter", "train.data", "train.model")
+LIBRARIES = (
+    *("datasets", "matplotlib.backends.backend_agg", "matplotlib.figure", "peft", "pyarrow.parquet", "sklearn.metrics"),
+    *("tqdm", "transformers.models.bert.modeling_bert", "transformers.trainer"),
 )
+"""What is imported once, before the first child: our packages with all their modules, and what these import late."""
 
 TIME_LIMIT = 120.0
 """Seconds after which a child hangs. It ends the test; no figure depends on it."""
@@ -63,45 +51,36 @@ KILL = "kill"
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a run. Nothing of it: an unbroken one.
-
-    Attributes:
-        kill_after: SIGKILL after so many seconds.
-        strike_at: which of the run's moments is struck, from 1. A moment is a call of the operating system that
-            renames something, but not among temporary files, or flushes it to the disk.
-        strike: `KILL`, or the name of the error that the call gives instead of working ("ENOSPC").
-        file_limit: bytes beyond which no file may grow.
-        drop_rights: whether permission bits bind it, also where the tests run as root.
-        clock_goes_back: whether each look at the clock shows an earlier time than the one before.
-        no_exchange: whether two folders cannot change places in one step, as on systems other than Linux.
-    """
+    """What happens to a run; by default nothing."""
 
     kill_after: float | None = None
+    """Seconds until SIGKILL."""
     strike_at: int = 0
+    """Which of the run's moments is struck, from 1. A moment is a call of the operating system that renames something,
+    but not among temporary files, or flushes it to the disk."""
     strike: str = KILL
+    """`KILL`, or the name of the error that the call gives instead of working ("ENOSPC")."""
     file_limit: int | None = None
+    """Bytes beyond which no file may grow."""
     drop_rights: bool = False
+    """Whether permission bits bind the run, also where the tests run as root."""
     clock_goes_back: bool = False
+    """Whether each look at the clock shows an earlier time than the one before."""
     no_exchange: bool = False
+    """Whether two folders cannot change places in one step, as on systems other than Linux."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
-
-    Attributes:
-        status: its exit status, or less than 0 the signal that killed it.
-        seconds: how long it lived.
-        output: what it printed.
-        errors: what it printed on standard error.
-        moments: of its moments (see `Fault`) the name of each call; none where it was killed.
-    """
+    """How a run ended."""
 
     status: int
+    """Exit status, or less than 0 the signal that killed it."""
     seconds: float
-    output: str
     errors: str
+    """What it printed."""
     moments: tuple[str, ...]
+    """The name of the call at each of its moments (see `Fault`); none where it was killed."""
 
     @property
     def was_killed(self) -> bool:
@@ -110,7 +89,7 @@ class Ended:
 
     @property
     def complaint(self) -> str:
-        """The last line on standard error; progress bars stand before it."""
+        """The last line that it printed; progress bars stand before it."""
         return self.errors.rstrip("\n").rpartition("\n")[2].rpartition("\r")[2]
 
 
@@ -133,11 +112,7 @@ class Launcher:
 
 @contextmanager
 def launcher(scratch: Path) -> Iterator[Launcher]:
-    """Start the process that forks.
-
-    Args:
-        scratch: folder for the temporary files of runs that are killed.
-    """
+    """Start the process that forks; ``scratch`` is for the temporary files of runs that are killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults"],
         cwd=ROOT,
@@ -157,56 +132,37 @@ def launcher(scratch: Path) -> Iterator[Launcher]:
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
     """Read a request a line, answer with a line."""
-    for name in WARM:
+    modules = [module.name for name in PACKAGES for module in walk_packages(import_module(name).__path__, f"{name}.")]
+    for name in (*PROGRAMS.values(), *modules, *LIBRARIES):
         import_module(name)
     for line in requests:
         request = json.loads(line)
-        print(
-            json.dumps(asdict(_fork(request["program"], request["words"], Fault(**request["fault"])))),
-            file=answers,
-            flush=True,
-        )
+        ended = _fork(request["program"], request["words"], Fault(**request["fault"]))
+        print(json.dumps(asdict(ended)), file=answers, flush=True)
 
 
 def _fork(program: str, words: list[str], fault: Fault) -> Ended:
     # Pipes, as a limit on the size of files must not hold for what is printed.
-    pipes = [os.pipe() for _ in range(3)]
+    errors, report = os.pipe(), os.pipe()
     start = time.monotonic()
     child = os.fork()
     if not child:
-        for (_, end), target in zip(pipes, (1, 2), strict=False):
-            os.dup2(end, target)
-        os._exit(_child(program, words, fault, report=pipes[2][1]))
-    for _, end in pipes:
-        os.close(end)
-    kill_at = start + (TIME_LIMIT if fault.kill_after is None else fault.kill_after)
-    received = _read_all([end for end, _ in pipes], child, kill_at)
+        os.dup2(errors[1], 1)
+        os.dup2(errors[1], 2)
+        os._exit(_child(program, words, fault, report=report[1]))
+    killer = Timer(TIME_LIMIT if fault.kill_after is None else fault.kill_after, os.kill, (child, signal.SIGKILL))
+    killer.start()
+    received = []
+    for _, own_copy in (errors, report):
+        os.close(own_copy)
+    for end, _ in (errors, report):
+        with os.fdopen(end, encoding="utf-8", errors="replace") as file:
+            received.append(file.read())
+    killer.cancel()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     seconds = time.monotonic() - start
-    output, errors, moments = (text.decode(errors="replace") for text in received)
-    if seconds >= TIME_LIMIT:
-        errors += "it hung"
-    return Ended(status, seconds, output, errors, tuple(moments.split()))
-
-
-def _read_all(ends: list[int], child: int, kill_at: float) -> list[bytes]:
-    """What a child writes into its pipes until it ends; it is killed at that moment of the monotonic clock."""
-    received = dict.fromkeys(ends, b"")
-    opened = set(ends)
-    is_alive = True
-    while opened:
-        remaining = max(0.0, kill_at - time.monotonic()) if is_alive else None
-        ready, _, _ = select.select(opened, [], [], remaining)
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-            is_alive = False
-        for end in ready:
-            chunk = os.read(end, 1 << 16)
-            received[end] += chunk
-            if not chunk:
-                opened.remove(end)
-                os.close(end)
-    return list(received.values())
+    hung = "it hung" if seconds >= TIME_LIMIT else ""
+    return Ended(status, seconds, received[0] + hung, tuple(received[1].split()))
 
 
 def _child(program: str, words: list[str], fault: Fault, *, report: int) -> int:
@@ -249,10 +205,8 @@ def _strike(moments: list[str], fault: Fault) -> None:
 
     for name in ("rename", "replace", "fsync"):
         setattr(os, name, partial(struck, name, getattr(os, name)))
-    if fault.no_exchange:
-        train.common.atomic_folder.exchange = lambda *_: False
-    else:
-        train.common.atomic_folder.exchange = partial(struck, "exchange", train.common.atomic_folder.exchange)
+    swap = train.common.atomic_folder.exchange
+    train.common.atomic_folder.exchange = (lambda *_: False) if fault.no_exchange else partial(struck, "exchange", swap)
 
 
 class _CapabilityHeader(ctypes.Structure):
@@ -274,16 +228,10 @@ def drop_rights() -> None:
 
 
 def _turn_the_clock_back() -> None:
+    looks = count(1)
     now = time.time()
-    looks = 0
-
-    def earlier() -> float:
-        nonlocal looks
-        looks += 1
-        return now - 3600.0 * looks
-
-    time.time = earlier
-    time.time_ns = lambda: int(earlier() * 1e9)
+    time.time = lambda: now - 3600.0 * next(looks)
+    time.time_ns = lambda: int(time.time() * 1e9)
 
 
 if __name__ == "__main__":
