@@ -168,19 +168,20 @@ def test_what_a_killed_run_left_is_removed_and_what_another_one_writes_is_not(tm
 
 
 def test_a_chart_of_the_benchmark_is_whole_or_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from export.bench.chart import draw
     from export.bench.prepare import Prepared
+    from export.bench.report import draw
 
     path = tmp_path / "bench.png"
     path.write_bytes(b"older")
     cell = SimpleNamespace(name="1x8", what="1 text of 8 tokens")
-    prepared = cast(Prepared, SimpleNamespace(cells=[cell], model="tiny", machine="this one"))
+    prepared = cast(Prepared, SimpleNamespace(cells=[cell]))
+    report = {"engines": [], "model": "tiny", "machine": "this one"}
     with monkeypatch.context() as patch:
         Disk(1, []).patch(patch, can_exchange=True)
         with pytest.raises(UsageError, match=r"--png .*bench\.png cannot be written \(No space left on device\)"):
-            draw(path, prepared, [])
+            draw(path, prepared, report)
     assert contents(tmp_path) == {"bench.png": b"older"}
-    draw(path, prepared, [])
+    draw(path, prepared, report)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [found.name for found in tmp_path.iterdir()] == ["bench.png"]
 
