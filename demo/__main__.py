@@ -98,7 +98,7 @@ def _run(config: DemoConfig) -> None:
 
 def _serve(config: DemoConfig, at_end: ExitStack) -> None:
     from demo.access.accounts import parse_auth
-    from demo.access.public_link import SHARE_WARNING, ShareState, close_tunnel, open_tunnel, parse_root_path
+    from demo.access.public_link import SHARE_WARNING, parse_root_path
 
     find_port(config.host, config.port)  # before anything slow is done
     accounts = parse_auth(config.auth, config.auth_file)
@@ -114,21 +114,15 @@ def _serve(config: DemoConfig, at_end: ExitStack) -> None:
     # Gradio takes seconds to import; meanwhile the engines load.
     from demo.page.app import build_page
 
-    share = ShareState(requested=config.share)
-    page = build_page(stage, stage.open(setup), share)
+    page = build_page(stage, stage.open(setup), share=config.share)
+    if config.share and accounts is None:
+        say(SHARE_WARNING)
     # Gradio awaits a coroutine function; its type says less. Behind a password its tools could be listed but not called.
     login: Any = accounts.login if accounts else None
     _launch(page, config, auth=login, mcp_server=accounts is None, root_path=root_path)
     say(f"the page is at {page.local_url}  (Ctrl-C stops it)")
     if stage.service is not None:
         say(f"POST {stage.service.url} needs no page")
-    if config.share:
-        if accounts is None:
-            say(SHARE_WARNING)
-        at_end.callback(close_tunnel, page)
-        share.tunnel = open_tunnel(page)
-        link, why_not = share.tunnel.url, share.tunnel.why_not
-        say(f"public link: {link}" if link else f"no public link: {why_not} The local address works.")
     threading.Event().wait()
 
 
@@ -157,28 +151,16 @@ def _open_stage(config: DemoConfig, at_end: ExitStack) -> "Stage":
 def _launch(page: "gr.Blocks", config: DemoConfig, **options: Any) -> None:
     """Serve the page; a UsageError where it cannot listen."""
     from demo.access.gate import launch_options
+    from demo.access.public_link import launch_page
     from demo.page.app import page_style
 
     # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
     warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
-    style = page_style()
+    options |= page_style() | launch_options()
     # Anew: while the engines loaded, somebody else may have taken the one that was free.
     port = find_port(config.host, config.port)
     try:
-        page.launch(
-            server_name=config.host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            ssr_mode=False,
-            share=False,  # `open_tunnel` makes the link; GRADIO_SHARE shall not make another
-            footer_links=["api"],
-            theme=style.theme,
-            css=style.css,
-            head=style.head,
-            **options,
-            **launch_options(),
-        )
+        launch_page(page, share=config.share, server_name=config.host, server_port=port, **options)
     except OSError as cause:
         raise UsageError(f"The page cannot listen on {config.host}:{port} ({cause}). Try --port.") from cause
 

@@ -8,7 +8,7 @@ import pytest
 from gradio_client import Client
 
 from demo.engines.adapters import SHIPPED
-from demo.page.tab_compare import EXAMPLES
+from demo.page.controls import EXAMPLES
 from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
@@ -19,7 +19,7 @@ from train.adapter.folder import load_adapter
 from train.data.tasks import MRPC
 from train.model.find import find_base_model
 
-REDWOODS = EXAMPLES[0]
+REDWOODS = EXAMPLES["Coast redwoods"]
 
 SHIPPED_METHODS = {"minilm-mrpc": "p-tuning", "minilm-mrpc-v2": "p-tuning-v2"}
 
@@ -40,13 +40,13 @@ def check_the_whole_path(method: str, tmp_path: Path) -> None:
     assert export_main([str(adapter), "--out", str(bundle)]) == 0
 
     classifier = OnnxClassifier(load_bundle(bundle))
-    encoded = classifier.tokenize([(REDWOODS.sentence1, REDWOODS.sentence2), ("A short one.", "Another.")])
+    encoded = classifier.tokenize([REDWOODS, ("A short one.", "Another.")])
     expected = peft_logits(adapter, find_base_model("minilm").folder, encoded.arrays)
     assert np.abs(classifier.logits(encoded.arrays) - expected).max() < 1e-4
 
     with serve(["--adapter", str(adapter), "--bundle", str(bundle)], tmp_path / "cache") as server:
         client = Client(server.wait_for_url(), verbose=False)
-        answer = client.predict(REDWOODS.sentence1, REDWOODS.sentence2, api_name="/compare")
+        answer = client.predict(*REDWOODS, api_name="/compare")
         client.close()
     exponentials = np.exp(expected[0])
     for engine in ("pytorch", "onnx"):
@@ -76,6 +76,6 @@ def test_an_adapter_that_ships_calls_the_redwood_pair_equivalent(name: str) -> N
     """By PEFT alone; that both engines on the page say so too is the browser test's."""
     from transformers import AutoTokenizer
 
-    batch = AutoTokenizer.from_pretrained(SHIPPED / name)(REDWOODS.sentence1, REDWOODS.sentence2, return_tensors="np")
+    batch = AutoTokenizer.from_pretrained(SHIPPED / name)(*REDWOODS, return_tensors="np")
     logits = peft_logits(SHIPPED / name, find_base_model("minilm").folder, dict(batch))
     assert load_adapter(SHIPPED / name).labels[int(logits.argmax())] == "equivalent"

@@ -1,4 +1,4 @@
-"""Accounts of the page: passwords, and how often one may be tried."""
+"""Accounts of the page: their passwords, and the delay after a wrong login."""
 
 import asyncio
 import hashlib
@@ -13,23 +13,19 @@ from train.common.console import say
 from train.common.errors import UsageError
 
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 8.0
-"""Of the login after a wrong one; doubled with every further wrong one."""
-
+"""Delay of the login that follows a wrong one; each further wrong login doubles it, up to the longest."""
 
 SLOTS = 4096
-"""Counters of wrong logins, shared by all user names that there could be."""
-
-
-# Accounts
+"""Number of counters of wrong logins; user names share them by hash."""
 
 
 class Throttle:
-    """How long a login has to wait, by the wrong ones before it under the same name.
+    """Delays logins by the number of wrong ones under the same user name.
 
-    A right password waits as well, or giving up early would tell it from a wrong one, but never longer than
-    `LONGEST_DELAY_SECONDS`: nobody can be locked out. Names share a fixed number of counters, by a hash with a secret
-    of this process: memory is bounded, no flood of names pushes a counter out, and a name that exists behaves like
-    one that does not.
+    A right password is delayed as well, or a quick answer would give it away, but never longer than
+    `LONGEST_DELAY_SECONDS`: an account cannot be locked out. The hash that assigns names to counters has a secret of
+    this process, and the number of counters is fixed: memory is bounded, a flood of names resets no counter, and
+    existing names behave like unknown ones.
     """
 
     def __init__(self) -> None:
@@ -42,7 +38,7 @@ class Throttle:
         digest = hmac.digest(self._secret, _as_bytes(username), "sha256")
         slot = int.from_bytes(digest[:8], "big") % SLOTS
         with self._lock:
-            # Counted on arrival: many at once wait as long as one after the other.
+            # Counted on arrival: logins at the same time wait as long as one after the other.
             wrong = self._wrong[slot]
             self._wrong[slot] = 0 if right else min(wrong + 1, 64)
         return min(FIRST_DELAY_SECONDS * 2 ** (wrong - 1), LONGEST_DELAY_SECONDS) if wrong else 0.0
@@ -50,18 +46,14 @@ class Throttle:
 
 @dataclass(frozen=True)
 class Accounts:
-    """Who may open the page. Pass `login` to `gr.Blocks.launch(auth=…)`.
-
-    Attributes:
-        digests: of each account SHA-256 of the user name and of the password.
-        throttle: slows guessing down.
-    """
+    """The accounts that may open the page. Pass `login` to `gr.Blocks.launch(auth=…)`."""
 
     digests: tuple[bytes, ...] = field(repr=False)
+    """For each account: SHA-256 of the user name, then SHA-256 of the password."""
     throttle: Throttle = field(default_factory=Throttle, repr=False, compare=False)
 
     def matches(self, username: str, password: str) -> bool:
-        """Whether there is such an account; takes the same time whatever is wrong, and wherever it stands."""
+        """Whether there is such an account, in the same time whatever is wrong and wherever the account stands."""
         given = _digest(username, password)
         found = False
         for digest in self.digests:
@@ -69,11 +61,10 @@ class Accounts:
         return found
 
     async def login(self, username: str, password: str) -> bool:
-        """The same, slowed down by `Throttle`.
+        """`matches`, delayed by the throttle.
 
-        A coroutine function, because Gradio calls its ``auth`` in the event loop (``login`` in gradio/routes.py), where
-        a sleep would hold up every visitor; it awaits what `inspect.iscoroutinefunction` knows, as it does a bound
-        method, but not an object whose ``__call__`` is one.
+        Gradio calls this in its event loop (``login`` in gradio/routes.py), where a plain sleep would hold up every
+        visitor. It awaits what `inspect.iscoroutinefunction` accepts: a bound method, not an object with ``__call__``.
         """
         right = self.matches(username, password)
         await asyncio.sleep(self.throttle.wait_seconds(username, right=right))
@@ -85,42 +76,32 @@ def _as_bytes(text: str) -> bytes:
 
 
 def _digest(username: str, password: str) -> bytes:
-    # One of each, or a colon in a login's user name would move the border between the two.
+    # Two hashes: with one over both, a colon in the user name could shift the border between them.
     return hashlib.sha256(_as_bytes(username)).digest() + hashlib.sha256(_as_bytes(password)).digest()
 
 
 def parse_auth(user_colon_password: str | None, auth_file: Path | None) -> Accounts | None:
-    """The accounts of ``--auth`` or ``--auth-file``; None where neither was given.
+    """The accounts of ``--auth`` or ``--auth-file``; None if neither was given.
 
-    Args:
-        user_colon_password: "user:password"; the password may hold colons.
-        auth_file: one account a line; empty lines and those that begin with # are passed over.
-
-    Raises:
-        UsageError: both were given, or one cannot be used. A password is never part of the message.
+    The file has one account per line; empty lines and lines that begin with # are skipped. A password may contain
+    colons. A `UsageError` never contains a password.
     """
     if user_colon_password is not None and auth_file is not None:
         raise UsageError("--auth and --auth-file: give one of them.")
     if user_colon_password is not None:
-        return Accounts((_account(user_colon_password, "--auth").digest,))
+        return Accounts((_digest(*_parse_account(user_colon_password, "--auth")),))
     return None if auth_file is None else _read_accounts(auth_file)
 
 
-@dataclass(frozen=True)
-class _Account:
-    username: str
-    digest: bytes = field(repr=False)
-
-
-def _account(text: str, where: str) -> _Account:
-    username, colon, password = text.partition(":")
-    # Gradio strips user names before it asks.
-    username = username.strip()
-    if not colon or not username or not password:
+def _parse_account(text: str, where: str) -> tuple[str, str]:
+    """User name and password of "user:password"; ``where`` begins the error messages."""
+    username, _, password = text.partition(":")
+    username = username.strip()  # as Gradio does before it asks
+    if not username or not password:
         raise UsageError(f"{where}: write user:password, and leave neither empty.")
     if password != password.strip():
         raise UsageError(f"{where}: the password begins or ends with a space.")
-    return _Account(username, _digest(username, password))
+    return username, password
 
 
 def _read_accounts(path: Path) -> Accounts:
@@ -131,19 +112,19 @@ def _read_accounts(path: Path) -> Accounts:
         raise UsageError(f"--auth-file {path}: byte {cause.start + 1} is not UTF-8. Save it as UTF-8.") from cause
     except OSError as cause:
         raise UsageError(f"--auth-file {path} cannot be read ({cause.strerror}).") from cause
-    accounts: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     digests = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where = f"--auth-file {path}, line {number}"
-        account = _account(line.removesuffix("\r"), where)
-        if account.username in accounts:
-            raise UsageError(f"{where}: the user of line {accounts[account.username]} again. Keep one of them.")
-        accounts[account.username] = number
-        digests.append(account.digest)
+        username, password = _parse_account(line.removesuffix("\r"), where)
+        if username in line_of:
+            raise UsageError(f"{where}: line {line_of[username]} has the same user. Keep one of them.")
+        line_of[username] = number
+        digests.append(_digest(username, password))
     if not digests:
-        raise UsageError(f"--auth-file {path} holds no account. Write user:password, one a line.")
+        raise UsageError(f"--auth-file {path} holds no account. Write user:password, one per line.")
     if readable_by_all:
         say(f"warning: every user of this machine can read {path}. Close it with: chmod 600 {path}")
     return Accounts(tuple(digests))

@@ -1,23 +1,21 @@
-"""Charts as inline SVG, which take the page's colours in light and dark, and words for those who do not see them."""
+"""Charts as inline SVG in the page's own colours, light or dark, with a description for screen readers."""
 
-import html
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup, escape
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 PYTORCH_COLOR, ONNX_COLOR = "#d9541e", "#6366f1"
-"""Of the two engines in every chart; both stand out on white and on near-black."""
-
+"""The engines' colours in every chart; both stand out on white and on near-black."""
 
 _INK = "#010203"
-"""Drawn in this, shown in whatever colour the page's text has."""
+"""Stands for the colour of the page's text, whatever that is."""
 
 
 @contextmanager
@@ -41,42 +39,26 @@ def drawing(width_inches: float, height_inches: float) -> "Iterator[Figure]":
         yield Figure(figsize=(width_inches, height_inches), layout="constrained")
 
 
-def to_svg(figure: "Figure", description: str) -> str:
-    """Inline SVG as wide as its place allows, up to its own size.
+def to_svg(figure: "Figure", description: str) -> Markup:
+    """Inline SVG that is as wide as its place allows, up to its own size.
 
     Args:
-        description: what is to be seen, in words.
+        description: what the chart shows, in words.
     """
     buffer = io.StringIO()
-    width = figure.get_figwidth()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace(_INK, "currentColor")
-    # The size in points would not shrink on a phone; the viewBox keeps the proportions.
-    label = html.escape(description, quote=True)
-    return re.sub(
-        r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"|<svg ([^>]*?)width="[^"]*"([^>]*?)height="[^"]*"',
-        lambda match: (
-            f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{width:g}in;height:auto" '
-            + "".join(filter(None, match.groups()))
-        ),
-        markup,
-        count=1,
-    )
+    # A size in points would not shrink on a phone; the viewBox keeps the proportions.
+    markup = re.sub(r' (width|height)="[\d.]+pt"', "", markup, count=2)
+    style = f"width:100%;max-width:{figure.get_figwidth():g}in;height:auto"
+    markup = markup.replace("<svg", f'<svg role="img" aria-label="{escape(description)}" style="{style}"', 1)
+    return Markup(markup)  # noqa: S704 -- drawn by matplotlib, which escapes text
 
 
 def to_png(figure: "Figure") -> bytes:
-    """The same on white, for a file."""
+    """A PNG file on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor="white")
     return buffer.getvalue()
-
-
-def histogram(axes: "Axes", latencies_ms: tuple[float, ...], *, color: str, bins: list[float]) -> None:
-    """How often each latency was seen."""
-    axes.hist(latencies_ms, bins=bins, color=color, alpha=0.85)
-    axes.set_xlabel("ms")
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)

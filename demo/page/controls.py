@@ -1,106 +1,156 @@
-"""What the tabs of the page share: the visitor's choices, the one queue for whatever runs an engine, and errors."""
+"""What the tabs share: the visitor's choices, the queue for the engines, sentence boxes, and how errors are shown."""
 
-import html
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from train.common.errors import PromptfoldError
+from train.data.tasks import MRPC, Task
 
-P = ParamSpec("P")
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "engines"}
+"""For every event that runs an engine: one queue, so that no two measurements overlap."""
 
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""For events of the page alone. Gradio's animations, in a browser on the same cores, would slow the engines."""
 
-T = TypeVar("T")
+AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
+"""For events that must not wait in the queue, where the event that they stop may be waiting."""
 
-
-class _Queue(TypedDict):
-    concurrency_limit: int
-    concurrency_id: str
-
-
-ONE_AT_A_TIME: _Queue = {"concurrency_limit": 1, "concurrency_id": "engines"}
-"""For every event that runs an engine: one queue, so that no two bursts overlap."""
+LABELS_SHOWN = 10
+"""A task may have a hundred labels."""
 
 
 @dataclass(frozen=True)
 class Selectors:
-    """The visitor's choices, at the top of the page, for all tabs.
-
-    Attributes:
-        adapter: names of `Stage.choices`.
-        onnx: precisions of the adapter's bundle.
-        pytorch: `demo.engines.pytorch.PYTORCH_MODES`; hidden where the page runs without PyTorch.
-    """
+    """The visitor's choices at the top of the page, which all tabs use."""
 
     adapter: gr.Dropdown
     onnx: gr.Dropdown
+    """Precision of ONNX Runtime's graph."""
     pytorch: gr.Dropdown
+    """One of `demo.engines.pytorch.PYTORCH_MODES`; hidden on a page without PyTorch."""
 
     @property
     def inputs(self) -> list[Any]:
-        """As inputs of an event, in the order of `Stage.setup`'s arguments."""
+        """Inputs of an event, in the order of `Stage.setup`'s arguments."""
         return [self.adapter, self.onnx, self.pytorch]
 
 
-class StopButtons:
-    """Which visitors' measurements shall end: one flag a session."""
+class StopFlags:
+    """One flag per session: whether the visitor's measurement has to end."""
 
     def __init__(self) -> None:
         self._flags: dict[str, threading.Event] = {}
 
-    def start(self, session: str) -> Callable[[], bool]:
-        """A new measurement of a visitor; returns what says whether it shall end."""
-        flag = self._flags[session] = threading.Event()
+    def start(self, request: gr.Request) -> Callable[[], bool]:
+        """Begin a visitor's measurement; the function returned says whether it has to end."""
+        flag = self._flags[str(request.session_hash)] = threading.Event()
         return flag.is_set
 
-    def stop(self, session: str) -> None:
+    def stop(self, request: gr.Request) -> None:
         """End the visitor's measurement, if there is one."""
-        if flag := self._flags.get(session):
+        if flag := self._flags.get(str(request.session_hash)):
             flag.set()
 
-    def goodbye(self, request: gr.Request) -> None:
-        """A visitor has gone, and so has whoever would see the end."""
-        session = str(request.session_hash)
-        self.stop(session)
-        self._flags.pop(session, None)
+    def forget(self, request: gr.Request) -> None:
+        """The visitor left: stop their measurement."""
+        self.stop(request)
+        self._flags.pop(str(request.session_hash), None)
 
 
-def facing_visitors(function: Callable[P, T]) -> Callable[P, T]:
-    """A handler of an event whose `PromptfoldError` is shown to the visitor instead of a traceback."""
-
-    @wraps(function)
-    def handle(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except PromptfoldError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return handle
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Show a `PromptfoldError` to the visitor instead of a traceback. Also decorates handlers that do not yield."""
+    try:
+        yield
+    except PromptfoldError as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
-def streaming_to_visitors(function: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
-    """The same for a handler that yields."""
-
-    @wraps(function)
-    def handle(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        try:
-            yield from function(*args, **kwargs)
-        except PromptfoldError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return handle
+def run_buttons(*, running: bool) -> list[Any]:
+    """Updates of a start button and a stop button."""
+    return [gr.Button(interactive=not running), gr.Button(interactive=running)]
 
 
-def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, both HTML, as a table of facts."""
-    cells = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in rows)
-    return f"<table>{cells}</table>"
+def served_folder(component: gr.DownloadButton | gr.File) -> Path:
+    """Gradio's own folder for files that it serves; it empties it where the page has ``delete_cache``."""
+    folder = Path(component.GRADIO_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def text(value: object) -> str:
-    """As HTML that shows it as it is."""
-    return html.escape(str(value))
+EXAMPLES = {
+    "Coast redwoods": (
+        "Coast redwood trees are the tallest trees on the planet and can grow over 300 feet tall.",
+        "The coast redwood trees, which can attain a height of over 300 feet, are the tallest trees on earth.",
+    ),
+    "Library hours": (
+        "The library will stay open until ten in the evening during the exam weeks.",
+        "During exam weeks, the library closes at ten in the evening.",
+    ),
+    "Two pieces of news": (
+        "Shares of the airline fell 4 percent after it reported a loss for the third quarter.",
+        "The airline named a new chief financial officer, who will start in January.",
+    ),
+    "One word apart": (
+        "The company said on Tuesday that it will open forty new stores before the end of the year.",
+        "The company said on Tuesday that it will close forty of its stores before the end of the year.",
+    ),
+}
+"""Pairs of sentences that a click fills in, for MRPC. The first is from PEFT's tutorial; the others were written for this page, the last one to be hard."""
+
+
+@dataclass(frozen=True)
+class SentenceBoxes:
+    """Two text boxes; a task of single sentences shows only the first."""
+
+    sentence1: gr.Textbox
+    sentence2: gr.Textbox
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Inputs of an event."""
+        return [self.sentence1, self.sentence2]
+
+    def examples(self, task: Task, label: str) -> gr.Dataset:
+        """Buttons that fill the boxes with an example."""
+        return gr.Examples(
+            [list(pair) for pair in EXAMPLES.values()],
+            self.inputs,
+            label=label,
+            example_labels=list(EXAMPLES),
+            cache_examples=False,
+            api_visibility="private",
+            visible=task == MRPC,
+        ).dataset
+
+
+def sentence_boxes(task: Task, *, elem_id: str, values: tuple[str, str] = ("", "")) -> SentenceBoxes:
+    """Text boxes for a task; their ids in the page are ``elem_id`` with a number."""
+    first, second = _sentence_labels(task)
+    box = partial(gr.Textbox, lines=3)
+    return SentenceBoxes(
+        box(values[0], label=first, placeholder="Write a sentence …", elem_id=f"{elem_id}1"),
+        box(values[1], label=second, placeholder="… and another one.", elem_id=f"{elem_id}2", visible=task.is_pair),
+    )
+
+
+def task_updates(task: Task) -> list[dict[str, Any]]:
+    """Updates of both boxes and the examples for another task."""
+    first, second = _sentence_labels(task)
+    return [gr.update(label=first), gr.update(label=second, visible=task.is_pair), gr.update(visible=task == MRPC)]
+
+
+def _sentence_labels(task: Task) -> tuple[str, str]:
+    """Labels of the two text boxes, with the names of the task's columns if they are not MRPC's."""
+    if not task.is_pair:
+        return "Sentence", "Second sentence"
+    if task.text_columns == MRPC.text_columns:
+        return "Sentence 1", "Sentence 2"
+    return f"Sentence 1: {task.text_columns[0]}", f"Sentence 2: {task.text_columns[1]}"

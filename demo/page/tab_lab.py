@@ -1,4 +1,4 @@
-"""The tab "Latency lab": batch sizes and lengths to choose, and both engines' latencies. View only; see `demo.measure.sweep`."""
+"""The tab "Latency lab": both engines' latencies over batch sizes and lengths. View only; see `demo.measure.sweep`."""
 
 import tempfile
 import threading
@@ -8,45 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from demo.engines.stage import Setup, Stage
 from demo.measure.compare import PAUSE_SECONDS
 from demo.measure.sweep import MAX_CELLS, ROUNDS, Cell, Row, Sweep, choose_cells, sweep
-from demo.page.controls import ONE_AT_A_TIME, Selectors, facing_visitors, text
-from demo.page.sweep_charts import charts_png, charts_svg, describe
+from demo.page.controls import AT_ONCE, ONE_AT_A_TIME, QUIET, Selectors, errors_shown, run_buttons, served_folder
+from demo.page.html import render, render_text
+from demo.page.sweep_charts import charts_png, charts_svg, engine_lines
 from train.common.errors import PromptfoldError
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-
-
 LENGTHS = (16, 32, 64, 128, 256, 512)
-"""To tick, as far as the model reads them; besides them the longest that it reads."""
-
+"""Lengths to choose from, as far as the model reads them; the longest that it reads is added."""
 
 CHOSEN_BATCH_SIZES, CHOSEN_LENGTHS = (1, 8), (16, 64, 128)
-"""Ticked at first."""
-
+"""Chosen at first."""
 
 STATUS_HEIGHT = 84
 
 
-CHART_BOX = "flex:1 1 260px;max-width:5.2in;aspect-ratio:5.2/3.6"
-"""As large as the chart that comes there, so that nothing moves when it comes."""
-
-
-NO_CHART = '<div style="height:100%;border:1px dashed var(--border-color-primary);border-radius:8px"></div>'
-
-
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-
-
-_AT_ONCE: dict[str, Any] = {"queue": False, **_QUIET}
-"""Past the queue, in which what a visitor wants to stop may still be waiting."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A measurement that a visitor asked for: which, and what ends it before its time."""
+    """A measurement that a visitor asked for."""
 
     setup: Setup
     cells: tuple[Cell, ...]
@@ -54,62 +38,94 @@ class _Run:
 
 
 def build_lab_tab(stage: Stage, selectors: Selectors) -> None:
-    """Build the tab, and the endpoint ``/latency``."""
+    """Build the tab and the endpoint ``/latency``."""
     gr.Markdown(
         f"How latency grows with the batch and with the text, on random token ids without padding. At most {MAX_CELLS} "
         "combinations at once; other visitors wait meanwhile."
     )
-    choices = _lengths(stage, stage.default().adapter)
-    with gr.Row():
-        batch_sizes = gr.CheckboxGroup(
-            list(BATCH_SIZES), value=list(CHOSEN_BATCH_SIZES), label="Batch sizes", min_width=260
-        )
-        lengths = gr.CheckboxGroup(
-            choices, value=sorted({*CHOSEN_LENGTHS} & {*choices}), label="Lengths in tokens", min_width=260
-        )
-    with gr.Row():
-        start_button = gr.Button("Measure", variant="primary", min_width=120)
-        stop_button = gr.Button("Stop", interactive=False, min_width=120)
-    status = gr.HTML(_status("Choose batch sizes and lengths, then press Measure."), min_height=STATUS_HEIGHT)
-    table = gr.HTML(_table(()), elem_id="lab-table", min_height=120)
-    charts = gr.HTML(_charts(), elem_id="lab-charts")
-    with gr.Row():
-        csv_button = gr.DownloadButton("Download CSV", interactive=False, min_width=160)
-        png_button = gr.DownloadButton("Download charts (PNG)", interactive=False, min_width=160)
-    gr.Markdown(
-        f"**What is measured.** One forward pass, token ids in, logits out. In each cell the engines take turns, {ROUNDS} "
-        f"rounds, with a pause of {PAUSE_SECONDS} s and a warm-up before each burst, and the same number of runs. The "
-        "speed-up is the ratio of the medians over all rounds; in brackets are the least and the greatest of a round."
-    )
-    # What is in it is made anew for each run and goes with the session; a first value would be copied.
-    wanted = gr.State(None)
-    results = [status, table, charts, csv_button, png_button]
-    buttons = [start_button, stop_button]
+    _LabTab(stage).wire(selectors)
+    gr.Markdown(render_text("lab.md", rounds=ROUNDS, pause_s=PAUSE_SECONDS))
+    _build_endpoint(stage)
 
-    @facing_visitors
-    def prepare(*chosen: Any) -> list[Any]:
-        setup = stage.setup(*chosen[:3])
-        run = _Run(setup, _cells(stage, setup, *chosen[3:]), threading.Event())
+
+class _LabTab:
+    """The tab's components and the handlers of their events."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Lay out the components."""
+        self._stage = stage
+        lengths = _lengths(stage, stage.default().adapter)
+        chosen = sorted({*CHOSEN_LENGTHS} & {*lengths})
+        with gr.Row():
+            self._batch_sizes = gr.CheckboxGroup(
+                list(BATCH_SIZES), value=list(CHOSEN_BATCH_SIZES), label="Batch sizes", min_width=260
+            )
+            self._lengths = gr.CheckboxGroup(lengths, value=chosen, label="Lengths in tokens", min_width=260)
+        with gr.Row():
+            self._start_button = gr.Button("Measure", variant="primary", min_width=120)
+            self._stop_button = gr.Button("Stop", interactive=False, min_width=120)
+        self._status = gr.HTML(_status("Choose batch sizes and lengths, then press Measure."), min_height=STATUS_HEIGHT)
+        table = gr.HTML(_table(()), elem_id="lab-table", min_height=120)
+        charts = gr.HTML(_charts(), elem_id="lab-charts")
+        with gr.Row():
+            self._csv_button = gr.DownloadButton("Download CSV", interactive=False, min_width=160)
+            png_button = gr.DownloadButton("Download charts (PNG)", interactive=False, min_width=160)
+        self._results = [self._status, table, charts, self._csv_button, png_button]
+
+    def wire(self, selectors: Selectors) -> None:
+        """Connect the events with their handlers."""
+        run = gr.State(None)  # set anew by each start, as Gradio copies a first value
+        buttons = [self._start_button, self._stop_button]
+        # Queued, though it is quick, as Gradio shows errors only of queued events; but not behind a measurement.
+        prepared = self._start_button.click(
+            self.prepare,
+            [*selectors.inputs, self._batch_sizes, self._lengths],
+            [run, *self._results, *buttons],
+            concurrency_limit=None,
+            **QUIET,
+        )
+        # "minimal", as the full progress animation, in a browser on the same cores, would slow both engines.
+        shown: dict[str, Any] = QUIET | {"show_progress": "minimal", "show_progress_on": self._status}
+        measured = prepared.success(self.measure, run, self._results, **shown, **ONE_AT_A_TIME)
+        measured.then(lambda: run_buttons(running=False), None, buttons, **AT_ONCE)
+        self._stop_button.click(_halt, run, None, **AT_ONCE)
+        selectors.adapter.change(self.refresh, [selectors.adapter, self._lengths], self._lengths, **AT_ONCE)
+
+    @errors_shown()
+    def prepare(self, *chosen: Any) -> list[Any]:
+        """Check what the visitor chose, and show a table without figures."""
+        setup = self._stage.setup(*chosen[:3])
+        run = _Run(setup, _cells(self._stage, setup, *chosen[3:]), threading.Event())
         files = [gr.DownloadButton(value=None, interactive=False)] * 2
-        return [run, _status("Waiting for the engines …"), _table(run.cells), _charts(), *files, *_buttons(runs=True)]
+        waiting = _status("Waiting for the engines …")
+        return [run, waiting, _table(run.cells), _charts(), *files, *run_buttons(running=True)]
 
-    def measure(run: _Run) -> Iterator[list[Any]]:
+    def measure(self, run: _Run) -> Iterator[list[Any]]:
+        """Show a sweep as it goes on."""
         now, n_rows = None, 0
-        # At once: what waits, Gradio shows so pale that it can hardly be read.
+        # At once: Gradio shows what waits so pale that it can hardly be read.
         yield [_status("Starting the engines …"), *[gr.skip()] * 4]
         try:
-            for now in sweep(stage, run.setup, run.cells, stop=run.stop):
+            for now in sweep(self._stage, run.setup, run.cells, stop=run.stop):
                 new = [gr.skip()] * 4
                 if len(now.rows) > n_rows:
                     n_rows = len(now.rows)
-                    new = [_table(run.cells, now), _charts(*charts_svg(now)), *_files(now, csv_button.GRADIO_CACHE)]
+                    files = _files(now, served_folder(self._csv_button))
+                    new = [_table(run.cells, now), _charts(*charts_svg(now)), *files]
                 yield [_progress(now), *new]
         except PromptfoldError as error:
-            # No gr.Error: it would lay itself over the rows that were measured.
+            # Not gr.Error, which would cover the rows that were measured.
             gr.Warning(str(error), title="The measurement ended early")
             yield [_progress(now, str(error)), *[gr.skip()] * 4]
 
-    @facing_visitors
+    def refresh(self, adapter: str, chosen: list[int]) -> Any:
+        """The lengths that another adapter reads."""
+        choices = _lengths(self._stage, adapter)
+        return gr.CheckboxGroup(choices=choices, value=[length for length in chosen if length in choices])
+
+
+def _build_endpoint(stage: Stage) -> None:
+    @errors_shown()
     def latency(
         batch_sizes: list[int], lengths: list[int], adapter: str = "", precision: str = "", pytorch: str = ""
     ) -> dict:
@@ -129,19 +145,6 @@ def build_lab_tab(stage: Stage, selectors: Selectors) -> None:
         *_, last = sweep(stage, setup, _cells(stage, setup, batch_sizes, lengths), stop=threading.Event())
         return last.as_json()
 
-    def refresh(adapter: str, chosen: list[int]) -> Any:
-        choices = _lengths(stage, adapter)
-        return gr.CheckboxGroup(choices=choices, value=[length for length in chosen if length in choices])
-
-    chosen_now = [*selectors.inputs, batch_sizes, lengths]
-    # Queued though it is quick: Gradio shows an error of nothing else. But beside whatever measures.
-    prepared = start_button.click(prepare, chosen_now, [wanted, *results, *buttons], concurrency_limit=None, **_QUIET)
-    # The full progress animation, in a browser on the same cores, would cost both engines time.
-    shown: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": status, "api_visibility": "private"}
-    measured = prepared.success(measure, wanted, results, **shown, **ONE_AT_A_TIME)
-    measured.then(lambda: _buttons(runs=False), None, buttons, **_AT_ONCE)
-    stop_button.click(_halt, wanted, None, **_AT_ONCE)
-    selectors.adapter.change(refresh, [selectors.adapter, lengths], lengths, **_AT_ONCE)
     gr.api(latency, api_name="latency", **ONE_AT_A_TIME)
 
 
@@ -151,7 +154,7 @@ def _lengths(stage: Stage, adapter: str) -> list[int]:
 
 
 def _cells(stage: Stage, setup: Setup, batch_sizes: object, lengths: object) -> tuple[Cell, ...]:
-    # The adapter's limit is its bundle's, and known before that is exported.
+    # The adapter's limit is its bundle's, and is known before the bundle is exported.
     return choose_cells(batch_sizes, lengths, max_length=stage.choices[setup.adapter].adapter.max_length)
 
 
@@ -160,13 +163,8 @@ def _halt(run: _Run | None) -> None:
         run.stop.set()
 
 
-def _buttons(*, runs: bool) -> list[Any]:
-    return [gr.Button(interactive=not runs), gr.Button(interactive=runs)]
-
-
-def _files(now: Sweep, folder: str) -> list[Any]:
-    """Put into Gradio's own folder, which it serves, and empties where the page has ``delete_cache``."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+def _files(now: Sweep, folder: Path) -> list[Any]:
+    """Both download buttons with their files."""
     buttons = []
     for suffix, content in ((".csv", now.as_csv().encode()), (".png", charts_png(now))):
         with tempfile.NamedTemporaryFile(prefix="promptfold-latency-", suffix=suffix, dir=folder, delete=False) as file:
@@ -175,49 +173,29 @@ def _files(now: Sweep, folder: str) -> list[Any]:
     return buttons
 
 
-def _progress(now: Sweep | None, error: str = "") -> str:
+def _progress(now: Sweep | None, error: str = "") -> Markup:
     if now is None:
         return _status(error)
     left = f"; about {now.seconds_left:.0f} s left" if now.seconds_left is not None else ""
     measured = f"{len(now.rows)} of {len(now.cells)} cells measured."
     words = f"{now.doing}{left}" if now.doing else f"{'Done' if now.is_complete else 'Stopped'}: {measured}"
-    return _status(f"{error} {measured}" if error else words, now.bursts_done, now.n_bursts)
+    return _status(f"{error} {measured}" if error else words, now.bursts_done / now.n_bursts)
 
 
-def _status(words: str, done: int = 0, of: int = 1) -> str:
-    percent = round(100 * done / of)
-    return (
-        f'<div role="progressbar" aria-label="Bursts measured" aria-valuenow="{percent}" style="height:8px;border-radius:4px;'
-        f'background:var(--border-color-primary)"><div style="width:{percent}%;height:100%;border-radius:4px;'
-        f'background:var(--color-accent)"></div></div><p style="margin-top:.4rem">{text(words)}</p>'
-    )
+def _status(words: str, fraction: float = 0.0) -> Markup:
+    return render("status.html", label="Bursts measured", fraction=fraction, words=words, role="", error="")
 
 
-def _table(cells: tuple[Cell, ...], now: Sweep | None = None) -> str:
-    """Every cell from the start, so that the page below stays where it is."""
-    unit = now.unit if now else "pairs"
-    columns = ("median ms", "p95 ms", f"{unit}/s")
-    heads = [
-        "Batch",
-        "Tokens",
-        *(f"{name}<br>{column}" for name in ("PyTorch", "ONNX") for column in columns),
-        "Speed-up",
-    ]
-    right = 'style="text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums"'
-    head = "".join(f'<th scope="col" {right}>{name}</th>' for name in heads)
-    rows = {row.cell: row for row in now.rows} if now else {}
-    lines = [[cell.batch_size, cell.tokens, *_figures(rows.get(cell))] for cell in cells]
-    body = "".join(f"<tr>{''.join(f'<td {right}>{value}</td>' for value in line)}</tr>" for line in lines)
-    ran_on = [describe(execution) for execution in (now.pytorch, now.onnx) if execution] if now else []
-    return (
-        '<div style="overflow-x:auto" tabindex="0" role="region" aria-label="Measured latencies">'
-        f'<table style="width:100%"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<p style='min-height:3.2em;margin-top:.4rem'>{'<br>'.join(map(text, (*ran_on, *(now.notes if now else ()))))}</p>"
-    )
+def _table(cells: tuple[Cell, ...], now: Sweep | None = None) -> Markup:
+    """All cells, measured or not, so that nothing below moves when a row comes."""
+    measured = {row.cell: row for row in now.rows} if now else {}
+    rows = [[cell.batch_size, cell.tokens, *_figures(measured.get(cell))] for cell in cells]
+    notes = [*engine_lines(now), *now.notes] if now else []
+    return render("lab_table.html", rows=rows, notes=notes, texts=now.unit if now else "pairs")
 
 
 def _figures(row: Row | None) -> list[str]:
-    """What stands behind batch size and length."""
+    """The cells of a row after batch size and length."""
     if row is None:
         return ["…"] * 7
     figures: list[str] = []
@@ -229,6 +207,6 @@ def _figures(row: Row | None) -> list[str]:
     return [*figures, f"{row.speedup:.2f}×{spread}" if row.speedup else "–"]
 
 
-def _charts(*drawn: str) -> str:
-    boxes = "".join(f'<div style="{CHART_BOX}">{svg}</div>' for svg in drawn or (NO_CHART, NO_CHART))
-    return f'<div style="display:flex;flex-wrap:wrap;gap:1rem;justify-content:center">{boxes}</div>'
+def _charts(*charts: Markup) -> Markup:
+    """The charts, or empty boxes in their places."""
+    return render("lab_charts.html", charts=charts or ("", ""))

@@ -1,4 +1,4 @@
-"""The tab "Score a file": a file in, both engines' labels out, and where they differ. View only; see `demo.measure.label_file`."""
+"""The tab "Score a file": a file in, both engines' labels out. View only; see `demo.measure.label_file`."""
 
 import tempfile
 import threading
@@ -8,146 +8,141 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from demo.access.limits import MAX_BYTES
 from demo.engines.stage import Setup, Stage
 from demo.measure.label_file import Progress, Scored, label_upload, write_labelled
 from demo.measure.upload import MAX_ROWS, Upload, read_upload
-from demo.page.controls import Selectors, facing_visitors, text
+from demo.page.controls import AT_ONCE, QUIET, Selectors, errors_shown, run_buttons, served_folder
+from demo.page.html import render, render_text
 from train.common.errors import PromptfoldError
 from train.data.read_rows import FILE_TYPES
 from train.data.tasks import METRICS
 
 SCORE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "score"}
-"""One file at a time, beside the other tabs' queue: a file takes minutes, and lets others measure meanwhile."""
-
+"""One file at a time, in a queue of its own: a file takes minutes, during which others can measure."""
 
 NAMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime"}
-"""Of the engines, for people."""
-
+"""Names of the engines for people."""
 
 MATRIX_LABELS = 20
-"""A larger matrix says nothing to the eye; the endpoint gives it."""
-
+"""With more labels a confusion matrix cannot be read; the endpoint gives it."""
 
 SHOWN_CHARACTERS = 160
-"""Of a text in the preview."""
-
+"""Length of a text in the preview."""
 
 STATUS_HEIGHT, RESULTS_HEIGHT = 84, 160
-
 
 CANCELLED = "Cancelled. Nothing was kept."
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A file that a visitor wants labelled: with what, where it lies, whether its turn has come, and whether it ends."""
+    """A file that a visitor wants labelled."""
 
     setup: Setup
     upload: Upload
     path: Path
     begun: threading.Event = field(default_factory=threading.Event)
+    """Set when its turn has come."""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 _Jobs = dict[int, _Job]
+"""A visitor's jobs by number. An event that waits gets the state of its turn, but the number of its start: so it does
+not touch what the visitor, having cancelled it, asked for since."""
 
 
 def build_score_tab(stage: Stage, selectors: Selectors) -> None:
-    """Build the tab, and the endpoint ``/score_file``."""
+    """Build the tab and the endpoint ``/score_file``."""
     gr.Markdown(
-        f"Every row labelled by {'both engines' if stage.has_pytorch else 'ONNX Runtime'}, with the choices above. "
-        f"CSV, JSON lines or Parquet in UTF-8, at most {MAX_BYTES / 1e6:g} MB and {MAX_ROWS:,} rows. The file is "
-        "deleted here as soon as it is labelled. In CSV, a cell that a spreadsheet would take for a formula (it "
-        "begins with `=`, `+`, `-`, `@`, a tab or a carriage return, and is no number) gets an apostrophe in front."
+        render_text("score.md", has_pytorch=stage.has_pytorch, max_mb=MAX_BYTES // 1_000_000, max_rows=MAX_ROWS)
     )
-    with gr.Row():
-        file = gr.File(
-            label="File to label", file_types=list(FILE_TYPES), type="filepath", height=180, elem_id="score-file"
-        )
-        with gr.Column(min_width=260):
-            text_columns = gr.Textbox(
-                label="Text columns", info="With a comma between; empty: as in training", elem_id="score-text-columns"
-            )
-            label_column = gr.Textbox(
-                label="Label column", info="Empty: as in training, where the file has it", elem_id="score-label-column"
-            )
-    with gr.Row():
-        start_button = gr.Button("Label the file", variant="primary", min_width=120)
-        cancel_button = gr.Button("Cancel", interactive=False, min_width=120)
-        download = gr.DownloadButton("Download the labelled file", interactive=False, min_width=200)
-    status = gr.HTML(_status("Choose a file, then press Label the file."), min_height=STATUS_HEIGHT)
-    results = gr.HTML("", elem_id="score-results", min_height=RESULTS_HEIGHT)
-    # A visitor's jobs by number. An event that waits gets the state of its turn, but the number of its start: so it
-    # leaves alone what the visitor, having cancelled it, asked for since.
-    jobs = gr.State({})
-    number = gr.Number(0, visible=False)
-
-    def prepare(jobs: _Jobs, number: int, *chosen: Any) -> list[Any]:
-        file, *columns = chosen[3:]
-        try:
-            setup = stage.setup(*chosen[:3])
-            jobs[number + 1] = _Job(setup, _read(stage, setup, file, *columns), Path(file))
-        except PromptfoldError as error:
-            return [*[gr.skip()] * 4, _refused(error), gr.skip(), gr.skip()]
-        waiting = _status(f"{Path(file).name}: waiting for a turn and for the engines …")
-        return [jobs, number + 1, *_buttons(runs=True), waiting, "", gr.DownloadButton(value=None, interactive=False)]
-
-    def label(jobs: _Jobs, number: int) -> Iterator[list[Any]]:
-        yield from _label(stage, jobs, number, download.GRADIO_CACHE)
-
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    buttons = [start_button, cancel_button]
-    prepared = start_button.click(
-        prepare,
-        [jobs, number, *selectors.inputs, file, text_columns, label_column],
-        [jobs, number, *buttons, status, results, download],
-        queue=False,
-        **quiet,
-    )
-    labelled = prepared.success(
-        label,
-        [jobs, number],
-        [*buttons, file, status, results, download],
-        trigger_mode="multiple",
-        **quiet,
-        **SCORE_QUEUE,
-    )
-    labelled.failure(lambda: _buttons(runs=False), None, buttons, queue=False, **quiet)
-    # Not with Gradio's "cancels": what was under way to the browser would come after what is said here.
-    cancel_button.click(_cancel, [jobs, number], [*buttons, file, status], queue=False, **quiet)
+    _ScoreTab(stage).wire(selectors)
     _build_endpoint(stage)
 
 
-def _label(stage: Stage, jobs: _Jobs, number: int, folder: str) -> Iterator[list[Any]]:
-    """Values of both buttons, the file, the status, the results and the download, as a file is labelled.
+class _ScoreTab:
+    """The tab's components and the handlers of their events."""
 
-    Args:
-        folder: for what is labelled.
-    """
-    job = jobs.get(number)
-    if job is None:
-        # Gradio would empty every component if nothing were said at all.
-        yield [gr.skip()] * 6
-        return
-    job.begun.set()
-    over = [*_buttons(runs=False), None]
-    try:
-        for now in label_upload(stage, job.setup, job.upload, cancelled=job.cancelled):
-            if now.result is None:
-                yield [*[gr.skip()] * 3, _progress(now), gr.skip(), gr.skip()]
-            else:
-                written = gr.DownloadButton(value=_write(now.result, folder), interactive=True)
-                yield [*over, _progress(now), _results(now.result), written]
-        if job.cancelled.is_set():
-            yield [*over, _status(CANCELLED), gr.skip(), gr.skip()]
-    except PromptfoldError as error:
-        yield [*over, _refused(error), gr.skip(), gr.skip()]
-    finally:
-        # Also where the visitor has gone: Gradio closes this generator then.
-        job.path.unlink(missing_ok=True)
-        jobs.pop(number, None)
+    def __init__(self, stage: Stage) -> None:
+        """Lay out the components."""
+        self._stage = stage
+        with gr.Row():
+            self._file = gr.File(
+                label="File to label", file_types=list(FILE_TYPES), type="filepath", height=180, elem_id="score-file"
+            )
+            with gr.Column(min_width=260):
+                info = "With a comma between; empty: as in training"
+                self._text_columns = gr.Textbox(label="Text columns", info=info, elem_id="score-text-columns")
+                info = "Empty: as in training, where the file has it"
+                self._label_column = gr.Textbox(label="Label column", info=info, elem_id="score-label-column")
+        with gr.Row():
+            self._start_button = gr.Button("Label the file", variant="primary", min_width=120)
+            self._cancel_button = gr.Button("Cancel", interactive=False, min_width=120)
+            self._download = gr.DownloadButton("Download the labelled file", interactive=False, min_width=200)
+        self._status = gr.HTML(_status("Choose a file, then press Label the file."), min_height=STATUS_HEIGHT)
+        self._results = gr.HTML("", elem_id="score-results", min_height=RESULTS_HEIGHT)
+
+    def wire(self, selectors: Selectors) -> None:
+        """Connect the events with their handlers."""
+        jobs, number = gr.State({}), gr.Number(0, visible=False)
+        buttons = [self._start_button, self._cancel_button]
+        prepared = self._start_button.click(
+            self.prepare,
+            [jobs, number, *selectors.inputs, self._file, self._text_columns, self._label_column],
+            [jobs, number, *buttons, self._status, self._results, self._download],
+            **AT_ONCE,
+        )
+        labelled = prepared.success(
+            self.label,
+            [jobs, number],
+            [*buttons, self._file, self._status, self._results, self._download],
+            trigger_mode="multiple",
+            **QUIET,
+            **SCORE_QUEUE,
+        )
+        labelled.failure(lambda: run_buttons(running=False), None, buttons, **AT_ONCE)
+        # Not Gradio's "cancels": what is on its way to the browser would arrive after the answer to this.
+        self._cancel_button.click(_cancel, [jobs, number], [*buttons, self._file, self._status], **AT_ONCE)
+
+    def prepare(self, jobs: _Jobs, number: int, *chosen: Any) -> list[Any]:
+        """Read the visitor's file, and refuse it or make a job of it."""
+        file, *columns = chosen[3:]
+        try:
+            setup = self._stage.setup(*chosen[:3])
+            jobs[number + 1] = _Job(setup, _read(self._stage, setup, file, *columns), Path(file))
+        except PromptfoldError as error:
+            return [*[gr.skip()] * 4, _refused(error), gr.skip(), gr.skip()]
+        waiting = _status(f"{Path(file).name}: waiting for a turn and for the engines …")
+        no_file = gr.DownloadButton(value=None, interactive=False)
+        return [jobs, number + 1, *run_buttons(running=True), waiting, "", no_file]
+
+    def label(self, jobs: _Jobs, number: int) -> Iterator[list[Any]]:
+        """Label a job's file; values of both buttons, the file, the status, the results and the download."""
+        job = jobs.get(number)
+        if job is None:
+            # Without any values Gradio would empty every component.
+            yield [gr.skip()] * 6
+            return
+        job.begun.set()
+        over = [*run_buttons(running=False), None]
+        try:
+            for now in label_upload(self._stage, job.setup, job.upload, cancelled=job.cancelled):
+                if now.result is None:
+                    yield [*[gr.skip()] * 3, _progress(now), gr.skip(), gr.skip()]
+                else:
+                    written = gr.DownloadButton(value=_write(now.result, self._download), interactive=True)
+                    yield [*over, _progress(now), results_html(now.result), written]
+            if job.cancelled.is_set():
+                yield [*over, _status(CANCELLED), gr.skip(), gr.skip()]
+        except PromptfoldError as error:
+            yield [*over, _refused(error), gr.skip(), gr.skip()]
+        finally:
+            # Also when the visitor leaves: Gradio closes this generator then.
+            job.path.unlink(missing_ok=True)
+            jobs.pop(number, None)
 
 
 def _cancel(jobs: _Jobs, number: int) -> list[Any]:
@@ -157,18 +152,17 @@ def _cancel(jobs: _Jobs, number: int) -> list[Any]:
         return [gr.skip()] * 4
     job.cancelled.set()
     if job.begun.is_set():
-        # It says so itself, after the last of what it says.
+        # The job itself reports the end, after everything else that it reports.
         return [gr.skip(), gr.Button(interactive=False), gr.skip(), gr.skip()]
     job.path.unlink(missing_ok=True)
     jobs.pop(number, None)
-    return [*_buttons(runs=False), None, _status(CANCELLED)]
+    return [*run_buttons(running=False), None, _status(CANCELLED)]
 
 
 def _build_endpoint(stage: Stage) -> None:
-    """Build ``/score_file``."""
     served = gr.File(label="Labelled file", render=False)
 
-    @facing_visitors
+    @errors_shown()
     def score_file(  # noqa: PLR0917 -- Gradio passes by position and shows these names
         file: str, text_columns: str, label_column: str, adapter: str, precision: str, pytorch: str
     ) -> list[Any]:
@@ -192,9 +186,9 @@ def _build_endpoint(stage: Stage) -> None:
         finally:
             Path(file).unlink(missing_ok=True)
         assert last.result is not None
-        return [last.result.as_json(), _write(last.result, served.GRADIO_CACHE)]
+        return [last.result.as_json(), _write(last.result, served)]
 
-    # Not gr.api, which would hand over whatever path a visitor names: components let only uploaded files through.
+    # Not gr.api, which would pass on any path that a visitor names: components let only uploaded files through.
     with gr.Row(visible=False):
         served.render()
         names = ("Text columns", "Label column", "Adapter", "Precision", "PyTorch")
@@ -216,141 +210,109 @@ def _read(stage: Stage, setup: Setup, file: str | None, text_columns: str | None
     )
 
 
-def _buttons(*, runs: bool) -> list[Any]:
-    return [gr.Button(interactive=not runs), gr.Button(interactive=runs)]
+def _write(scored: Scored, served: gr.DownloadButton | gr.File) -> str:
+    """Write the labelled file into a folder of its own, so that its name can be chosen freely."""
+    return str(write_labelled(scored, Path(tempfile.mkdtemp(prefix="labelled-", dir=served_folder(served)))))
 
 
-def _refused(error: PromptfoldError) -> str:
-    """What went wrong, as a status; no gr.Error, which would lay itself over the results of the file before."""
-    return f'{_status("")}<p role="alert"><b>{text(error)}</b></p>'
+def _refused(error: PromptfoldError) -> Markup:
+    """An error as status; not gr.Error, which would cover the results of the file before."""
+    return _status("", error=str(error))
 
 
-def _write(scored: Scored, folder: str) -> str:
-    """Into Gradio's own folder, which it serves, and empties where the page has ``delete_cache``."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    # A folder of its own, so that the file may have a name for people.
-    return str(write_labelled(scored, Path(tempfile.mkdtemp(prefix="labelled-", dir=folder))))
-
-
-def _progress(now: Progress) -> str:
+def _progress(now: Progress) -> Markup:
     words = f"{now.engine}: {now.done:,} of {now.rows:,} rows labelled"
     if now.result is not None:
         words = f"Done: {now.rows:,} rows of {now.result.upload.name} labelled."
     return _status(words, now.fraction)
 
 
-def _status(words: str, fraction: float = 0.0) -> str:
-    bar = f'<progress max="1" value="{fraction:.4f}" aria-label="Part that is done" style="width:100%"></progress>'
-    return bar + (f'<p role="status">{text(words)}</p>' if words else "")
+def _status(words: str, fraction: float = 0.0, *, error: str = "") -> Markup:
+    return render("status.html", label="Part that is done", fraction=fraction, words=words, role="status", error=error)
 
 
-def _results(scored: Scored) -> str:
-    """All that is known of a labelled file."""
-    upload = scored.upload
-    facts = []
-    if scored.pytorch is not None:
-        n_differ, n_rows = int(scored.differs.sum()), len(upload.rows)
-        facts.append(
-            f"<b>The engines give different labels to {n_differ:,} of {n_rows:,} rows.</b>"
-            if n_differ
-            else f"<b>Both engines give the same label to each of the {n_rows:,} rows.</b>"
-        )
-    if scored.texts_cut:
-        facts.append(
-            f"{scored.texts_cut:,} texts are longer than the {scored.max_length} tokens that the model reads, and lost "
-            "their end."
-        )
-    if upload.expected is None:
-        facts.append(f"The file has no column {text(repr(upload.task.label_column))}, so nothing is scored.")
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def results_html(scored: Scored) -> Markup:
+    """Everything about a labelled file: facts, counts, scores and rows."""
+    task = scored.upload.task
     tables = [_counts(scored)]
-    if upload.expected is not None:
-        tables += [_scores(scored), *_matrices(scored)]
-    return (
-        f"<p>{'<br>'.join(facts)}</p>"
-        f'<div style="display:flex;flex-wrap:wrap;gap:0 2.5rem">{"".join(tables)}</div>{_preview(scored)}'
+    has_many_labels = len(task.labels) > MATRIX_LABELS
+    if scored.upload.expected is not None:
+        tables += [_scores(scored), *([] if has_many_labels else _matrices(scored))]
+    return render(
+        "score_results.html",
+        scored=scored,
+        task=task,
+        n_rows=len(scored.upload.rows),
+        tables=tables,
+        has_many_labels=has_many_labels and scored.upload.expected is not None,
+        preview=_preview(scored),
     )
 
 
-def _counts(scored: Scored) -> str:
-    labels = scored.upload.task.labels
+def _counts(scored: Scored) -> _Table:
     columns = {NAMES[side]: list(scored.counts(side).values()) for side in scored.sides}
     if (confusion := scored.confusion("onnx")) is not None:
         columns["In the file"] = confusion.sum(axis=1).tolist()
-    rows = [
-        [label, *(f"{count:,}" for count in counts)] for label, *counts in zip(labels, *columns.values(), strict=True)
-    ]
-    return _table("Rows by label", ["Label", *columns], rows)
+    rows = zip(scored.upload.task.labels, *columns.values(), strict=True)
+    return _Table("Rows by label", ["Label", *columns], _with_commas(rows))
 
 
-def _scores(scored: Scored) -> str:
+def _scores(scored: Scored) -> _Table:
     scores = {NAMES[side]: found.values for side in scored.sides if (found := scored.scores(side)) is not None}
     rows = [
         [METRICS[name], *(f"{100 * values[name]:.1f}" for values in scores.values())]
         for name in scored.upload.task.metrics
     ]
-    return _table("Against the file's labels, in percent", ["Metric", *scores], rows)
+    return _Table("Against the file's labels, in percent", ["Metric", *scores], rows)
 
 
-def _matrices(scored: Scored) -> list[str]:
+def _matrices(scored: Scored) -> list[_Table]:
     labels = scored.upload.task.labels
-    if len(labels) > MATRIX_LABELS:
-        return [f"<p>The confusion matrices of {len(labels)} labels are in the answer of the endpoint alone.</p>"]
-    matrices = []
-    for side in scored.sides:
-        confusion = scored.confusion(side)
-        assert confusion is not None
-        rows = [[label, *(f"{count:,}" for count in counts)] for label, counts in zip(labels, confusion, strict=True)]
-        title = f"Confusion matrix, {NAMES[side]} (rows: the file's labels)"
-        matrices.append(_table(title, ["", *labels], rows))
-    return matrices
+    return [
+        _Table(
+            f"Confusion matrix, {NAMES[side]} (rows: the file's labels)",
+            ["", *labels],
+            _with_commas([label, *counts] for label, counts in zip(labels, confusion, strict=True)),
+        )
+        for side in scored.sides
+        if (confusion := scored.confusion(side)) is not None
+    ]
 
 
-def _preview(scored: Scored) -> str:
-    """Rows worth a look, and why."""
-    upload, differs, wrong = scored.upload, scored.differs, scored.wrong
-    shown = scored.preview
-    head = ["Row", *upload.task.text_columns, *(NAMES[side] for side in scored.sides)]
-    if upload.expected is not None:
-        head.append("In the file")
-    if scored.pytorch is not None or upload.expected is not None:
-        head.append("Note")
-    texts = upload.sentences
+def _with_commas(rows: Iterable[Sequence[Any]]) -> list[list[str]]:
+    """Rows of a name and counts."""
+    return [[name, *(f"{count:,}" for count in counts)] for name, *counts in rows]
+
+
+def _preview(scored: Scored) -> _Table:
+    """Rows that are worth a look, and why."""
+    upload, texts, differs, wrong = scored.upload, scored.upload.sentences, scored.differs, scored.wrong
+    has_labels = upload.expected is not None
+    columns = ["Row", *upload.task.text_columns, *(NAMES[side] for side in scored.sides)]
+    columns += ["In the file"] * has_labels + ["Note"] * (scored.pytorch is not None or has_labels)
     rows = []
-    for row in shown:
-        cells = [f"{row + 1:,}", *map(_short, texts[row])]
-        for classified in scored.sides.values():
-            cells.append(f"{classified.labels[classified.indices[row]]} {classified.best_probabilities[row]:.3f}")
+    for row in scored.preview:
+        cells = [f"{row + 1:,}", *map(_shortened, texts[row])]
+        for answers in scored.sides.values():
+            cells.append(f"{answers.labels[answers.indices[row]]} {answers.best_probabilities[row]:.3f}")
         if upload.expected is not None:
             cells.append(upload.task.labels[upload.expected[row]])
         notes = ["engines differ"] * bool(differs[row]) + ["wrong"] * bool(wrong[row])
-        rows.append([*cells, ", ".join(notes)][: len(head)])
-    n_rows = len(texts)
-    title = f"{len(shown)} of {n_rows:,} rows" if len(shown) < n_rows else f"All {n_rows:,} rows"
+        rows.append([*cells, ", ".join(notes)][: len(columns)])
+    title = f"{len(rows)} of {len(texts):,} rows" if len(rows) < len(texts) else f"All {len(texts):,} rows"
     if len(scored.sides) > 1:
         title += ", first those on which the engines differ"
-    if upload.expected is not None:
+    if has_labels:
         title += ", then those that are wrong" if len(scored.sides) > 1 else ", first those that are wrong"
-    return _table(title, head, rows, box="max-height:32rem", table="width:100%;min-width:44rem")
+    return _Table(title, columns, rows)
 
 
-def _short(words: str) -> str:
-    return words if len(words) <= SHOWN_CHARACTERS else f"{words[:SHOWN_CHARACTERS]} …"
-
-
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, box: str = "", table: str = "") -> str:
-    """Texts as a table that scrolls within its own box, the first column naming the rows.
-
-    Args:
-        box, table: CSS of both.
-    """
-    top = "".join(f'<th scope="col">{text(cell)}</th>' if cell else "<td></td>" for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{text(first)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells)}</tr>'
-        for first, *cells in rows
-    )
-    name = text(title)
-    return (
-        f'<div style="min-width:0"><h3>{name}</h3>'
-        f'<div style="overflow:auto;{box}" tabindex="0" role="region" aria-label="{name}">'
-        f'<table style="{table}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div></div>'
-    )
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"

@@ -16,6 +16,7 @@ import gradio as gr
 import numpy as np
 import pyarrow
 import pytest
+from markupsafe import escape
 from pyarrow import parquet
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
@@ -26,7 +27,7 @@ from demo.engines.stage import Setup, Stage
 from demo.measure.label_file import BATCH_ROWS, MAX_PREVIEW_ROWS, Progress, Scored, label_upload, write_labelled
 from demo.measure.upload import MAX_ROWS, Upload, read_upload
 from demo.page.controls import Selectors
-from demo.page.tab_score import _results, build_score_tab
+from demo.page.tab_score import build_score_tab, results_html
 from export.runtime.batches import Classified
 from export.runtime.check_text import MAX_CHARACTERS
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, make_pairs
@@ -152,7 +153,7 @@ def test_without_pytorch_onnx_runtime_labels_alone(adapter: Folders, bundle: Fol
     stage = Stage(choose_adapters([adapter("bert")]), bundles=[bundle("bert")], has_pytorch=False, threads=1)
     try:
         source = write_rows(tmp_path / "in.csv", shuffled_pairs(9, seed=5))
-        shown = _results(run(stage, read_upload(source, MRPC)))
+        shown = results_html(run(stage, read_upload(source, MRPC)))
         summary, written = handler(make_page(stage), "score_file")(str(source), *[""] * 5)
     finally:
         stage.close()
@@ -160,7 +161,7 @@ def test_without_pytorch_onnx_runtime_labels_alone(adapter: Folders, bundle: Fol
     assert summary["onnx"]["scores"] is None
     assert list(read_rows(Path(written))[0]) == [*MRPC.text_columns, "prediction_onnx", "probability_onnx"]
     assert "PyTorch" not in shown
-    assert "The file has no column &#x27;label&#x27;, so nothing is scored." in shown
+    assert "The file has no column &#39;label&#39;, so nothing is scored." in shown
     assert not re.search("engine|differ|Note", shown)
 
 
@@ -339,7 +340,7 @@ def test_the_largest_file_that_is_allowed_is_read(tmp_path: Path) -> None:
 
 def column(shown: str, title: str, number: int) -> list[str]:
     """The cells of a column of the table under a title, as a visitor reads them."""
-    markup = re.search(rf"<h3>{re.escape(html.escape(title))}.*?</table>", shown, re.DOTALL)
+    markup = re.search(rf"<h3>{re.escape(escape(title))}.*?</table>", shown, re.DOTALL)
     assert markup, title
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in markup[0].split("<tr>")[1:]]
     return [html.unescape(cells[number]) for cells in rows]
@@ -355,7 +356,7 @@ def test_disagreements_come_first_then_what_is_wrong(tmp_path: Path) -> None:
     assert scored.as_json()["disagreements"] == 2
     agree = [json.loads(row["agree"]) for row in read_rows(write_labelled(scored, tmp_path))]
     assert agree == [True, True, True, False, False, True]
-    shown = _results(scored)
+    shown = results_html(scored)
     assert "<b>The engines give different labels to 2 of 6 rows.</b>" in shown
     assert column(shown, "All 6 rows", 0) == ["Row", "4", "5", "2", "1", "3", "6"]
     notes = ["Note", "engines differ, wrong", "engines differ, wrong", "wrong", "", "", ""]
@@ -377,7 +378,7 @@ def test_at_most_fifty_rows_are_shown_and_every_text_is_only_text(tmp_path: Path
     rows[0]["sentence2"] = "y" * 5000
     upload = read_upload(write_rows(tmp_path / "in.jsonl", rows), MRPC)
     answers = Classified.of(LABELS, np.eye(2)[[0] * n], np.arange(n) < 3)
-    shown = _results(Scored(upload, Setup("bert"), answers, answers, POSITIONS - VIRTUAL_TOKENS))
+    shown = results_html(Scored(upload, Setup("bert"), answers, answers, POSITIONS - VIRTUAL_TOKENS))
     assert "<img" not in shown
     assert len(column(shown, "50 of 60 rows", 0)) == 1 + MAX_PREVIEW_ROWS
     assert "y" * 160 + " …" in shown
@@ -392,7 +393,7 @@ def test_many_labels_have_no_matrix_on_the_page(tmp_path: Path) -> None:
     upload = read_upload(write_rows(tmp_path / "in.csv", rows), task)
     answers = Classified.of(task.labels, np.eye(30)[[3]], np.zeros(1, bool))
     scored = Scored(upload, Setup("bert"), answers, None, 10)
-    assert "The confusion matrices of 30 labels are in the answer of the endpoint alone" in _results(scored)
+    assert "The confusion matrices of 30 labels are in the answer of the endpoint alone" in results_html(scored)
     assert np.sum(scored.as_json()["onnx"]["confusion"]) == 1
     assert scored.as_json()["onnx"]["scores"]["accuracy"] == 1
 
