@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import ROOT
+from gradio_client import Client
 
-START_TIMEOUT_SECONDS = 400
+from tests.conftest import ON_CPU, ROOT
+
+START_TIMEOUT_SECONDS = 900
 
 
 class Server:
@@ -22,7 +24,7 @@ class Server:
     def __init__(self, flags: list[str], cache: Path, environment: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            # So a shell starts what it puts into the background, and a process hands it on: Ctrl-C would be lost.
+            # A shell starts background jobs so, and children inherit it: Ctrl-C would be lost.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "demo", *flags],
@@ -47,7 +49,6 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The page's process."""
         return self._process.pid
 
     def wait_for(self, pattern: str) -> re.Match[str]:
@@ -104,6 +105,24 @@ def serve(flags: list[str], cache: Path, environment: dict[str, str] | None = No
         server.stop()
 
 
+@contextmanager
+def serve_cleanly(flags: list[str], cache: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """The same for visitors who follow the rules; Gradio prints a traceback for each malformed request."""
+    with serve(flags, cache, environment) as server:
+        yield server
+    assert "Traceback" not in server.output, server.output
+
+
+@contextmanager
+def connect(url: str) -> Iterator[Client]:
+    """A visitor's program."""
+    client = Client(url, verbose=False)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
 def exists(pid: int) -> bool:
     """Whether a process still runs (a zombie does not, once the last of its threads has ended)."""
     try:
@@ -120,3 +139,42 @@ def wait_until_gone(pid: int) -> None:
     while exists(pid):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.02)
+
+
+WATCH = '''
+"""Writes down every address that this process, and each that it starts, connects to or asks a name of."""
+import os, sys
+
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else None  # a text or bytes: of this machine's own kind
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+        host = arguments[0]
+    else:
+        return
+    if host is not None:
+        host = host.decode() if isinstance(host, bytes) else str(host)
+        with open(os.environ["REACHED"], "a", encoding="utf-8") as file:
+            file.write(f"{event} {host} {os.getpid()}\\n")
+
+sys.addaudithook(watch)
+'''
+"""A ``sitecustomize``: Python imports it at the start of every process."""
+
+LOOPBACK = {"127.0.0.1", "localhost", "::1", "0.0.0.0"}  # noqa: S104 -- to find, not to listen on
+
+
+def watching(folder: Path) -> dict[str, str]:
+    """Environment variables under which every Python process writes down the hosts that it reaches for."""
+    folder.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text(WATCH, encoding="utf-8")
+    (folder / "reached").write_text("", encoding="utf-8")
+    # Hugging Face's offline switch would switch telemetry off for us.
+    return ON_CPU | {"PYTHONPATH": str(folder), "REACHED": str(folder / "reached"), "HF_HUB_OFFLINE": ""}
+
+
+def strange_hosts(folder: Path) -> list[str]:
+    """Lines of the record that name another machine."""
+    lines = [line.split() for line in (folder / "reached").read_text(encoding="utf-8").splitlines()]
+    return [" ".join(line) for line in lines if line[1] not in LOOPBACK]

@@ -26,8 +26,7 @@ from export.serve.config import ServingConfig
 from export.serve.requests import MAX_TEXTS
 from export.serve.service import Service
 from tests.conftest import ON_CPU
-from tests.demo.server import serve, wait_until_gone
-from tests.demo.test_demo import connect
+from tests.demo.server import connect, serve, wait_until_gone
 from tests.export.serving import PAIRS, WAIT_SECONDS, Folders, Models, ask, load, models_fixture, wait_until  # noqa: F401
 from train.common.errors import EngineError
 

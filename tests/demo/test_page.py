@@ -1,0 +1,187 @@
+"""The page as visitors and their programs see it: one walk through all tabs, every endpoint, the code to copy."""
+
+import ast
+import asyncio
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from playwright.sync_api import Page, expect
+
+from demo.page.app import page_style
+from demo.page.html import render
+from demo.page.tab_use import mcp_config
+from tests.conftest import make_pairs, write_jsonl
+from tests.demo.browser import (
+    choose_cells,
+    compare,
+    download,
+    label_file,
+    needs_chromium,
+    open_tab,
+    press,
+    start_browser,
+    visit_page,
+)
+from tests.demo.conftest import RunningPage
+from tests.demo.engines import PAIR, golden_probabilities
+from tests.demo.page_client import call_mcp, check_answer, run_python, run_shell, values_on_load
+from tests.demo.server import connect
+
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def no_traceback(running_page: RunningPage) -> Iterator[None]:
+    """Requests of visitors who follow the page's rules never fail."""
+    before = len(running_page.server.lines)
+    yield
+    assert not [line for line in running_page.server.lines[before:] if "Traceback" in line]
+
+
+@pytest.fixture
+def client(running_page: RunningPage) -> Iterator[Client]:
+    with connect(running_page.url) as client:
+        yield client
+
+
+def check_compare(page: Page) -> None:
+    for engine in ("pytorch", "onnx"):
+        expect(page.locator(f"#{engine}-facts")).to_contain_text(re.compile(r"Runs on\s*\S+"))
+    expect(page.locator("#model")).to_contain_text(re.compile(r"P-Tuning, 5 virtual tokens\s*Task\s*mrpc"))
+    expect(page.locator("#quality")).to_contain_text("On 40 validation rows: accuracy")
+    press(page, "Library hours")
+    expect(page.get_by_label("Sentence 2").first).to_have_value(re.compile("^During exam weeks"))
+    page.get_by_label("Sentence 1").first.fill(PAIR[0])
+    page.get_by_label("Sentence 2").first.fill(" ")
+    press(page, "Compare")
+    expect(page.get_by_text("Sentence 2 is empty. Write a sentence.")).to_be_visible()
+    page.get_by_label("Sentence 2").first.fill(PAIR[1])
+    compare(page)
+    expect(page.locator("#speedup .figure")).to_have_text(re.compile(r"^\d+\.\d\d×$"))
+    expect(page.locator("#speedup")).to_contain_text("both give the same label")
+    expect(page.locator("#distribution").get_by_role("img")).to_be_visible()
+    for engine in ("pytorch", "onnx"):
+        expect(page.locator(f"#{engine}-answer").get_by_role("heading")).to_have_text(re.compile("equivalent"))
+        expect(page.locator(f"#{engine}-facts")).to_contain_text(re.compile(r"\d+\.\d\d ms median"))
+
+
+def check_lab(page: Page, folder: Path) -> None:
+    choose_cells(page, {"1"}, {"16"})
+    press(page, "Measure")
+    expect(page.locator("#lab-table tbody tr", has_text="×")).to_have_count(1)
+    expect(page.locator("#lab-charts").get_by_role("img").first).to_be_visible()
+    (row,) = csv.DictReader(download(page, "Download CSV", folder).read_text(encoding="utf-8").splitlines())
+    assert (row["batch_size"], row["tokens"]) == ("1", "16")
+    assert float(row["pytorch_median_ms"]) > 0
+    assert float(row["onnx_median_ms"]) > 0
+    assert download(page, re.compile("PNG"), folder).read_bytes().startswith(b"\x89PNG")
+
+
+def check_score(page: Page, folder: Path) -> None:
+    pairs = make_pairs(8, seed=5)
+    label_file(page, write_jsonl(folder / "pairs.jsonl", pairs))
+    expect(page.locator("#score-results")).to_contain_text("Both engines give the same label to each of the 8 rows.")
+    expect(page.locator("#score-results")).to_contain_text("Confusion matrix, ONNX Runtime")
+    lines = download(page, "Download the labelled file", folder).read_text(encoding="utf-8").splitlines()
+    labelled = [json.loads(line) for line in lines]
+    assert [row["sentence1"] for row in labelled] == [row["sentence1"] for row in pairs]
+    assert {row["prediction_onnx"] for row in labelled} <= {"equivalent", "not_equivalent"}
+
+
+def check_prompt(page: Page) -> None:
+    expect(page.locator("#prompt-learned").get_by_role("img").first).to_be_visible()
+    expect(page.locator("#prompt-about")).to_contain_text("kept: epoch")
+    press(page, "Classify with and without the prompt")
+    expect(page.locator("#prompt-effect")).to_contain_text(re.compile("With the learned prompt the label is"))
+
+
+@needs_chromium
+def test_a_visitor_walks_through_all_tabs(running_page: RunningPage, tmp_path: Path) -> None:
+    with start_browser() as browser, visit_page(browser, f"{running_page.url}/") as page:
+        check_compare(page)
+        open_tab(page, "Latency lab")
+        check_lab(page, tmp_path)
+        open_tab(page, "Score a file")
+        check_score(page, tmp_path)
+        open_tab(page, "The prompt")
+        check_prompt(page)
+        open_tab(page, "Use it")
+        expect(page.locator("#use-python")).to_contain_text(f'Client("{running_page.url}/")')
+
+
+def test_compare_answers_each_visitor_as_peft_does(client: Client, adapter: Folders, base_model: Folders) -> None:
+    """Several visitors at once: each gets the answer to its own pair."""
+    pairs = [PAIR, *((str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(3, seed=6))]
+    jobs = [client.submit(*pair, api_name="/compare") for pair in pairs]
+    for pair, job in zip(pairs, jobs, strict=True):
+        result = job.result(timeout=120)
+        expected = golden_probabilities(pair, adapter("bert"), base_model("bert"))
+        keys = {"adapter", "precision", "pytorch_mode", "pytorch", "onnx", "max_logit_difference", "speedup"}
+        assert set(result) - {"notices"} == keys | {"speedup_range", "runs", "tokens"}
+        for engine in ("pytorch", "onnx"):
+            assert set(result[engine]) == {"label", "probabilities", "latency_ms"}
+            assert set(result[engine]["latency_ms"]) == {"median", "p95", "p99"}
+            assert list(result[engine]["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+    for bad, words in ((("", "x"), "Sentence 1 is empty"), (("x" * 100_000, "y"), "100,000 characters")):
+        with pytest.raises(AppError, match=words):
+            client.predict(*bad, api_name="/compare")
+
+
+def test_every_other_endpoint_answers(client: Client, adapter: Folders, base_model: Folders, tmp_path: Path) -> None:
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert list(endpoints) == ["/compare", "/latency", "/score_file", "/prompt", "/prompt_effect"]
+    (cell,) = client.predict([1], [8], api_name="/latency")["cells"]
+    assert (cell["batch_size"], cell["tokens"]) == (1, 8)
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_pairs(4, seed=7))
+    summary, labelled = client.predict(handle_file(rows), *[""] * 5, api_name="/score_file")
+    assert summary["rows"] == 4
+    assert Path(labelled).read_text(encoding="utf-8").count("prediction_onnx") == 4
+    assert len(client.predict(api_name="/prompt")["nearest_words"]) == 5
+    effect = client.predict(*PAIR, api_name="/prompt_effect")["learned"]["probabilities"]
+    expected = golden_probabilities(PAIR, adapter("bert"), base_model("bert"))
+    assert np.allclose(list(effect.values()), expected, atol=1e-5)
+
+
+def test_the_code_to_copy_runs(running_page: RunningPage, tmp_path: Path) -> None:
+    shown = values_on_load(running_page.url)
+    check_answer(ast.literal_eval(run_python(shown["use-python"]).splitlines()[-1]))
+    if shutil.which("curl"):
+        check_answer(run_shell(shown["use-curl"], tmp_path)[0])
+    (configured,) = json.loads(shown["use-mcp"])["mcpServers"].values()
+    tools, answer = asyncio.run(call_mcp(configured["url"], *PAIR))
+    assert tools == ["compare", "latency", "score_file", "prompt", "prompt_effect"]
+    assert "max_logit_difference" in answer
+    assert shown["endpoints"].count("<tr>") == 6  # the head, and each endpoint
+
+
+def test_the_code_has_the_address_that_the_visitor_used(running_page: RunningPage) -> None:
+    port = running_page.url.rpartition(":")[2]
+    assert f'Client("http://localhost:{port}/")' in values_on_load(f"http://localhost:{port}")["use-python"]
+    shown = values_on_load(running_page.url, {"X-Forwarded-Host": "demo.example", "X-Forwarded-Proto": "https"})
+    assert 'Client("https://demo.example/")' in shown["use-python"]
+    assert json.loads(shown["use-mcp"]) == json.loads(mcp_config("https://demo.example"))
+    hostile = values_on_load(running_page.url, {"X-Forwarded-Host": "x$(id)"})
+    local = values_on_load(running_page.url)
+    assert hostile["use-curl"] == local["use-curl"]
+    parameters = "sentence1: str, sentence2: str = &#39;&#39;, adapter: str = &#39;&#39;"
+    assert f"<code>/compare</code></th><td><code>{parameters}" in local["endpoints"]
+    assert local["share-note"] == "Local page. Start with <code>--share</code> for a public link."
+    assert not local["share-link"]
+    assert not local["share-qr"]
+
+
+def test_templates_style_and_script_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    style = page_style()
+    assert ".gradio-container" in style["css"]
+    assert "inert" in style["head"]
+    for name in ("share_note.html", "prompt_waiting.html"):
+        assert render(name, url="", being_made=False, requested=False)

@@ -1,0 +1,95 @@
+"""``python -m demo`` from its start to its end: exports, ports, signals, and no process or file left."""
+
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from demo.__main__ import find_port
+from export.bundle.folder import load_bundle
+from tests.conftest import flip_bit
+from tests.demo.engines import PAIR
+from tests.demo.server import connect, exists, serve_cleanly, wait_until_gone
+
+Folders = Callable[[str], Path]
+
+
+def test_a_port_that_is_taken_while_the_engines_load_is_left_for_the_next(
+    adapter: Folders, bundle: Folders, tmp_path: Path
+) -> None:
+    with (
+        socket.socket() as listener,
+        serve_cleanly(["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))], tmp_path) as server,
+    ):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.wait_for("starting the engines")
+        taken = find_port("127.0.0.1", None)  # as the page has just done
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        url = server.wait_for_url()
+        assert not url.endswith(f":{taken}/")
+        with connect(url) as client:
+            assert client.predict(*PAIR, api_name="/compare")["runs"] > 0
+
+
+def test_the_page_exports_once_and_leaves_no_process(adapter: Folders, tmp_path: Path) -> None:
+    cache = tmp_path / "a cache"  # a space in the path
+    flags = ["--adapter", str(adapter("bert"))]
+    with serve_cleanly(flags, cache) as server:
+        server.wait_for_url()
+        for step in ("[1/5]", "[2/5]", "[3/5]", "[4/5]", "[5/5]"):
+            assert step in server.output
+        (folder,) = (cache / "promptfold" / "bundles").iterdir()
+        exported = (folder / "model.onnx").stat().st_mtime_ns
+        children = server.children()
+        assert len(children) == 2
+        assert server.stop(signal.SIGTERM) == 0
+        assert not [pid for pid in children if exists(pid)]
+    with serve_cleanly(flags, cache) as server:
+        server.wait_for_url()
+        assert "[1/5]" not in server.output
+        assert (folder / "model.onnx").stat().st_mtime_ns == exported
+        assert server.stop(signal.SIGINT) == 130
+    # A cached bundle that was damaged is noticed and made again.
+    flip_bit(folder / "model.onnx", 4000)
+    with serve_cleanly(flags, cache) as server:
+        server.wait_for_url()
+        assert "is damaged" in server.output
+        assert "[5/5]" in server.output
+    assert load_bundle(folder).find_task().max_logit_difference < 1e-4
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_start_that_is_interrupted_leaves_nothing(how: signal.Signals, tmp_path: Path) -> None:
+    with serve_cleanly([], tmp_path) as server:
+        server.wait_for(r"\[2/5\]")
+        children = server.children()
+        assert len(children) == 1
+        assert server.stop(how) == {signal.SIGTERM: 0, signal.SIGINT: 130}[how]
+        assert not [pid for pid in children if exists(pid)]
+    assert list((tmp_path / "promptfold" / "bundles").iterdir()) == []
+
+
+def test_killing_the_page_takes_its_engines_with_it(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
+    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))]
+    with serve_cleanly(flags, tmp_path) as server:
+        server.wait_for_url()
+        children = server.children()
+        assert len(children) == 2
+        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    for pid in children:
+        wait_until_gone(pid)
+    assert not (tmp_path / "promptfold").exists()  # a bundle was given, so none was exported
+
+
+def test_a_bundle_folder_may_be_given_from_anywhere(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
+    """Spaces and letters beyond ASCII in both paths."""
+    moved, copied = tmp_path / "ein Bündel", tmp_path / "ein Adapter ä"
+    shutil.copytree(bundle("bert"), moved)
+    shutil.copytree(adapter("bert"), copied)
+    flags = ["--adapter", str(copied), "--bundle", str(moved)]
+    with serve_cleanly(flags, tmp_path / "cache") as server, connect(server.wait_for_url()) as client:
+        assert client.predict(*PAIR, api_name="/compare")["max_logit_difference"] < 1e-4
