@@ -45,7 +45,7 @@ def check_nothing_is_cut_short(place: Path) -> None:
         name = path.name
         assert not name.startswith((".", "new-", "whole")), path
         assert not name.endswith((".new", ".old")), path
-        assert not name.endswith(".partial") or (path / "run.json").is_file(), path
+        assert not name.endswith(".partial") or (path / "_run.json").is_file(), path
         if name.startswith("checkpoint-"):
             assert (path / "complete.json").is_file(), path
         if name.endswith(".checkpoints"):
