@@ -19,6 +19,11 @@ from filelock import FileLock
 
 import train  # noqa: F401  -- switches telemetry off before anything below it is imported
 
+Folders = Callable[[str], Path]
+"""Fixtures that make something of a kind: `base_model`, `adapter`, `bundle`."""
+Precisions = Callable[[str, str], Path]
+"""`bundle_in`, of a kind and a precision."""
+
 ROOT = Path(__file__).parent.parent
 """The repository: command lines are started here."""
 

@@ -19,13 +19,10 @@ from pyarrow import parquet
 
 import train.common.atomic_folder
 from export.bundle.folder import load_bundle
-from tests.conftest import make_pairs, write_jsonl
+from tests.conftest import Folders, Precisions, make_pairs, write_jsonl
 from train.adapter.folder import load_adapter
 from train.common.atomic_folder import new_folder, write_whole
 from train.common.errors import AdapterError, BundleError, PromptfoldError, UsageError
-
-Folders = Callable[[str], Path]
-Precisions = Callable[[str, str], Path]
 
 
 def contents(place: Path) -> dict[str, bytes]:

@@ -5,16 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from export.bundle.folder import load_bundle
-from tests.conftest import ROOT, flip_bit
+from tests.conftest import ROOT, Folders, flip_bit
 from train.adapter.folder import load_adapter
-
-Folders = Callable[[str], Path]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

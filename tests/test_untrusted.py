@@ -29,7 +29,7 @@ from export.runtime.session import open_session
 from export.runtime.tokenizer import TextTokenizer
 from export.runtime.trial import try_bundle
 from export.triton import TritonConfig, write_triton_repository
-from tests.conftest import Data
+from tests.conftest import Data, Folders
 from tests.untrusted import (  # noqa: F401 -- fixtures too
     KIND_NAMES,
     Copies,

@@ -12,11 +12,11 @@ import onnx.parser
 import pytest
 
 from export.bundle.folder import BUNDLE, load_bundle
+from tests.conftest import Folders
 from train.adapter.folder import load_adapter
 from train.adapter.record import ADAPTER
 from train.common.folder_record import FolderKind, content_of, write_record
 
-Folders = Callable[[str], Path]
 Copies = Callable[[str], tuple[Path, FolderKind]]
 Hostile = Callable[[onnx.ModelProto | bytes], Path]
 KIND_NAMES = ("adapter", "bundle")

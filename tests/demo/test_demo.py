@@ -17,17 +17,11 @@ from demo.page.app import model_facts, quality_words
 from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import VIRTUAL_TOKENS
-from tests.demo.engines import (
-    PAIR,
-    both_engines,
-    make_shipped,
-)
+from tests.conftest import VIRTUAL_TOKENS, Folders
+from tests.demo.engines import PAIR, both_engines, make_shipped
 from train.adapter.folder import load_adapter
 from train.common.errors import UsageError
 from train.data.tasks import Scores
-
-Folders = Callable[[str], Path]
 
 
 @pytest.fixture

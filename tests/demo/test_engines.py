@@ -26,7 +26,7 @@ from export.bundle.folder import load_bundle
 from export.runtime.check_text import MAX_CHARACTERS
 from export.runtime.classifier import Execution
 from export.runtime.tokenizer import bundle_tokenizer
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders
 from tests.demo.engines import (
     PAIR,
     Pair,
@@ -38,8 +38,6 @@ from tests.demo.engines import (
 )
 from tests.demo.server import exists, wait_until_gone
 from train.common.errors import AdapterError, BundleError, EngineError, PromptfoldError, TextError
-
-Folders = Callable[[str], Path]
 
 LABELS = ("not_equivalent", "equivalent")
 

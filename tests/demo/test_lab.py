@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +30,10 @@ from demo.measure.sweep import (
 )
 from demo.page.sweep_charts import charts_png, charts_svg
 from demo.page.tab_lab import build_lab_tab
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders
 from tests.demo.engines import stage_of
 from tests.demo.one_tab import handler, make_page
 from train.common.errors import EngineError, UsageError
-
-Folders = Callable[[str], Path]
 
 LONGEST = POSITIONS - VIRTUAL_TOKENS
 

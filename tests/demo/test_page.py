@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from playwright.sync_api import Page, expect
 from demo.page.app import page_style
 from demo.page.html import render
 from demo.page.tab_use import mcp_config
-from tests.conftest import make_pairs, write_jsonl
+from tests.conftest import Folders, make_pairs, write_jsonl
 from tests.demo.browser import (
     choose_cells,
     compare,
@@ -34,8 +34,6 @@ from tests.demo.conftest import RunningPage
 from tests.demo.engines import PAIR, golden_probabilities
 from tests.demo.page_client import call_mcp, check_answer, run_python, run_shell, values_on_load
 from tests.demo.server import connect
-
-Folders = Callable[[str], Path]
 
 
 @pytest.fixture(autouse=True)

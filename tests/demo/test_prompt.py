@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -35,7 +35,7 @@ from demo.measure.prompt import (
 )
 from demo.page.tab_prompt import build_prompt_tab
 from export.bundle.folder import FP32, load_bundle
-from tests.conftest import ENCODERS, ROOT, SHIPPED, VIRTUAL_TOKENS, WORDS, family_of, peft_logits
+from tests.conftest import ENCODERS, ROOT, SHIPPED, VIRTUAL_TOKENS, WORDS, Folders, family_of, peft_logits
 from tests.demo.engines import PAIR, make_mood_adapter, stage_of
 from tests.demo.one_tab import handler, make_page
 from tests.train.test_gguf import write_gguf
@@ -43,8 +43,6 @@ from train.adapter.folder import load_adapter
 from train.adapter.record import Adapter
 from train.common.errors import PromptfoldError, TextError
 from train.common.folder_record import sha256_of_files
-
-Folders = Callable[[str], Path]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

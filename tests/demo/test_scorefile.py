@@ -30,12 +30,11 @@ from demo.page.controls import Selectors
 from demo.page.tab_score import build_score_tab, results_html
 from export.runtime.batches import Classified
 from export.runtime.check_text import MAX_CHARACTERS
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS, make_pairs
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders, make_pairs
 from tests.export.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
 from train.common.errors import DataError, EngineError, PromptfoldError, UsageError
 from train.data.tasks import MRPC, custom_task
 
-Folders = Callable[[str], Path]
 Rows = list[dict[str, Any]]
 Score = Callable[..., tuple[dict[str, Any], Path]]
 """Sends a file to ``/score_file``: path, named arguments → the summary, and the labelled file."""

@@ -13,9 +13,6 @@ from export.bundle.folder import BUNDLE
 from tests.conftest import DECODERS, ENCODERS, TOKEN_TYPES, family_of, random_batch
 from train.common.folder_record import seal
 
-Folders = Callable[[str], Path]
-Precisions = Callable[[str, str], Path]
-
 N_LAYERS = 2
 """Of every tiny model."""
 

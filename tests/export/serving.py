@@ -18,9 +18,7 @@ from scipy.special import softmax
 
 from export.__main__ import main as export_main
 from export.bundle.folder import Bundle, load_bundle
-from tests.conftest import make_pairs, peft_logits
-
-Folders = Callable[[str], Path]
+from tests.conftest import Folders, make_pairs, peft_logits
 
 PAIRS = [(str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(24, seed=11)]
 """Pairs of different lengths."""

@@ -28,6 +28,7 @@ from tests.conftest import (
     MAIN_KINDS,
     POSITIONS,
     VIRTUAL_TOKENS,
+    Folders,
     family_of,
     flip_bit,
     make_base_model,
@@ -36,7 +37,6 @@ from tests.conftest import (
 )
 from tests.export.graphs import (
     N_LAYERS,
-    Folders,
     change_manifest,
     has_types,
     inputs_of,

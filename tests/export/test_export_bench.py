@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from export.bench.models import count_multiply_adds, family_module
 from export.bench.prepare import Prepared
 from export.bench.report import document, tables
 from export.bench.worker import padded_on_the_left
-from tests.conftest import ROOT, Data
+from tests.conftest import ROOT, Data, Folders
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
 from train.data.tasks import MRPC
-
-Folders = Callable[[str], Path]
 
 QUICK = ["--rounds=1", "--threads=1", "--pause=0", "--min-runs=2", "--max-runs=2", "--budget-seconds=0"]
 

@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from export.bundle.folder import load_bundle
-from tests.conftest import ROOT, TOKEN_TYPES, family_of, peft_logits
-from tests.export.graphs import N_LAYERS, Folders, Precisions, parametrize_kinds, peft_batch, run_file
+from tests.conftest import ROOT, TOKEN_TYPES, Folders, Precisions, family_of, peft_logits
+from tests.export.graphs import N_LAYERS, parametrize_kinds, peft_batch, run_file
 
 USUAL_KINDS = ("bert",)
 """Kinds of model that the tests run for by default; the others are in tests/slow."""

@@ -13,8 +13,8 @@ from export.__main__ import main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.score.__main__ import main as score_main
-from tests.conftest import VIRTUAL_TOKENS, Data, family_of, peft_logits, random_batch, write_three_labels
-from tests.export.graphs import Folders, manifest_of, parametrize_kinds, peft_batch
+from tests.conftest import VIRTUAL_TOKENS, Data, Folders, family_of, peft_logits, random_batch, write_three_labels
+from tests.export.graphs import manifest_of, parametrize_kinds, peft_batch
 from train.common.errors import TextError
 
 USUAL_KINDS = ("bert",)

@@ -18,8 +18,8 @@ from sklearn.metrics import accuracy_score, f1_score
 import export.fold.int8
 from export.__main__ import main
 from export.bundle.folder import load_bundle
-from tests.conftest import ENCODERS, family_of, make_pairs, write_jsonl
-from tests.export.graphs import Folders, Precisions, manifest_of, parametrize_kinds
+from tests.conftest import ENCODERS, Folders, Precisions, family_of, make_pairs, write_jsonl
+from tests.export.graphs import manifest_of, parametrize_kinds
 
 Pairs = Sequence[tuple[str, str]]
 

@@ -18,16 +18,8 @@ from export.runtime.batches import classify
 from export.runtime.classifier import OnnxClassifier, best_precision, open_graph
 from export.runtime.cuda_graphs import CudaGraphRunner
 from export.runtime.session import CPU, CUDA
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, make_pairs, random_batch
-from tests.export.graphs import (
-    Folders,
-    Precisions,
-    change_manifest,
-    has_types,
-    inputs_of,
-    parametrize_kinds,
-    run_file,
-)
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Folders, Precisions, make_pairs, random_batch
+from tests.export.graphs import change_manifest, has_types, inputs_of, parametrize_kinds, run_file
 from train.common.errors import BundleError, TextError
 from train.common.folder_record import sha256_of_file
 from train.common.machine import usable_cores

@@ -33,6 +33,7 @@ from tests.conftest import (
     ROOT,
     VIRTUAL_TOKENS,
     WORDS,
+    Folders,
     family_of,
     flip_bit,
     make_pairs,
@@ -44,7 +45,6 @@ from train.data.tasks import MRPC, TASKS, Task, custom_task, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Folders = Callable[[str], Path]
 Rows = list[dict[str, Any]]
 Label = Callable[..., dict[str, Any]]
 """Labels a file with the command line: bundle, input, output, flags → the JSON of the last line."""

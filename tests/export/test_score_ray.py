@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from export.score.data_set import Block, BlockReader, find_data_set
 from export.score.place import parse_place
-from tests.conftest import ON_CPU, ROOT, make_pairs
-from tests.export.test_score import Folders, Refusal, Rows, contents, refusal
+from tests.conftest import ON_CPU, ROOT, Folders, make_pairs
+from tests.export.test_score import Refusal, Rows, contents, refusal
 from train.common.errors import DataError
 
 __all__ = ["refusal"]  # a fixture

@@ -22,9 +22,8 @@ from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.triton import main
-from tests.conftest import MAIN_KINDS, POSITIONS, VIRTUAL_TOKENS
+from tests.conftest import MAIN_KINDS, POSITIONS, VIRTUAL_TOKENS, Folders
 
-Folders = Callable[[str], Path]
 PAIRS = [("word1 word2", "word3"), ("word4 word5 word6", "word7 word8")]
 
 SCHEMA = {

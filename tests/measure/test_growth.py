@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,13 @@ from export.__main__ import main as export_main
 from export.bundle.folder import Bundle, load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.runtime.tokenizer import bundle_tokenizer
+from tests.conftest import Folders
 from tests.measure.growth import BUSY_SHARE, Line, ServingCell, demands, main
 from tests.measure.http_load import request_bodies
 from tests.measure.many_tasks import with_tasks
 from train.common.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
-
-Folders = Callable[[str], Path]
 
 
 def bundle_of_two_tasks(adapter: Folders, folder: Path) -> Bundle:

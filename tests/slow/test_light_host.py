@@ -9,17 +9,15 @@ import subprocess
 import time
 import urllib.request
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from export.serve.ports import find_port
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Folders
 from train.common.machine import describe_machine
-
-Folders = Callable[[str], Path]
 
 WAIT_SECONDS = 300
 """How long a server may take to start on a busy machine."""

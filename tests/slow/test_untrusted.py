@@ -23,7 +23,7 @@ from export.bundle.graph_outline import check_graph
 from export.runtime.classifier import OnnxClassifier
 from export.runtime.trial import try_bundle
 from export.score.__main__ import main as score_main
-from tests.conftest import KINDS, ROOT, Data
+from tests.conftest import KINDS, ROOT, Data, Folders
 from tests.untrusted import (  # noqa: F401 -- fixtures too
     TOO_LARGE,
     Copies,

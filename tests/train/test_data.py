@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from tests.conftest import WORDS, Data, make_pairs, peft_logits, write_jsonl
+from tests.conftest import WORDS, Data, Folders, make_pairs, peft_logits, write_jsonl
 from train.__main__ import main
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
@@ -25,7 +25,6 @@ from train.model.classifier import load_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Folders = Callable[[str], Path]
 Rows = list[dict[str, Any]]
 Metrics = dict[str, Callable[[Any, Any], float]]
 

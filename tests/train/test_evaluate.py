@@ -1,16 +1,13 @@
 """``python -m train.evaluate`` through its entry point."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from tests.conftest import DECODERS, Data, family_of, make_pairs, peft_logits, write_jsonl
+from tests.conftest import DECODERS, Data, Folders, family_of, make_pairs, peft_logits, write_jsonl
 from train.evaluate import main
-
-Folders = Callable[[str], Path]
 
 
 def check_scores(scores: dict[str, float], adapter: Path, base: Path, file: Path, *, alone: bool) -> None:

@@ -1,6 +1,5 @@
 """`PromptedClassifier` against `PeftModel.forward`, which shares no code with it."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.conftest import (
     POSITIONS,
     TOKEN_TYPES,
     VIRTUAL_TOKENS,
+    Folders,
     family_of,
     peft_logits,
     random_batch,
@@ -24,8 +24,6 @@ from train.common.errors import ModelError
 from train.model.classifier import load_classifier, prompted_classifier
 from train.model.find import find_base_model, text_limit
 from train.model.prompted import PooledRowLayer, PromptedClassifier
-
-Folders = Callable[[str], Path]
 
 
 def build(adapter_folder: Path) -> PromptedClassifier:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import pytest
 
 import train.fit.trainer
-from tests.conftest import Data, make_pairs, write_jsonl
+from tests.conftest import Data, Folders, make_pairs, write_jsonl
 from train.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
-Folders = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
 
 STEPS_PER_EPOCH = 8

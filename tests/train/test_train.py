@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tests.conftest import (
     POSITIONS,
     VIRTUAL_TOKENS,
     Data,
+    Folders,
     family_of,
     flip_bit,
     make_pairs,
@@ -37,7 +37,6 @@ from train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Folders = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
 
 

@@ -17,14 +17,12 @@ from gradio_client.exceptions import AuthenticationError
 from playwright.sync_api import Browser, expect
 
 from demo.access.gate import API
-from tests.conftest import ON_CPU, ROOT, Data
+from tests.conftest import ON_CPU, ROOT, Data, Folders
 from tests.demo.browser import needs_chromium
 from tests.demo.engines import PAIR
 from tests.demo.page_client import check_answer, request_raw, run_python, run_shell, values_on_load
 from tests.demo.server import Server, serve_cleanly, strange_hosts, watching
 from tests.demo.test_access import CLOSED, EVIL
-
-Folders = Callable[[str], Path]
 
 ROUTES_OF_GRADIO = """
 import gradio as gr

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from demo.engines.adapters import SHIPPED
 from demo.page.controls import EXAMPLES
-from tests.demo.browser import (
-    DESKTOP,
-    PHONE,
-    choose,
-    compare,
-    label_file,
-    needs_chromium,
-    open_tab,
-    press,
-    visit_page,
-)
+from tests.conftest import Folders
+from tests.demo.browser import DESKTOP, PHONE, choose, compare, label_file, needs_chromium, open_tab, press, visit_page
 from tests.demo.engines import MOODS, golden_moods, make_mood_adapter
 from tests.demo.page_client import check_answer, values_on_load
 from tests.demo.server import connect, serve_cleanly
@@ -33,7 +24,6 @@ from train.adapter.folder import load_adapter
 
 pytestmark = needs_chromium
 
-Folders = Callable[[str], Path]
 
 REDWOODS = EXAMPLES["Coast redwoods"]
 

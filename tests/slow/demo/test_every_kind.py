@@ -1,6 +1,5 @@
 """What tests/demo shows of a few kinds of models and ways to run PyTorch, shown of all of them."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from demo.engines.engine_process import EngineProcess
 from demo.engines.pytorch import BF16, COMPILED, PyTorchBackend
 from export.__main__ import main as export_main
-from tests.conftest import FAMILIES, KINDS, P_TUNED_V2, family_of
+from tests.conftest import FAMILIES, KINDS, P_TUNED_V2, Folders, family_of
 from tests.demo.engines import (
     MOODS,
     PAIR,
@@ -22,8 +21,6 @@ from tests.demo.engines import (
 )
 from tests.demo.test_prompt import check_effect, check_keys_and_values, check_words
 from train.common.errors import EngineError, TextError
-
-Folders = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,8 +3,7 @@
 import json
 import re
 import string
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,11 +15,9 @@ from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 
 from demo.access.gate import API, MAX_BODY_BYTES
-from tests.conftest import ON_CPU, ROOT
+from tests.conftest import ON_CPU, ROOT, Folders
 from tests.demo.server import Server, serve
 from tests.demo.test_inputs import EVERY_CHARACTER, MILLION, RIGHT_TO_LEFT, ZERO_WIDTH, texts, trying
-
-Folders = Callable[[str], Path]
 
 ENDPOINTS = ("compare", "latency", "score_file", "prompt", "prompt_effect")
 

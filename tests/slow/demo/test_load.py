@@ -19,10 +19,8 @@ from scipy.special import softmax
 
 from demo.access.gate import API, BUSY
 from demo.access.limits import QUEUE_SIZE
-from tests.conftest import ON_CPU, make_pairs, peft_logits, write_jsonl
+from tests.conftest import ON_CPU, Folders, make_pairs, peft_logits, write_jsonl
 from tests.demo.server import Server, connect, exists, serve_cleanly
-
-Folders = Callable[[str], Path]
 
 LABELS = ("not_equivalent", "equivalent")
 

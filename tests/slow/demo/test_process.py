@@ -3,18 +3,15 @@
 import shutil
 import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from demo.__main__ import find_port
 from export.bundle.folder import load_bundle
-from tests.conftest import flip_bit
+from tests.conftest import Folders, flip_bit
 from tests.demo.engines import PAIR
 from tests.demo.server import connect, exists, serve_cleanly, wait_until_gone
-
-Folders = Callable[[str], Path]
 
 
 def test_a_port_that_is_taken_while_the_engines_load_is_left_for_the_next(

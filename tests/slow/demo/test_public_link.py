@@ -7,18 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from gradio.tunneling import BINARY_FILENAME
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Folders
 from tests.demo.page_client import values_on_load
 from tests.demo.server import connect, exists, serve_cleanly, wait_until_gone
-
-Folders = Callable[[str], Path]
 
 LINK = "https://0123456789abcdef.gradio.live"
 

@@ -18,9 +18,9 @@ from demo.engines.pytorch import COMPILED
 from demo.engines.stage import Setup, Stage
 from demo.measure.label_file import BATCH_ROWS, _batch_rows
 from demo.measure.upload import MAX_ROWS
-from tests.conftest import ON_CPU, ROOT
+from tests.conftest import ON_CPU, ROOT, Folders
 from tests.demo.server import serve
-from tests.demo.test_scorefile import Folders, check_answers, files_in
+from tests.demo.test_scorefile import check_answers, files_in
 from tests.export.test_score import read_rows, shuffled_pairs, write_rows
 
 KINDS = ("bert", "gpt2")

@@ -21,12 +21,10 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from demo.page.tab_use import EXAMPLE, pipeline_snippet
-from tests.conftest import ON_CPU
+from tests.conftest import ON_CPU, Folders
 from tests.demo.engines import PAIR
 from tests.demo.page_client import call_mcp, check_answer, run_python, run_shell, values_on_load
 from tests.demo.server import serve_cleanly
-
-Folders = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")

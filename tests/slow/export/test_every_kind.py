@@ -11,8 +11,8 @@ import torch
 from export.__main__ import main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import KINDS, VIRTUAL_TOKENS, Data, make_base_model, peft_logits, random_batch
-from tests.export.graphs import Folders, Precisions, manifest_of, parametrize_kinds, run_file
+from tests.conftest import KINDS, VIRTUAL_TOKENS, Data, Folders, Precisions, make_base_model, peft_logits, random_batch
+from tests.export.graphs import manifest_of, parametrize_kinds, run_file
 from tests.export.test_export import (  # noqa: F401
     test_a_bundle_loads_in_optimum_and_gives_the_same_logits,
     test_a_padding_token_inside_a_text_is_numbered_as_peft_numbers_it,

@@ -1,15 +1,12 @@
 """``python -m export.bench`` on a decoder, on random weights, and on folders that do not fit together."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from export.bench.__main__ import main
-from tests.conftest import Data
+from tests.conftest import Data, Folders
 from tests.export.test_export_bench import check_engines, multiply_adds, run
-
-Folders = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("plain", ["plain-fp32", "plain-int8"])

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Folders
 from tests.export import test_precision
-from tests.export.graphs import Folders, parametrize_kinds
+from tests.export.graphs import parametrize_kinds
 from tests.export.test_runtime import (  # noqa: F401
     test_a_gpu_that_misreads_padding_is_found_out_before_it_answers,
     test_a_transformers_pipeline_says_the_same_of_a_pair_and_of_many,

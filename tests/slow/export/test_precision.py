@@ -18,8 +18,8 @@ import export.fold.int8
 import export.fold.quantize
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import Data, make_base_model, make_pairs, random_batch, write_jsonl
-from tests.export.graphs import Folders, manifest_of
+from tests.conftest import Data, Folders, make_base_model, make_pairs, random_batch, write_jsonl
+from tests.export.graphs import manifest_of
 from tests.export.test_many_tasks import export as export_several
 from tests.export.test_precision import DENSE, check_gate, easy_rows, export_bundle, hard_rows, read_rows, run_pairs
 from tests.slow.export.test_every_kind import train_and_export

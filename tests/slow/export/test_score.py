@@ -15,18 +15,9 @@ from pyarrow import parquet
 from sklearn.metrics import accuracy_score, f1_score
 
 from export.__main__ import main as export_main
-from tests.conftest import KINDS, ON_CPU, ROOT, VIRTUAL_TOKENS, WORDS, Data, write_jsonl
+from tests.conftest import KINDS, ON_CPU, ROOT, VIRTUAL_TOKENS, WORDS, Data, Folders, write_jsonl
 from tests.export import test_score as default
-from tests.export.test_score import (
-    Folders,
-    Label,
-    Rows,
-    cpu_engine,
-    golden_probabilities,
-    label,
-    read_rows,
-    write_rows,
-)
+from tests.export.test_score import Label, Rows, cpu_engine, golden_probabilities, label, read_rows, write_rows
 from train.__main__ import main as train_main
 
 __all__ = ["cpu_engine", "label"]  # fixtures

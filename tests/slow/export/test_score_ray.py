@@ -24,8 +24,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import export.score.on_ray
 from export.score.__main__ import main
-from tests.conftest import ON_CPU, ROOT, flip_bit, make_pairs
-from tests.export.test_score import LABELS, Folders, Label, Refusal, Rows, golden_probabilities, refusal
+from tests.conftest import ON_CPU, ROOT, Folders, flip_bit, make_pairs
+from tests.export.test_score import LABELS, Label, Refusal, Rows, golden_probabilities, refusal
 from tests.export.test_score_ray import write_files
 
 __all__ = ["refusal"]  # a fixture

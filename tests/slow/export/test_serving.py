@@ -25,9 +25,9 @@ from export.bundle.folder import Bundle
 from export.serve.config import ServingConfig
 from export.serve.requests import MAX_TEXTS
 from export.serve.service import Service
-from tests.conftest import ON_CPU
+from tests.conftest import ON_CPU, Folders
 from tests.demo.server import connect, serve, wait_until_gone
-from tests.export.serving import PAIRS, WAIT_SECONDS, Folders, Models, ask, load, models_fixture, wait_until  # noqa: F401
+from tests.export.serving import PAIRS, WAIT_SECONDS, Models, ask, load, models_fixture, wait_until  # noqa: F401
 from train.common.errors import EngineError
 
 # Ray does not wait for the processes of a start that failed and was tried again.

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from export.bundle.folder import load_bundle
-from tests.conftest import make_pairs, write_jsonl
+from tests.conftest import Folders, make_pairs, write_jsonl
 from tests.faults import Ended, Launcher, launcher
 from train.adapter.folder import load_adapter
 from train.common.folder_record import sha256_of_file
 
-Folders = Callable[[str], Path]
 Result = dict[str, Any]
 
 

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ON_CPU, ROOT
+from tests.conftest import ON_CPU, ROOT, Folders
 from tests.measure.http_load import cpu_seconds
-from tests.measure.test_growth import Folders, bundle_of_two_tasks
+from tests.measure.test_growth import bundle_of_two_tasks
 
 
 def test_it_measures_tasks_and_replicas(adapter: Folders, tmp_path: Path) -> None:

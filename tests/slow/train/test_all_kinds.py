@@ -2,18 +2,15 @@
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import DECODERS, KINDS, P_TUNED_V2, family_of
+from tests.conftest import DECODERS, KINDS, P_TUNED_V2, Folders, family_of
 from tests.train import test_model, test_train
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
 from train.model.find import BERT_LIKE
 from train.model.tokenizer import base_tokenizer
-
-Folders = Callable[[str], Path]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,15 +1,12 @@
 """``python -m tests.measure.training`` through its entry point."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Data
+from tests.conftest import Data, Folders
 from tests.measure.training import main
-
-Folders = Callable[[str], Path]
 
 
 def test_the_bench_trains_both_loops_and_ends_with_their_ratio(

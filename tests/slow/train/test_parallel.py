@@ -7,19 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from tests.conftest import ON_CPU, ROOT, TOKEN_TYPES, Data, peft_logits, random_batch
+from tests.conftest import ON_CPU, ROOT, TOKEN_TYPES, Data, Folders, peft_logits, random_batch
 from train.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
-Folders = Callable[[str], Path]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"]
 ACCELERATE = [

@@ -7,19 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import flip_bit
+from tests.conftest import Folders, flip_bit
 from tests.train import test_resume
-from tests.train.test_resume import (
-    EPOCHS,
-    SETTINGS,
-    Capture,
-    Folders,
-    Runs,
-    checkpoints_in,
-    cut,
-    learned,
-    run_and_die,
-)
+from tests.train.test_resume import EPOCHS, SETTINGS, Capture, Runs, checkpoints_in, cut, learned, run_and_die
 from train.__main__ import main
 from train.adapter.folder import load_adapter
 from train.data.token_ids import LengthGroupedSampler

@@ -6,20 +6,17 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import get_constant_schedule
 
-from tests.conftest import ROOT, Data, peft_logits
+from tests.conftest import ROOT, Data, Folders, peft_logits
 from tests.train.test_gguf import check_adapter, train_on, write_gguf
 from tests.train.test_train import read_state, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Folders = Callable[[str], Path]
 
 
 def test_every_reparameterization_trains_and_ships_the_table_alone(
