@@ -116,8 +116,8 @@ def test_a_visitor_walks_through_all_tabs(running_page: RunningPage, tmp_path: P
 
 
 def test_compare_answers_each_visitor_as_peft_does(client: Client, adapter: Folders, base_model: Folders) -> None:
-    """Several visitors at once: each gets the answer to its own pair."""
-    pairs = [PAIR, *((str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(3, seed=6))]
+    """Two visitors at once: each gets the answer to its own pair."""
+    pairs = [PAIR, *((str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(1, seed=6))]
     jobs = [client.submit(*pair, api_name="/compare") for pair in pairs]
     for pair, job in zip(pairs, jobs, strict=True):
         result = job.result(timeout=120)
