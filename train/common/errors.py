@@ -8,6 +8,10 @@ command line (exit status 2) and on the page.
 class PromptfoldError(Exception):
     """The root of all errors that promptfold raises on purpose."""
 
+    def __str__(self) -> str:
+        """The message, also where it quotes what is not valid Unicode: a page could not send that."""
+        return super().__str__().encode(errors="backslashreplace").decode()
+
 
 class UsageError(PromptfoldError):
     """A flag or an argument that cannot be used."""
