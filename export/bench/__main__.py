@@ -1,7 +1,7 @@
 """``python -m export.bench ADAPTER BUNDLE``: every way to run one P-tuned model, side by side on this machine.
 
 Timed is one forward pass, token ids in, logits out, at several shapes, and with ``--file`` the scoring of a whole
-labelled file; tokenising is the same for all and left out. The engines: PEFT's tutorial as it stands and under
+labelled file; tokenizing is the same for all and left out. The engines: PEFT's tutorial as it stands and under
 torch.compile, both also in 16 bits; base and prompt exported by optimum as anybody would, in fp32 and int8, and that
 graph in OpenVINO's int8; the bundle in each precision that it holds.
 

@@ -1,7 +1,7 @@
 """``python -m tests.measure.training``: the tutorial's training loop against ours, on the same machine, data and epochs.
 
 Measured are rows per second of a whole training, scoring the validation rows after every epoch included, as both do;
-loading models and tokenising left out.
+loading models and tokenizing left out.
 
 - tutorial: PEFT's P-tuning tutorial as it stands (https://huggingface.co/docs/peft/main/en/task_guides/
   ptuning-seq-classification): `PeftModel` in the Trainer, random batches padded to their longest text, fp32,

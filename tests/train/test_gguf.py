@@ -106,7 +106,7 @@ def check_adapter(out: Path) -> None:
     batch = tokenizer([["ABC", "CAB"]], return_tensors="pt")
     with torch.inference_mode():
         assert classifier(**batch)["logits"].isfinite().all()
-    assert "quantised weights of tiny.gguf" in (out / "README.md").read_text()
+    assert "quantized weights of tiny.gguf" in (out / "README.md").read_text()
     # Any other program reads the same tokens from the adapter's folder.
     other = AutoTokenizer.from_pretrained(out)
     assert other("ABC", "CAB")["input_ids"] == batch["input_ids"][0].tolist()

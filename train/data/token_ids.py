@@ -33,7 +33,7 @@ def sentences_of(dataset: "Dataset", task: Task) -> list[tuple[str, ...]]:
 def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast", *, swap: bool = False) -> Encoded:
     """Tokenise a split; rows over the tokenizer's ``model_max_length`` lose their end, the longer sentence first.
 
-    With ``swap`` the pairs are tokenised in the other order as well.
+    With ``swap`` the pairs are tokenized in the other order as well.
     """
     columns = [list(dataset[column]) for column in task.text_columns]
     labels = list(dataset[task.label_column])

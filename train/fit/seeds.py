@@ -235,7 +235,7 @@ def _limits(scores: Scores, baselines: dict[str, Scores], n_validation: int, bas
     )
     if base.gguf_file is not None:
         limits.append(
-            f"It was learned on the quantised weights of {base.gguf_file}, turned back into fp32; on the original "
+            f"It was learned on the quantized weights of {base.gguf_file}, turned back into fp32; on the original "
             "weights its scores will differ."
         )
     return limits
