@@ -7,7 +7,6 @@ label can be learned: "equivalent" pairs share their words.
 import json
 import os
 import random
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,26 +25,22 @@ Precisions = Callable[[str, str], Path]
 
 ROOT = Path(__file__).parent.parent
 """The repository: command lines are started here."""
-
+SLOW = ROOT / "tests" / "slow"
 SHIPPED = ("minilm-mrpc", "minilm-mrpc-v2")
 """Names of the adapters under demo/adapters."""
 
 ENCODERS = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 DECODERS = ("bloom", "gpt2", "llama", "opt")
 FAMILIES = ENCODERS + DECODERS
-
 P_TUNED_V2 = ("bert", "electra", "gpt2", "llama", "opt", "roberta", "xlm-roberta")
 """Families that take learned keys and values (P-Tuning v2)."""
-
 KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
 """Every family with every method that it takes; "-v2" marks P-Tuning v2. For the slow tests."""
 
 MAIN_KINDS = ("bert", "roberta-v2", "gpt2", "llama-v2")
 """Of encoders and decoders each method once: enough for the tests that run by default."""
-
 TOKEN_TYPES = ("bert", "electra")
 """Families whose tiny tokenizer tells the two sentences apart."""
-
 CLUSTERS = ("test_growth", "test_score_ray", "test_serving")
 """Test files that start Ray."""
 
@@ -56,7 +51,6 @@ def family_of(kind: str) -> str:
 
 
 WORDS = tuple(f"word{number}" for number in range(90))
-
 VIRTUAL_TOKENS = 5
 POSITIONS = 48
 """How many tokens every tiny model can number, prompt included."""
@@ -75,9 +69,6 @@ def pytest_configure() -> None:
     from playwright.sync_api import expect
 
     expect.set_options(timeout=180_000)  # the other worker's tests want the processor too
-
-
-SLOW = ROOT / "tests" / "slow"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -136,48 +127,27 @@ def make_base_model(folder: Path, family: str) -> Path:
     import torch
     from transformers import AutoConfig, AutoModel
 
-    common = {"vocab_size": len(WORDS) + 4, "pad_token_id": 1}
-    if family == "distilbert":
-        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": POSITIONS}
-    elif family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": POSITIONS}
-        # As the real one: no padding token of its own.
-        common = {"vocab_size": len(WORDS) + 4, "bos_token_id": 0, "eos_token_id": 2}
-    elif family == "bloom":
-        sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
-    elif family == "opt":
-        sizes = {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 16,  # as opt-350m, which embeds in another width than it computes in
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 64,
-            "max_position_embeddings": POSITIONS,
-        }
-    elif family == "llama":
-        sizes = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,  # grouped-query attention, as SmolLM2's
-            "intermediate_size": 64,
-            "max_position_embeddings": POSITIONS,
-        }
-    else:
-        sizes = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "type_vocab_size": 1 if "roberta" in family else 2,
-            # RoBERTa numbers positions from pad_token_id + 1.
-            "max_position_embeddings": POSITIONS + (2 if "roberta" in family or family == "mpnet" else 0),
-        }
-    if family == "electra":
-        sizes["embedding_size"] = 32
+    usual = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": POSITIONS}
+    encoder = usual | {"intermediate_size": 64, "type_vocab_size": 2}
+    # RoBERTa numbers positions from pad_token_id + 1.
+    from_2 = encoder | {"max_position_embeddings": POSITIONS + 2}
+    sizes = {
+        "bert": encoder,
+        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": POSITIONS},
+        "electra": encoder | {"embedding_size": 32},
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": POSITIONS},
+        "llama": usual | {"intermediate_size": 64, "num_key_value_heads": 2},  # grouped-query attention, as SmolLM2's
+        "mpnet": from_2,
+        "opt": usual | {"ffn_dim": 64, "word_embed_proj_dim": 16},  # as opt-350m, which embeds in another width
+        "roberta": from_2 | {"type_vocab_size": 1},
+        "xlm-roberta": from_2 | {"type_vocab_size": 1},
+    }[family]
+    # As the real one, GPT-2 has no padding token of its own.
+    common = {"bos_token_id": 0, "eos_token_id": 2} if family == "gpt2" else {"pad_token_id": 1}
     torch.manual_seed(1)
     std = "init_std" if family == "opt" else "initializer_range"
-    config = AutoConfig.for_model(family, **common, **sizes, **{std: 0.2})
+    config = AutoConfig.for_model(family, vocab_size=len(WORDS) + 4, **common, **sizes, **{std: 0.2})
     model = AutoModel.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -202,7 +172,6 @@ def make_pairs(n: int, seed: int) -> list[dict[str, object]]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
-    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -220,10 +189,6 @@ class Data:
         return ["--train-file", str(self.train_file), "--validation-file", str(self.validation_file)]
 
 
-Make = Callable[[Path], object]
-"""Writes something into a folder that it may make."""
-
-
 class MadeOnce:
     """Folders that are made once a run, whichever of pytest-xdist's workers asks first; the others wait for it."""
 
@@ -231,7 +196,7 @@ class MadeOnce:
         self._root = root
         self._root.mkdir(exist_ok=True)
 
-    def __call__(self, name: str, make: Make) -> Path:
+    def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
         """The folder of a name, made if it is not there."""
         folder, whole = self._root / name, self._root / f"{name}.whole"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -261,47 +226,41 @@ def data(made_once: MadeOnce) -> Data:
 
 
 @pytest.fixture(scope="session")
-def base_model(made_once: MadeOnce) -> Callable[[str], Path]:
+def base_model(made_once: MadeOnce) -> Folders:
     """A function from a family to a folder with a tiny model of it, made once a run."""
     return lambda family: made_once(f"base-{family}", lambda folder: make_base_model(folder, family))
 
 
-@pytest.fixture(scope="session")
-def adapter(made_once: MadeOnce, base_model: Callable[[str], Path], data: Data) -> Callable[[str], Path]:
-    """A function from a kind ("bert", "bert-v2") to an adapter folder that ``python -m train`` wrote for it."""
+def train_kind(kind: str, base: Path, folder: Path, flags: str, files: list[str]) -> None:
+    """``python -m train`` for a tiny model."""
     from train.__main__ import main
 
+    method = "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"
+    words = f"--method {method} --virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16 {flags}"
+    assert main(["--model", str(base), "--out", str(folder), *words.split(), *files]) == 0
+
+
+@pytest.fixture(scope="session")
+def adapter(made_once: MadeOnce, base_model: Folders, data: Data) -> Folders:
+    """A function from a kind ("bert", "bert-v2") to an adapter folder that ``python -m train`` wrote for it."""
+
     def get(kind: str) -> Path:
-        method = "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"
-
-        def make(folder: Path) -> None:
-            flags = (
-                f"--model {base_model(family_of(kind))} --method {method} --out {folder} "
-                f"--virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16 --epochs 3 --learning-rate 1e-2"
-            )
-            assert main([*shlex.split(flags), *data.flags]) == 0
-
-        return made_once(f"adapters/{kind}", make)
+        base, flags = base_model(family_of(kind)), "--epochs 3 --learning-rate 1e-2"
+        return made_once(f"adapters/{kind}", lambda folder: train_kind(kind, base, folder, flags, data.flags))
 
     return get
 
 
 def write_three_labels(path: Path, seed: int) -> Path:
     """Pairs with three labels, under other column names."""
-    rows = make_pairs(30, seed)
-    return write_jsonl(
-        path,
-        [
-            {"left": row["sentence1"], "right": row["sentence2"], "kind": "abc"[index % 3]}
-            for index, row in enumerate(rows)
-        ],
-    )
+    rows = enumerate(make_pairs(30, seed))
+    columns = ({"left": row["sentence1"], "right": row["sentence2"], "kind": "abc"[i % 3]} for i, row in rows)
+    return write_jsonl(path, list(columns))
 
 
 @pytest.fixture(scope="session")
-def second(made_once: MadeOnce, base_model: Callable[[str], Path], data: Data) -> Callable[..., Path]:
+def second(made_once: MadeOnce, base_model: Folders, data: Data) -> Callable[..., Path]:
     """A function from a kind to another adapter of it; ``three`` labels, or other ``flags``."""
-    from train.__main__ import main
 
     def get(kind: str, *, three: bool = False, flags: str = "") -> Path:
         place = "second-" + "".join(c if c.isalnum() else "-" for c in f"{kind}{flags}")
@@ -310,16 +269,9 @@ def second(made_once: MadeOnce, base_model: Callable[[str], Path], data: Data) -
             files = data.flags
             if three:
                 paths = (write_three_labels(folder.parent / f"{seed}.jsonl", seed) for seed in (3, 4))
-                train, validation = map(str, paths)
-                files = ["--train-file", train, "--validation-file", validation]
-                files += ["--text-columns", "left,right", "--label-column", "kind"]
-            command = [
-                *("--model", str(base_model(family_of(kind))), "--out", str(folder)),
-                *("--method", "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"),
-                *("--virtual-tokens", str(VIRTUAL_TOKENS), "--encoder-hidden-size", "16"),
-                *("--epochs", "1", "--learning-rate", "3e-2", "--seed", "5", *flags.split(), *files),
-            ]
-            assert main(command) == 0
+                files = [*Data(*paths).flags, "--text-columns", "left,right", "--label-column", "kind"]
+            more = f"--epochs 1 --learning-rate 3e-2 --seed 5 {flags}"
+            train_kind(kind, base_model(family_of(kind)), folder, more, files)
 
         return made_once(f"{place}/{'three' if three else 'other'}", make)
 
@@ -327,7 +279,7 @@ def second(made_once: MadeOnce, base_model: Callable[[str], Path], data: Data) -
 
 
 @pytest.fixture(scope="session")
-def bundle(made_once: MadeOnce, adapter: Callable[[str], Path]) -> Callable[[str], Path]:
+def bundle(made_once: MadeOnce, adapter: Folders) -> Folders:
     """A function from a kind to a bundle folder that ``python -m export`` wrote from its adapter."""
     from export.__main__ import main
 
@@ -341,7 +293,7 @@ def bundle(made_once: MadeOnce, adapter: Callable[[str], Path]) -> Callable[[str
 
 
 @pytest.fixture(scope="session")
-def bundle_in(made_once: MadeOnce, adapter: Callable[[str], Path], data: Data) -> Callable[[str, str], Path]:
+def bundle_in(made_once: MadeOnce, adapter: Folders, data: Data) -> Precisions:
     """A function from a kind and a precision to a bundle that holds it beside fp32, whatever it costs in quality."""
     import export.fold.gate
     from export.__main__ import main
