@@ -13,14 +13,9 @@ import pytest
 
 from export.bundle.folder import load_bundle
 from tests.conftest import ROOT, TOKEN_TYPES, Folders, Precisions, family_of, peft_logits
-from tests.export.graphs import N_LAYERS, parametrize_kinds, peft_batch, run_file
+from tests.export.graphs import N_LAYERS, peft_batch, run_file
 
 USUAL_KINDS = ("bert",)
-"""Kinds of model that the tests run for by default; the others are in tests/slow."""
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    parametrize_kinds(metafunc, USUAL_KINDS)
 
 
 def expected(kind: str) -> dict[str, int]:

@@ -9,24 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
-from export.__main__ import main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.score.__main__ import main as score_main
 from tests.conftest import VIRTUAL_TOKENS, Data, Folders, family_of, peft_logits, random_batch, write_three_labels
-from tests.export.graphs import manifest_of, parametrize_kinds, peft_batch
+from tests.export.graphs import manifest_of, peft_batch, refusal, run_export
 from train.common.errors import TextError
 
 USUAL_KINDS = ("bert",)
-"""Kinds of model that the tests run for by default; the others are in tests/slow."""
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    parametrize_kinds(metafunc, USUAL_KINDS)
-
-
-def export(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 def test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits(
@@ -34,9 +24,9 @@ def test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits(
 ) -> None:
     """Two exported together, a third with more labels added later; the golden logits are PEFT's of each alone."""
     adapters = [adapter(kind), second(kind), second(kind, three=True)]
-    assert export(*adapters[:2], "--out", tmp_path / "b") == 0
+    assert run_export(*adapters[:2], "--out", tmp_path / "b") == 0
     before = onnx.load(tmp_path / "b" / "model.onnx")
-    assert export(adapters[2], "--add", "--out", tmp_path / "b") == 0
+    assert run_export(adapters[2], "--add", "--out", tmp_path / "b") == 0
 
     classifier = OnnxClassifier(load_bundle(tmp_path / "b"), task=kind, threads=1)
     batch = peft_batch(kind, 6, 17)
@@ -70,7 +60,7 @@ def test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits(
 def two_tasks(tmp_path_factory: pytest.TempPathFactory, adapter: Folders, second: Callable[..., Path]) -> Path:
     """A bundle of the tasks "bert", with two labels, and "three"."""
     out = tmp_path_factory.mktemp("two") / "b"
-    assert export(adapter("bert"), second("bert", three=True), "--out", out) == 0
+    assert run_export(adapter("bert"), second("bert", three=True), "--out", out) == 0
     return out
 
 
@@ -97,23 +87,17 @@ def test_a_file_is_labelled_by_the_task_that_is_named(
     assert len(labelled) == 30
 
 
-@pytest.mark.parametrize(
-    ("task_ids", "words"),
-    [
-        ([0, 2, 0], "task_ids must be from 0 to 1: the bundle holds 2 tasks."),
-        ([0, -1, 0], "task_ids must be from 0 to 1: the bundle holds 2 tasks."),
-        ([0, 1], "task_ids has shape (2,). Give one number for each of 3 texts."),
-    ],
-)
-def test_numbers_of_tasks_that_cannot_be_are_refused(two_tasks: Path, task_ids: list[int], words: str) -> None:
+def test_numbers_of_tasks_that_cannot_be_are_refused(two_tasks: Path) -> None:
     classifier = OnnxClassifier(load_bundle(two_tasks), task="bert", threads=1)
     batch = random_batch(np.random.default_rng(1), 3, 9, token_types=True)
-    with pytest.raises(TextError) as caught:
-        classifier.logits({**batch, "task_ids": np.array(task_ids)})
-    assert words in str(caught.value)
+    outside = r"task_ids must be from 0 to 1: the bundle holds 2 tasks\."
+    wrong_shape = r"task_ids has shape \(2,\)\. Give one number for each of 3 texts\."
+    for task_ids, words in (([0, 2, 0], outside), ([0, -1, 0], outside), ([0, 1], wrong_shape)):
+        with pytest.raises(TextError, match=words):
+            classifier.logits({**batch, "task_ids": np.array(task_ids)})
 
 
-def test_what_else_cannot_be_put_together_is_refused(
+def test_what_cannot_be_put_together_is_refused(
     adapter: Folders,
     second: Callable[..., Path],
     bundle: Folders,
@@ -122,38 +106,19 @@ def test_what_else_cannot_be_put_together_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    twin = shutil.copytree(second("bert"), tmp_path / "bert")
-    commands = {
-        "Two adapters are named bert": [adapter("bert"), twin, "--out", tmp_path / "b"],
-        "has a task bert already": [twin, "--add", "--out", two_tasks],
-        "was exported for one task": [second("bert"), "--add", "--out", bundle("bert")],
-        "names 1 files for 2 adapters": [
-            *(adapter("bert"), second("bert"), "--out", tmp_path / "b"),
-            *("--validation-file", data.validation_file),
-        ],
-    }
-    capsys.readouterr()
-    for words, command in commands.items():
-        assert export(*command) == 2
-        assert words in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
-
-
-def check_misfit(capsys: pytest.CaptureFixture[str], words: str, *command: object) -> None:
-    """One sentence says why a graph cannot serve both adapters."""
-    capsys.readouterr()
-    assert export(*command) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert "so one graph cannot serve both. Train it alike, or export it alone." in error
-
-
-def test_adapters_of_two_base_models_are_refused(
-    adapter: Folders, two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     content = {path.name: path.read_bytes() for path in two_tasks.iterdir()}
-    words = "has another base model with SHA-256"
-    check_misfit(capsys, words, adapter("bert"), adapter("gpt2"), "--out", tmp_path / "b")
-    check_misfit(capsys, words, adapter("gpt2"), "--add", "--out", two_tasks)
+    twin, out = shutil.copytree(second("bert"), tmp_path / "bert"), ("--out", tmp_path / "b")
+    for words, *command in (
+        ("Two adapters are named bert", adapter("bert"), twin, *out),
+        ("has a task bert already", twin, "--add", "--out", two_tasks),
+        ("was exported for one task", second("bert"), "--add", "--out", bundle("bert")),
+        ("names 1 files for 2", adapter("bert"), second("bert"), *out, "--validation-file", data.validation_file),
+        ("has another base model with SHA-256", adapter("bert"), adapter("gpt2"), *out),
+        ("has another base model with SHA-256", adapter("gpt2"), "--add", "--out", two_tasks),
+    ):
+        error = refusal(capsys, *command)
+        assert words in error
+        alone = "so one graph cannot serve both. Train it alike, or export it alone."
+        assert (alone in error) == ("base model" in words)
     assert not (tmp_path / "b").exists()
     assert {path.name: path.read_bytes() for path in two_tasks.iterdir()} == content

@@ -16,25 +16,13 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 
 import export.fold.int8
-from export.__main__ import main
 from export.bundle.folder import load_bundle
 from tests.conftest import ENCODERS, Folders, Precisions, family_of, make_pairs, write_jsonl
-from tests.export.graphs import manifest_of, parametrize_kinds
+from tests.export.graphs import manifest_of, refusal, run_export
 
 Pairs = Sequence[tuple[str, str]]
-
 DENSE = {"Gemm", "MatMul"}
-
 USUAL_KINDS = ("bert",)
-"""Kinds of model that the tests run for by default; the others are in tests/slow."""
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    parametrize_kinds(metafunc, USUAL_KINDS)
-
-
-def export_bundle(adapter: Path, out: Path, *flags: object) -> int:
-    return main([str(adapter), "--out", str(out), *map(str, flags)])
 
 
 def run_pairs(path: Path, pairs: Pairs) -> np.ndarray:
@@ -66,13 +54,8 @@ def by_margin(fp32_file: Path) -> tuple[list[int], np.ndarray]:
 
 
 def write_labelled(path: Path, rows: Sequence[int], labels: Sequence[int] | np.ndarray) -> Path:
-    return write_jsonl(
-        path,
-        [
-            {"sentence1": CANDIDATES[row][0], "sentence2": CANDIDATES[row][1], "label": int(label)}
-            for row, label in zip(rows, labels, strict=True)
-        ],
-    )
+    pairs = ((CANDIDATES[row], int(label)) for row, label in zip(rows, labels, strict=True))
+    return write_jsonl(path, [{"sentence1": one, "sentence2": two, "label": label} for (one, two), label in pairs])
 
 
 def hard_rows(path: Path, fp32_file: Path) -> Path:
@@ -118,7 +101,7 @@ def test_int8_is_written_with_what_it_costs(
     file = easy_rows(no_leftovers / "rows.jsonl", bundle(kind) / "model.onnx")
     out = no_leftovers / "b"
     capsys.readouterr()
-    assert export_bundle(adapter(kind), out, "--precision", "int8", "--validation-file", file) == 0
+    assert run_export(adapter(kind), "--out", out, "--precision", "int8", "--validation-file", file) == 0
     printed = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {path.name for path in bundle(kind).iterdir()} | {"model_int8.onnx"}
     fp32, int8 = manifest_of(out)["graphs"]
@@ -141,10 +124,8 @@ def test_a_precision_that_costs_too_much_fails_when_named(
     file = hard_rows(no_leftovers / "rows.jsonl", bundle("bert") / "model.onnx")
     out = shutil.copytree(bundle("gpt2"), no_leftovers / "b")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    capsys.readouterr()
     flags = ("--precision", "int8", "--validation-file", file, "--overwrite")
-    assert export_bundle(adapter("bert"), out, *flags) == 2
-    error = capsys.readouterr().err
+    error = refusal(capsys, adapter("bert"), "--out", out, *flags)
     assert error.startswith("error: int8 on rows.jsonl: accuracy ")
     assert "(fp32 100.0)" in error
     assert "More than 0.5 points may not be lost, so nothing was written. Take --precision auto or fp32." in error
@@ -203,30 +184,30 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
     assert sorted(scale.size for scale in scales) == sorted(weight.shape[1] for weight in weights)
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp16"])
-def test_without_labelled_rows_no_other_precision_can_be_asked_for(
-    precision: str, adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    capsys.readouterr()
-    assert export_bundle(adapter("bert"), no_leftovers / "b", "--precision", precision) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: --precision {precision} is kept only if labelled rows show what it costs")
-    assert "Give one with --validation-file, or take --precision fp32." in error
-    assert list(no_leftovers.iterdir()) == []
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [("none.jsonl", None, "none.jsonl"), ("empty.jsonl", "", "empty.jsonl"), ("rows.txt", "x", "rows.txt")],
+    ("precision", "name", "content", "words"),
+    [
+        ("int8", None, None, "--precision int8 is kept only if labelled rows show what it costs"),
+        ("fp16", None, None, "Give one with --validation-file, or take --precision fp32."),
+        ("auto", "none.jsonl", None, "none.jsonl"),
+        ("auto", "empty.jsonl", "", "empty.jsonl"),
+        ("auto", "rows.txt", "x", "rows.txt"),
+    ],
 )
-def test_a_validation_file_that_cannot_be_read_costs_no_work(
-    name: str, content: str | None, words: str, adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
+def test_without_rows_that_can_be_read_no_other_precision_is_made_and_no_work_is_done(
+    precision: str,
+    name: str | None,
+    content: str | None,
+    words: str,
+    adapter: Folders,
+    no_leftovers: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if content is not None:
+    if name and content is not None:
         (no_leftovers / name).write_text(content)
+    rows = ("--validation-file", no_leftovers / name) if name else ()
     capsys.readouterr()
-    flags = ("--precision", "auto", "--validation-file", no_leftovers / name)
-    assert export_bundle(adapter("bert"), no_leftovers / "b", *flags) == 2
+    assert run_export(adapter("bert"), "--out", no_leftovers / "b", "--precision", precision, *rows) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert words in printed.err
@@ -234,59 +215,33 @@ def test_a_validation_file_that_cannot_be_read_costs_no_work(
     assert not (no_leftovers / "b").exists()
 
 
-def test_an_unknown_precision_is_refused(adapter: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert export_bundle(adapter("bert"), tmp_path / "b", "--precision", "int4") == 2
-    assert capsys.readouterr().err == (
-        'error: Invalid value "int4" for --precision. Choose from: "fp32", "fp16", "int8", "auto". Did you mean "int8"? '
-        "See python -m export --help.\n"
-    )
-
-
-VNNI = frozenset({"avx2", "avx512f", "avx512_vnni"})
-
-
 @pytest.mark.parametrize(
-    ("machine", "flags", "largest"),
+    ("machine", "cpuinfo", "largest"),
     [
-        ("x86_64", VNNI, 127),
-        ("x86_64", frozenset({"avx2", "avx_vnni"}), 127),
-        ("x86_64", frozenset({"avx2", "avx512f"}), 64),
-        ("AMD64", frozenset(), 64),
-        ("aarch64", frozenset(), 127),
+        ("x86_64", "processor\t: 0\nmodel name\t: X\nflags\t\t: avx2 avx512f avx512_vnni\nbugs\t\t: a b\n", 127),
+        ("x86_64", "flags\t: avx2 avx_vnni\n", 127),
+        ("x86_64", "model name\t: avx_vnni\nflags\t: avx2 avx512f\n", 64),
+        ("AMD64", None, 64),  # not Linux
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd\n", 127),
     ],
 )
 def test_a_processor_that_would_overflow_gets_weights_of_seven_bits(
-    machine: str,
-    flags: frozenset[str],
-    largest: int,
-    bundle: Folders,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    machine: str, cpuinfo: str | None, largest: int, bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without VNNI, pairs of products are summed in 16 bits: 2 · 255 · 127 is more than 32,767, 2 · 255 · 64 is not."""
-    monkeypatch.setattr(export.fold.int8, "cpu_flags", lambda: flags)
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    monkeypatch.setattr(export.fold.int8, "Path", lambda path: file if path == "/proc/cpuinfo" else Path(path))
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    folder = tmp_path / "b"
-    shutil.copytree(bundle("bert"), folder)
+    folder = shutil.copytree(bundle("bert"), tmp_path / "b")
     export.fold.int8.write_int8(folder, keep=set())
-    assert {path.name for path in folder.iterdir()} == {path.name for path in bundle("bert").iterdir()} | {
-        "model_int8.onnx"
-    }
+    names = {path.name for path in bundle("bert").iterdir()}
+    assert {path.name for path in folder.iterdir()} == names | {"model_int8.onnx"}
     model = onnx.load(folder / "model_int8.onnx")
     arrays = {item.name: numpy_helper.to_array(item).astype(int) for item in model.graph.initializer}
-    names = [name.removesuffix("_zero_point") for name in arrays if name.endswith("_zero_point")]
-    assert len(names) == 12
+    quantized = [name.removesuffix("_zero_point") for name in arrays if name.endswith("_zero_point")]
+    assert len(quantized) == 12
     # What is multiplied is the distance from the zero point.
-    distances = [np.abs(arrays[f"{name}_quantized"] - arrays[f"{name}_zero_point"]).max() for name in names]
+    distances = [np.abs(arrays[f"{name}_quantized"] - arrays[f"{name}_zero_point"]).max() for name in quantized]
     assert max(distances) == largest
-
-
-def test_what_the_processor_can_do_is_read_as_linux_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "cpuinfo"
-    monkeypatch.setattr(export.fold.int8, "Path", lambda _: file)
-    assert export.fold.int8.cpu_flags() == frozenset()  # no such file: not Linux
-    file.write_text("processor\t: 0\nmodel name\t: X avx9\nflags\t\t: fpu sse2 avx512_vnni\nbugs\t\t: a b\n")
-    assert export.fold.int8.cpu_flags() == {"fpu", "sse2", "avx512_vnni"}
-    file.write_text("processor\t: 0\nFeatures\t: fp asimd\n")  # as on ARM
-    assert export.fold.int8.cpu_flags() == frozenset()

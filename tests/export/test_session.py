@@ -1,7 +1,13 @@
-"""Which execution providers ONNX Runtime is given, and why CUDA is not among them."""
+"""Which execution providers ONNX Runtime is given, why CUDA is not among them, and whether it could load where there is a GPU."""
 
+import os
+import platform
+import re
+import subprocess
 import sys
-from typing import Any
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -9,33 +15,23 @@ import pytest
 import export.runtime.session
 from export.runtime.session import CPU, CUDA, TENSORRT, cuda_absence, has_tensorrt, providers
 
+ON_LINUX = pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA wheels that are checked here are Linux's")
+SITE_PACKAGES = Path(sysconfig.get_path("platlib"))
 
-@pytest.mark.parametrize(
-    ("use_cuda", "tensorrt", "expected"),
-    [
-        (False, True, [CPU]),
-        (False, False, [CPU]),
-        (True, False, [CUDA, CPU]),
-        (True, True, [TENSORRT, CUDA, CPU]),
-    ],
-)
+
+@pytest.mark.parametrize("use_cuda", [False, True])
+@pytest.mark.parametrize("tensorrt", [False, True])
 def test_providers_are_tried_from_the_fastest_down(
-    use_cuda: bool, tensorrt: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    use_cuda: bool, tensorrt: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export.runtime.session, "has_tensorrt", lambda: tensorrt)
-    found = providers(use_cuda=use_cuda)
-    assert [name for name, _ in found] == expected
     # fp32 stays fp32 on a GPU, or the logits would not be PyTorch's.
-    options = dict(found)
-    if use_cuda:
-        assert options[CUDA]["use_tf32"] == "0"
-    if TENSORRT in options:
-        assert options[TENSORRT]["trt_fp16_enable"] == "0"
+    cuda, cpu = (CUDA, {"use_tf32": "0"}), (CPU, {})
+    expected = ([(TENSORRT, {"trt_fp16_enable": "0"})] if tensorrt else []) + [cuda, cpu]
+    assert providers(use_cuda=use_cuda) == (expected if use_cuda else [cpu])
     # A CUDA graph is CUDA's own: no kernel of it may be TensorRT's.
-    captured = providers(use_cuda=use_cuda, cuda_graphs=True)
-    assert [name for name, _ in captured] == [name for name in expected if name != TENSORRT]
-    assert dict(captured).get(CUDA, {}).get("enable_cuda_graph") == ("1" if use_cuda else None)
-    assert "enable_cuda_graph" not in dict(found).get(CUDA, {})
+    captured = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"}), cpu]
+    assert providers(use_cuda=use_cuda, cuda_graphs=True) == (captured if use_cuda else [cpu])
 
 
 def test_tensorrt_is_there_only_with_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,20 +40,6 @@ def test_tensorrt_is_there_only_with_its_library(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     assert not has_tensorrt()
     assert cuda_absence() == "this ONNX Runtime has no CUDA provider"
-
-
-class Driver:
-    """NVIDIA's driver as far as it is asked how many GPUs there are."""
-
-    def __init__(self, status: int, n_devices: int) -> None:
-        self.status, self.n_devices = status, n_devices
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802 -- the driver's name
-        return self.status
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 -- the same
-        count._obj.value = self.n_devices
-        return 0
 
 
 @pytest.mark.parametrize(
@@ -72,6 +54,37 @@ class Driver:
 def test_a_driver_without_a_gpu_is_told_from_one_with(
     status: int, n_devices: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def count(reference: SimpleNamespace) -> int:
+        reference._obj.value = n_devices
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: status, cuDeviceGetCount=count)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(export.runtime.session.ctypes, "CDLL", lambda _: Driver(status, n_devices))
+    monkeypatch.setattr(export.runtime.session.ctypes, "CDLL", lambda _: driver)
     assert cuda_absence() == expected
+
+
+@ON_LINUX
+def test_every_library_that_the_cuda_provider_needs_comes_from_the_requirements() -> None:
+    """ONNX Runtime falls back to the CPU without a word when one is missing, and no machine without a GPU would show it."""
+    shipped = {path.name: path for path in (SITE_PACKAGES / "nvidia").rglob("lib*.so*")}
+    # cuDNN, cuFFT and NVRTC are not linked but opened at run time, by these names.
+    opened = [shipped[name] for name in ("libcudnn.so.9", "libcufft.so.12", "libnvrtc.so.13")]
+    provider = SITE_PACKAGES / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
+    places = ":".join(sorted({str(path.parent) for path in shipped.values()}))
+    command = ["/usr/bin/env", "ldd", provider, *opened]
+    printed = subprocess.run(
+        command, env=os.environ | {"LD_LIBRARY_PATH": places}, capture_output=True, text=True, check=True
+    )
+    found = dict(re.findall(r"^\t(\S+) => (.+?)(?: \(0x.*)?$", printed.stdout, re.MULTILINE))
+    # This one comes with NVIDIA's driver, never with a package.
+    assert {name for name, path in found.items() if path == "not found"} <= {"libcuda.so.1"}
+    linked = {"libcublas.so.13", "libcublasLt.so.13", "libcudart.so.13", "libcurand.so.10"}
+    assert {name for name, path in found.items() if Path(path) == shipped.get(name)} == linked
+
+
+@ON_LINUX
+def test_onnxruntime_preloads_what_its_provider_links() -> None:
+    """`preload_dlls` looks in these very places: each file it names is there. No public list exists."""
+    names = {Path(*parts) for parts in onnxruntime._get_nvidia_dll_paths(is_windows=False)}
+    assert {path for path in names if not (SITE_PACKAGES / path).is_file()} == set()

@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from export.__main__ import main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import KINDS, VIRTUAL_TOKENS, Data, Folders, Precisions, make_base_model, peft_logits, random_batch
-from tests.export.graphs import manifest_of, parametrize_kinds, run_file
+from tests.export.graphs import manifest_of, parametrize_kinds, refusal, run_export, run_file
 from tests.export.test_export import (  # noqa: F401
-    test_a_bundle_loads_in_optimum_and_gives_the_same_logits,
-    test_a_padding_token_inside_a_text_is_numbered_as_peft_numbers_it,
     test_a_prediction_of_the_graph_does_not_depend_on_its_batch,
     test_in_an_encoders_graph_the_last_layer_is_computed_for_row_0_alone,
     test_the_graph_gives_pefts_logits_on_shapes_that_were_not_traced,
-    test_the_graph_takes_any_batch_and_length_and_one_file_holds_it,
-    test_the_learned_prompt_is_in_the_graph_under_the_names_of_the_manifest,
+    test_the_graph_takes_any_batch_and_holds_the_learned_prompt_under_the_names_of_the_manifest,
     test_whether_a_bundle_is_a_decoder_is_read_also_where_its_manifest_does_not_say_so,
 )
 from tests.export.test_gpu_graph import (  # noqa: F401
@@ -28,13 +24,18 @@ from tests.export.test_gpu_graph import (  # noqa: F401
     test_every_operator_that_can_be_fused_is_and_the_logits_are_pefts,
 )
 from tests.export.test_many_tasks import (  # noqa: F401
-    check_misfit,
     test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits,
 )
 from tests.export.test_precision import (  # noqa: F401
     test_dense_layers_and_token_embeddings_are_integer_and_nothing_else,
 )
+from tests.export.test_runtime import (  # noqa: F401
+    test_a_transformers_pipeline_says_the_same_of_a_pair_and_of_many,
+)
 from train.__main__ import main as train_main
+
+Second = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,12 +44,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def gpu_bundles(bundle_in: Precisions, adapter: Folders, second: Callable[..., Path], tmp_path: Path) -> list[Path]:
+def gpu_bundles(bundle_in: Precisions, adapter: Folders, second: Second, tmp_path: Path) -> list[Path]:
     kinds = ("bert-v2", "roberta-v2", "distilbert", "mpnet", "gpt2", "llama-v2", "opt-v2", "bloom")
     folders = [bundle_in(kind, "fp16") for kind in kinds]
     for kind in ("bert", "llama-v2"):
-        several = [str(adapter(kind)), str(second(kind, three=True))]
-        assert main([*several, "--out", str(tmp_path / kind), "--precision", "fp16", "--ungated"]) == 0
+        flags = ("--out", tmp_path / kind, "--precision", "fp16", "--ungated")
+        assert run_export(adapter(kind), second(kind, three=True), *flags) == 0
         folders.append(tmp_path / kind)
     return folders
 
@@ -58,7 +59,7 @@ def train_and_export(base: Path, folder: Path, data: Data, *flags: str) -> tuple
     adapter, bundle = folder / "adapter", folder / "b"
     command = ["--model", str(base), "--virtual-tokens", str(VIRTUAL_TOKENS), "--epochs", "1", *flags, *data.flags]
     assert train_main([*command, "--out", str(adapter)]) == 0
-    assert main([str(adapter), "--out", str(bundle)]) == 0
+    assert run_export(adapter, "--out", bundle) == 0
     return adapter, bundle
 
 
@@ -76,7 +77,7 @@ def test_an_encoder_that_embeds_in_another_width_than_it_computes_in(tmp_path: P
 
 
 def test_a_bert_with_relative_positions_is_exported_without_the_rewrite(
-    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Data, tmp_path: Path, capsys: Capture
 ) -> None:
     """Its layers have a term that `CpuEncoder` does not know; the export itself holds it against PEFT."""
     from transformers import BertConfig, BertModel
@@ -88,10 +89,8 @@ def test_a_bert_with_relative_positions_is_exported_without_the_rewrite(
     (adapter, bundle), (other, _) = (train_and_export(base, tmp_path / name, data) for name in ("one", "two"))
     batch = random_batch(np.random.default_rng(5), 4, 20, token_types=True)
     assert np.abs(run_file(bundle / "model.onnx", batch) - peft_logits(adapter, base, batch)).max() < 1e-4
-    capsys.readouterr()
-    twin = other.rename(tmp_path / "other")
-    assert main([str(adapter), str(twin), "--out", str(tmp_path / "c")]) == 2
-    assert "has relative positions (relative_key_query)" in capsys.readouterr().err
+    error = refusal(capsys, adapter, other.rename(tmp_path / "other"), "--out", tmp_path / "c")
+    assert "has relative positions (relative_key_query)" in error
 
 
 def test_a_tokenizer_without_token_types_means_the_same_to_the_bundle_as_in_training(
@@ -128,13 +127,9 @@ def test_texts_without_a_limit_are_compared_up_to_one(bundle: Folders) -> None:
     ],
 )
 def test_adapters_that_differ_in_what_a_graph_has_once_are_refused(
-    flags: str,
-    other: str,
-    words: str,
-    adapter: Folders,
-    second: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    flags: str, other: str, words: str, adapter: Folders, second: Second, tmp_path: Path, capsys: Capture
 ) -> None:
-    check_misfit(capsys, words, adapter("bert"), second(other, flags=flags), "--out", tmp_path / "b")
+    error = refusal(capsys, adapter("bert"), second(other, flags=flags), "--out", tmp_path / "b")
+    assert words in error
+    assert "so one graph cannot serve both. Train it alike, or export it alone." in error
     assert not (tmp_path / "b").exists()

@@ -9,7 +9,6 @@ from tests.export import test_precision
 from tests.export.graphs import parametrize_kinds
 from tests.export.test_runtime import (  # noqa: F401
     test_a_gpu_that_misreads_padding_is_found_out_before_it_answers,
-    test_a_transformers_pipeline_says_the_same_of_a_pair_and_of_many,
     test_arrays_that_stay_in_place_give_each_batch_its_own_logits,
     test_on_a_cpu_int8_is_taken_and_fp32_where_it_is_asked_for,
 )
