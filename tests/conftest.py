@@ -22,6 +22,8 @@ Folders = Callable[[str], Path]
 """Fixtures that make something of a kind: `base_model`, `adapter`, `bundle`."""
 Precisions = Callable[[str, str], Path]
 """`bundle_in`, of a kind and a precision."""
+Second = Callable[..., Path]
+"""`second`, of a kind and what it shall have of its own."""
 
 ROOT = Path(__file__).parent.parent
 """The repository: command lines are started here."""
@@ -259,7 +261,7 @@ def write_three_labels(path: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def second(made_once: MadeOnce, base_model: Folders, data: Data) -> Callable[..., Path]:
+def second(made_once: MadeOnce, base_model: Folders, data: Data) -> Second:
     """A function from a kind to another adapter of it; ``three`` labels, or other ``flags``."""
 
     def get(kind: str, *, three: bool = False, flags: str = "") -> Path:

@@ -39,17 +39,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return error
 
 
-def has_types(kind: str) -> bool:
-    return family_of(kind) in TOKEN_TYPES
-
-
 def inputs_of(kind: str) -> list[str]:
-    return ["input_ids", "attention_mask", *(["token_type_ids"] if has_types(kind) else [])]
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if family_of(kind) in TOKEN_TYPES else [])]
+
+
+def padded_batch(kind: str, n_batch: int, n_text: int, seed: int = 1) -> dict[str, np.ndarray]:
+    return random_batch(np.random.default_rng(seed), n_batch, n_text, token_types=family_of(kind) in TOKEN_TYPES)
 
 
 def peft_batch(kind: str, n_batch: int, n_text: int, seed: int = 3) -> dict[str, np.ndarray]:
     """A random batch that PEFT reads as well: padded on the right, but for a decoder, of which it reads the last row."""
-    batch = random_batch(np.random.default_rng(seed), n_batch, n_text, token_types=has_types(kind))
+    batch = padded_batch(kind, n_batch, n_text, seed)
     if family_of(kind) in DECODERS:
         batch["attention_mask"][:] = 1
         # transformers takes a last padding token for padding.

@@ -38,10 +38,8 @@ def expected(kind: str) -> dict[str, int]:
     return {**attention, "SkipLayerNormalization": sums, "BiasGelu": N_LAYERS}
 
 
-FUSED = (
-    *("Attention", "BiasGelu", "FastGelu", "MultiHeadAttention"),
-    *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
-)
+FUSED = {"Attention", "BiasGelu", "FastGelu", "MultiHeadAttention"}
+FUSED |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 
 
 def test_every_operator_that_can_be_fused_is_and_the_logits_are_pefts(
@@ -61,12 +59,9 @@ def test_every_operator_that_can_be_fused_is_and_the_logits_are_pefts(
     for item in fp16.graph.initializer:
         sizes[item.data_type] += int(np.prod(item.dims))
     assert sizes[onnx.TensorProto.FLOAT] < 0.01 * sizes[onnx.TensorProto.FLOAT16]
-    for side in ("input", "output"):
-        types = [
-            [(item.name, item.type.tensor_type.elem_type) for item in getattr(model.graph, side)]
-            for model in (fp32, fp16)
-        ]
-        assert types[0] == types[1]
+    ends = ([*model.graph.input, *model.graph.output] for model in (fp32, fp16))
+    types = [[(item.name, item.type.tensor_type.elem_type) for item in items] for items in ends]
+    assert types[0] == types[1]
 
     batch = peft_batch(kind, 5, 19)
     logits, before = (run_file(folder / name, batch) for name in ("model_fp16.onnx", "model.onnx"))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.score.__main__ import main as score_main
-from tests.conftest import VIRTUAL_TOKENS, Data, Folders, family_of, peft_logits, random_batch, write_three_labels
+from tests.conftest import VIRTUAL_TOKENS, Folders, Second, family_of, peft_logits, random_batch, write_three_labels
 from tests.export.graphs import manifest_of, peft_batch, refusal, run_export
 from train.common.errors import TextError
 
@@ -20,7 +19,7 @@ USUAL_KINDS = ("bert",)
 
 
 def test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits(
-    kind: str, adapter: Folders, second: Callable[..., Path], base_model: Folders, tmp_path: Path
+    kind: str, adapter: Folders, second: Second, base_model: Folders, tmp_path: Path
 ) -> None:
     """Two exported together, a third with more labels added later; the golden logits are PEFT's of each alone."""
     adapters = [adapter(kind), second(kind), second(kind, three=True)]
@@ -57,7 +56,7 @@ def test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits(
 
 
 @pytest.fixture(scope="module")
-def two_tasks(tmp_path_factory: pytest.TempPathFactory, adapter: Folders, second: Callable[..., Path]) -> Path:
+def two_tasks(tmp_path_factory: pytest.TempPathFactory, adapter: Folders, second: Second) -> Path:
     """A bundle of the tasks "bert", with two labels, and "three"."""
     out = tmp_path_factory.mktemp("two") / "b"
     assert run_export(adapter("bert"), second("bert", three=True), "--out", out) == 0
@@ -99,10 +98,9 @@ def test_numbers_of_tasks_that_cannot_be_are_refused(two_tasks: Path) -> None:
 
 def test_what_cannot_be_put_together_is_refused(
     adapter: Folders,
-    second: Callable[..., Path],
+    second: Second,
     bundle: Folders,
     two_tasks: Path,
-    data: Data,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -112,7 +110,7 @@ def test_what_cannot_be_put_together_is_refused(
         ("Two adapters are named bert", adapter("bert"), twin, *out),
         ("has a task bert already", twin, "--add", "--out", two_tasks),
         ("was exported for one task", second("bert"), "--add", "--out", bundle("bert")),
-        ("names 1 files for 2", adapter("bert"), second("bert"), *out, "--validation-file", data.validation_file),
+        ("names 1 files for 2", adapter("bert"), second("bert"), *out, "--validation-file", "one.jsonl"),
         ("has another base model with SHA-256", adapter("bert"), adapter("gpt2"), *out),
         ("has another base model with SHA-256", adapter("gpt2"), "--add", "--out", two_tasks),
     ):

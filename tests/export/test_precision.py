@@ -185,26 +185,18 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("precision", "name", "content", "words"),
+    ("precision", "name", "words"),
     [
-        ("int8", None, None, "--precision int8 is kept only if labelled rows show what it costs"),
-        ("fp16", None, None, "Give one with --validation-file, or take --precision fp32."),
-        ("auto", "none.jsonl", None, "none.jsonl"),
-        ("auto", "empty.jsonl", "", "empty.jsonl"),
-        ("auto", "rows.txt", "x", "rows.txt"),
+        ("int8", "", "--precision int8 is kept only if labelled rows show what it costs"),
+        ("fp16", "", "Give one with --validation-file, or take --precision fp32."),
+        *(("auto", name, name) for name in ("none.jsonl", "empty.jsonl", "rows.txt")),
     ],
 )
 def test_without_rows_that_can_be_read_no_other_precision_is_made_and_no_work_is_done(
-    precision: str,
-    name: str | None,
-    content: str | None,
-    words: str,
-    adapter: Folders,
-    no_leftovers: Path,
-    capsys: pytest.CaptureFixture[str],
+    precision: str, name: str, words: str, adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name and content is not None:
-        (no_leftovers / name).write_text(content)
+    (no_leftovers / "empty.jsonl").touch()
+    (no_leftovers / "rows.txt").write_text("x")
     rows = ("--validation-file", no_leftovers / name) if name else ()
     capsys.readouterr()
     assert run_export(adapter("bert"), "--out", no_leftovers / "b", "--precision", precision, *rows) == 2

@@ -18,8 +18,8 @@ from export.runtime.batches import classify
 from export.runtime.classifier import OnnxClassifier, best_precision, open_graph
 from export.runtime.cuda_graphs import CudaGraphRunner
 from export.runtime.session import CPU, CUDA
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Folders, Precisions, make_pairs, random_batch
-from tests.export.graphs import change_manifest, has_types, inputs_of, run_file
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Folders, Precisions, make_pairs
+from tests.export.graphs import change_manifest, inputs_of, padded_batch, run_file
 from train.common.errors import BundleError, TextError
 from train.common.folder_record import sha256_of_file
 from train.common.machine import usable_cores
@@ -30,10 +30,6 @@ PAIRS = [(str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(9,
 
 def on_cpu(folder: Path, precision: str | None = None) -> OnnxClassifier:
     return OnnxClassifier(load_bundle(folder), precision=precision, threads=1, use_cuda=False)
-
-
-def small_batch(kind: str = "bert") -> dict[str, np.ndarray]:
-    return random_batch(np.random.default_rng(1), 3, 9, token_types=has_types(kind))
 
 
 def with_damaged_graph(source: Path, target: Path, name: str) -> Path:
@@ -51,14 +47,12 @@ def test_on_a_cpu_int8_is_taken_and_fp32_where_it_is_asked_for(kind: str, bundle
         classifier = on_cpu(folder, asked)
         assert classifier.execution.precision == precision
         assert "fp32 instead of" not in classifier.execution.note
-        logits[precision] = classifier.logits(small_batch(kind))
-        assert np.abs(logits[precision] - run_file(folder / file, small_batch(kind))).max() < 1e-6
+        logits[precision] = classifier.logits(padded_batch(kind, 3, 9))
+        assert np.abs(logits[precision] - run_file(folder / file, padded_batch(kind, 3, 9))).max() < 1e-6
     assert np.abs(logits["int8"] - logits["fp32"]).max() > 1e-4
 
 
-def test_fp16_is_left_to_gpus_and_a_precision_that_is_not_there_is_named(
-    bundle: Folders, bundle_in: Precisions
-) -> None:
+def test_fp16_is_left_to_gpus_and_a_missing_precision_is_named(bundle: Folders, bundle_in: Precisions) -> None:
     fp16, int8 = (bundle_in("bert", precision) for precision in ("fp16", "int8"))
     assert on_cpu(fp16).execution.precision == "fp32"
     assert on_cpu(fp16, "fp16").execution.precision == "fp16"
@@ -70,29 +64,26 @@ def test_fp16_is_left_to_gpus_and_a_precision_that_is_not_there_is_named(
         on_cpu(int8, "fp16")
 
 
-def test_a_graph_that_cannot_be_loaded_gives_way_to_fp32_and_that_is_said(
-    bundle_in: Precisions, tmp_path: Path
-) -> None:
+def test_a_graph_that_cannot_be_loaded_gives_way_to_fp32(bundle_in: Precisions, tmp_path: Path) -> None:
     folder = with_damaged_graph(bundle_in("bert", "int8"), tmp_path / "b", "model_int8.onnx")
     classifier = on_cpu(folder)
     assert classifier.execution.precision == "fp32"
     assert "fp32 instead of int8, which cannot be loaded here: ONNX Runtime cannot load" in classifier.execution.note
-    assert np.abs(classifier.logits(small_batch()) - run_file(folder / "model.onnx", small_batch())).max() < 1e-6
+    batch = padded_batch("bert", 3, 9)
+    assert np.abs(classifier.logits(batch) - run_file(folder / "model.onnx", batch)).max() < 1e-6
     # Who asks for it by name is not given another.
     with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model_int8\.onnx"):
         on_cpu(folder, "int8")
+    # Nor is a graph taken whose inputs are not the manifest's.
+    other = shutil.copytree(folder, tmp_path / "other")
+    change_manifest(other, lambda manifest: manifest["inputs"].pop())
+    words = r"takes input_ids, attention_mask, token_type_ids; its manifest says input_ids, attention_mask\."
+    with pytest.raises(BundleError, match=words):
+        on_cpu(other)
     # Nor is there another for fp32.
     folder = with_damaged_graph(folder, tmp_path / "c", "model.onnx")
     with pytest.raises(BundleError, match=r"ONNX Runtime cannot load .*model\.onnx.*Export the bundle again"):
         on_cpu(folder)
-
-
-def test_a_graph_with_other_inputs_than_the_manifests_is_refused(bundle: Folders, tmp_path: Path) -> None:
-    shutil.copytree(bundle("bert"), tmp_path / "b")
-    change_manifest(tmp_path / "b", lambda manifest: manifest["inputs"].pop())
-    words = r"takes input_ids, attention_mask, token_type_ids; its manifest says input_ids, attention_mask\."
-    with pytest.raises(BundleError, match=words):
-        on_cpu(tmp_path / "b")
 
 
 @pytest.mark.parametrize("one_kind", ["bert", "roberta-v2", "gpt2"])
@@ -206,15 +197,14 @@ def test_arrays_that_stay_in_place_give_each_batch_its_own_logits(
     """What a CUDA graph replays on, here on the CPU: the same buffers for a shape, and no answer of an earlier batch."""
     monkeypatch.setattr(export.runtime.cuda_graphs, "MAX_SHAPES", 2)
     shapes = CudaGraphRunner(on_cpu(bundle(kind)).session, device="cpu", n_labels=2)
-    generator = np.random.default_rng(2)
     places: dict[tuple[int, ...], list[int]] = {}
     answers: list[tuple[np.ndarray, np.ndarray]] = []
-    for n_batch, n_text in [(1, 7), (3, 9), (1, 7), (3, 9), (2, 5), (1, 7), (2, 5)]:
-        batch = random_batch(generator, n_batch, n_text, token_types=has_types(kind))
+    for seed, shape in enumerate([(1, 7), (3, 9), (1, 7), (3, 9), (2, 5), (1, 7), (2, 5)]):
+        batch = padded_batch(kind, *shape, seed)
         answers.append((shapes.run(batch), run_file(bundle(kind) / "model.onnx", batch)))
-        for shape, place in shapes._places.items():
+        for known, place in shapes._places.items():
             addresses = [value.data_ptr() for value in (*place.inputs.values(), place.logits)]
-            assert places.setdefault(shape, addresses) == addresses
+            assert places.setdefault(known, addresses) == addresses
     # Compared only now: nothing that came later may have changed them.
     for answer, wanted in answers:
         np.testing.assert_array_equal(answer, wanted)
@@ -227,9 +217,9 @@ def test_arrays_that_stay_in_place_give_each_batch_its_own_logits(
 
 def test_what_would_be_answered_with_another_row_of_a_table_or_a_crash_is_refused(bundle: Folders) -> None:
     classifier = on_cpu(bundle("bert"))
-    batch = small_batch()
+    batch = padded_batch("bert", 3, 9)
     classifier.logits(batch)
-    long = random_batch(np.random.default_rng(1), 2, POSITIONS - VIRTUAL_TOKENS + 1, token_types=True)
+    long = padded_batch("bert", 2, POSITIONS - VIRTUAL_TOKENS + 1)
     vocabulary_size = len(WORDS) + 4
     mask = batch["attention_mask"]
 

@@ -26,12 +26,12 @@ def test_providers_are_tried_from_the_fastest_down(
 ) -> None:
     monkeypatch.setattr(export.runtime.session, "has_tensorrt", lambda: tensorrt)
     # fp32 stays fp32 on a GPU, or the logits would not be PyTorch's.
-    cuda, cpu = (CUDA, {"use_tf32": "0"}), (CPU, {})
-    expected = ([(TENSORRT, {"trt_fp16_enable": "0"})] if tensorrt else []) + [cuda, cpu]
-    assert providers(use_cuda=use_cuda) == (expected if use_cuda else [cpu])
+    trt = {TENSORRT: {"trt_fp16_enable": "0"}} if tensorrt else {}
+    expected = [*trt.items(), (CUDA, {"use_tf32": "0"})] if use_cuda else []
+    assert providers(use_cuda=use_cuda) == [*expected, (CPU, {})]
     # A CUDA graph is CUDA's own: no kernel of it may be TensorRT's.
-    captured = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"}), cpu]
-    assert providers(use_cuda=use_cuda, cuda_graphs=True) == (captured if use_cuda else [cpu])
+    captured = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})] if use_cuda else []
+    assert providers(use_cuda=use_cuda, cuda_graphs=True) == [*captured, (CPU, {})]
 
 
 def test_tensorrt_is_there_only_with_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_every_library_that_the_cuda_provider_needs_comes_from_the_requirements(
     opened = [shipped[name] for name in ("libcudnn.so.9", "libcufft.so.12", "libnvrtc.so.13")]
     provider = SITE_PACKAGES / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
     places = ":".join(sorted({str(path.parent) for path in shipped.values()}))
-    command = ["/usr/bin/env", "ldd", provider, *opened]
+    command = ["/usr/bin/env", "ldd", *map(str, (provider, *opened))]
     printed = subprocess.run(
         command, env=os.environ | {"LD_LIBRARY_PATH": places}, capture_output=True, text=True, check=True
     )

@@ -1,7 +1,6 @@
 """The tests of tests/export that take a kind of model, for the other kinds; and models that are out of the ordinary."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,13 @@ import torch
 
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import KINDS, VIRTUAL_TOKENS, Data, Folders, Precisions, make_base_model, peft_logits, random_batch
-from tests.export.graphs import manifest_of, parametrize_kinds, refusal, run_export, run_file
+from tests.conftest import KINDS, VIRTUAL_TOKENS, Data, Folders, Precisions, Second, make_base_model, peft_logits
+from tests.export.graphs import manifest_of, padded_batch, parametrize_kinds, refusal, run_export, run_file
 from tests.export.test_export import (  # noqa: F401
     test_a_prediction_of_the_graph_does_not_depend_on_its_batch,
     test_in_an_encoders_graph_the_last_layer_is_computed_for_row_0_alone,
     test_the_graph_gives_pefts_logits_on_shapes_that_were_not_traced,
     test_the_graph_takes_any_batch_and_holds_the_learned_prompt_under_the_names_of_the_manifest,
-    test_whether_a_bundle_is_a_decoder_is_read_also_where_its_manifest_does_not_say_so,
 )
 from tests.export.test_gpu_graph import (  # noqa: F401
     test_cuda_takes_every_node_and_a_request_copies_its_inputs_alone,
@@ -34,7 +32,6 @@ from tests.export.test_runtime import (  # noqa: F401
 )
 from train.__main__ import main as train_main
 
-Second = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -72,7 +69,7 @@ def test_an_encoder_that_embeds_in_another_width_than_it_computes_in(tmp_path: P
     config.embedding_size = 16
     AutoModel.from_config(config).save_pretrained(base)
     adapter, bundle = train_and_export(base, tmp_path, data, "--method", "p-tuning-v2")
-    batch = random_batch(np.random.default_rng(2), 4, 13, token_types=True)
+    batch = padded_batch("electra", 4, 13)
     assert np.abs(run_file(bundle / "model.onnx", batch) - peft_logits(adapter, base, batch)).max() < 1e-5
 
 
@@ -87,7 +84,7 @@ def test_a_bert_with_relative_positions_is_exported_without_the_rewrite(
     torch.manual_seed(3)
     BertModel(config).save_pretrained(base)
     (adapter, bundle), (other, _) = (train_and_export(base, tmp_path / name, data) for name in ("one", "two"))
-    batch = random_batch(np.random.default_rng(5), 4, 20, token_types=True)
+    batch = padded_batch("bert", 4, 20)
     assert np.abs(run_file(bundle / "model.onnx", batch) - peft_logits(adapter, base, batch)).max() < 1e-4
     error = refusal(capsys, adapter, other.rename(tmp_path / "other"), "--out", tmp_path / "c")
     assert "has relative positions (relative_key_query)" in error

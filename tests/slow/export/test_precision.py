@@ -2,7 +2,6 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ import export.fold.int8
 import export.fold.quantize
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import Data, Folders, make_base_model, make_pairs, random_batch, write_jsonl
-from tests.export.graphs import manifest_of
-from tests.export.test_many_tasks import export as export_several
-from tests.export.test_precision import DENSE, check_gate, easy_rows, export_bundle, hard_rows, read_rows, run_pairs
+from tests.conftest import Data, Folders, Second, make_base_model, make_pairs, random_batch, write_jsonl
+from tests.export.graphs import manifest_of, refusal, run_export
+from tests.export.test_precision import DENSE, check_gate, easy_rows, hard_rows, read_rows, run_pairs
 from tests.slow.export.test_every_kind import train_and_export
 
 
-def test_auto_leaves_out_a_precision_that_costs_too_much(bundle: Folders, adapter: Folders, tmp_path: Path) -> None:
+def test_auto_leaves_out_a_precision_that_costs_too_much_and_its_cost_is_counted_where_labels_change(
+    bundle: Folders, adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = hard_rows(tmp_path / "rows.jsonl", bundle("bert") / "model.onnx")
     out = tmp_path / "b"
-    assert export_bundle(adapter("bert"), out, "--precision", "auto", "--validation-file", file) == 0
+    assert run_export(adapter("bert"), "--out", out, "--precision", "auto", "--validation-file", file) == 0
     assert {path.name for path in out.iterdir()} == {path.name for path in bundle("bert").iterdir()}
     assert load_bundle(out).precisions == ("fp32",)
     # fp16 is tried only where there is a GPU for it.
@@ -39,15 +39,10 @@ def test_auto_leaves_out_a_precision_that_costs_too_much(bundle: Folders, adapte
     # Of two layers one may stay in fp32, and that was tried too.
     assert len(gate["kept_fp32"]) == 1
 
-
-def test_what_int8_costs_is_counted_where_labels_change(
-    bundle: Folders, adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other tests see the same rows refused; here the gate is open, so that the graph stays and can be run again."""
+    # With an open gate the graph stays and can be run again.
     monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
-    file = hard_rows(tmp_path / "rows.jsonl", bundle("bert") / "model.onnx")
-    out = tmp_path / "b"
-    assert export_bundle(adapter("bert"), out, "--precision", "int8", "--validation-file", file) == 0
+    out = tmp_path / "c"
+    assert run_export(adapter("bert"), "--out", out, "--precision", "int8", "--validation-file", file) == 0
     gate = check_gate(out, *read_rows(file))
     assert gate["fp32"]["accuracy"] == 1.0
     assert gate["label_flips"] > 0
@@ -75,7 +70,7 @@ def test_the_layer_that_int8_breaks_stays_in_fp32(layer: int, tmp_path: Path, da
     adapter_folder, plain = train_and_export(base, tmp_path / "plain", data, *TRAINING)
     file = easy_rows(tmp_path / "rows.jsonl", plain / "model.onnx", n_rows=200)
     out = tmp_path / "b"
-    assert export_bundle(adapter_folder, out, "--precision", "int8", "--validation-file", file) == 0
+    assert run_export(adapter_folder, "--out", out, "--precision", "int8", "--validation-file", file) == 0
     assert check_gate(out, *read_rows(file))["kept_fp32"] == [layer]
 
     before, after = (onnx.load(out / name) for name in ("model.onnx", "model_int8.onnx"))
@@ -100,21 +95,18 @@ def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unc
 ) -> None:
     monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
     monkeypatch.chdir(tmp_path)
-    copy = tmp_path / data.validation_file.name
-    shutil.copy(data.validation_file, copy)
-    assert export_bundle(adapter("bert"), tmp_path / "b") == 0
+    copy = Path(shutil.copy(data.validation_file, tmp_path))
+    assert run_export(adapter("bert"), "--out", "b") == 0
     (gate,) = manifest_of(tmp_path / "b")["graphs"][1]["gates"]
     assert (gate["file"], gate["n_rows"]) == ("validation.jsonl", 40)
-    # One row fewer is another file, whatever its name.
+    # One row fewer is another file, whatever its name; unless it is given. And fp32 needs none.
     copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
-    assert export_bundle(adapter("bert"), tmp_path / "c") == 0
-    assert load_bundle(tmp_path / "c").precisions == ("fp32",)
-    # Unless it is given.
-    assert export_bundle(adapter("bert"), tmp_path / "d", "--validation-file", copy) == 0
-    assert manifest_of(tmp_path / "d")["graphs"][1]["gates"][0]["n_rows"] == 39
-    # And fp32 needs none.
-    assert export_bundle(adapter("bert"), tmp_path / "e", "--precision", "fp32", "--validation-file", copy) == 0
-    assert load_bundle(tmp_path / "e").precisions == ("fp32",)
+    given = ("--validation-file", copy)
+    for flags, rows in (((), set()), (given, {39}), (("--precision", "fp32", *given), set())):
+        assert run_export(adapter("bert"), "--out", "b", "--overwrite", *flags) == 0
+        graphs = load_bundle(tmp_path / "b").graphs
+        assert {gate.n_rows for graph in graphs for gate in graph.gates} == rows
+        assert ("int8" in [graph.precision for graph in graphs]) == bool(rows)
 
 
 def test_the_columns_of_a_validation_file_may_have_other_names(
@@ -122,29 +114,22 @@ def test_the_columns_of_a_validation_file_may_have_other_names(
 ) -> None:
     monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
     labels = ("not_equivalent", "equivalent")
-    rows: list[dict[str, object]] = [
-        {"first": row["sentence1"], "second": row["sentence2"], "gold": labels[index % 2]}
-        for index, row in enumerate(make_pairs(20, seed=4))
-    ]
-    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    pairs = [(str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(20, seed=4)]
+    rows = [{"first": one, "second": two, "gold": labels[i % 2]} for i, (one, two) in enumerate(pairs)]
+    file = write_jsonl(tmp_path / "rows.jsonl", list(rows))
     columns = ("--text-columns", "first,second", "--label-column", "gold")
     flags = ("--precision", "int8", "--validation-file", file)
-    assert export_bundle(adapter("bert"), tmp_path / "b", *flags, *columns) == 0
-    pairs = [(str(row["first"]), str(row["second"])) for row in rows]
+    assert run_export(adapter("bert"), "--out", tmp_path / "b", *flags, *columns) == 0
     check_gate(tmp_path / "b", pairs, [index % 2 for index in range(20)])
     # The bundle reads what the adapter was trained on, not what this file is like.
     assert load_bundle(tmp_path / "b").find_task().task.text_columns == ("sentence1", "sentence2")
 
-    capsys.readouterr()
     for more, words in (
         ("", "rows.jsonl has no column 'sentence1'; it has first, second, gold"),
         ("--text-columns first --label-column gold", "was trained on 2 (sentence1, sentence2). Name as many"),
         ("--text-columns first,second --label-column second", "rows.jsonl, row 1"),
     ):
-        assert export_bundle(adapter("bert"), tmp_path / "c", *flags, *more.split()) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert words in error
+        assert words in refusal(capsys, adapter("bert"), "--out", tmp_path / "c", *flags, *more.split())
         assert not (tmp_path / "c").exists()
 
 
@@ -164,10 +149,8 @@ def test_a_graph_that_gives_no_numbers_fails_the_gate_whatever_it_seems_to_score
         seen[answer] += 1
         rows.append({"sentence1": first, "sentence2": second, "label": int(seen[answer] % 2)})
     file = write_jsonl(tmp_path / "rows.jsonl", rows[: len(rows) - len(rows) % 2])
-    capsys.readouterr()
-    assert export_bundle(adapter_folder, tmp_path / "b", "--precision", "fp16", "--validation-file", file) == 2
-    error = capsys.readouterr().err
-    assert "some logits are no numbers" in error
+    flags = ("--precision", "fp16", "--validation-file", file)
+    assert "some logits are no numbers" in refusal(capsys, adapter_folder, "--out", tmp_path / "b", *flags)
     assert not (tmp_path / "b").exists()
 
 
@@ -185,7 +168,7 @@ def test_a_layer_search_never_keeps_more_than_half_of_the_layers(
     monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", -1.0)
     monkeypatch.setattr(export.fold.quantize, "write_int8", spy)
     file = easy_rows(tmp_path / "rows.jsonl", bundle("gpt2") / "model.onnx")
-    assert export_bundle(adapter("gpt2"), tmp_path / "b", "--precision", "int8", "--validation-file", file) == 2
+    assert run_export(adapter("gpt2"), "--out", tmp_path / "b", "--precision", "int8", "--validation-file", file) == 2
     # All of it, each layer spared alone to rank them, and the better of the two.
     assert tried[:3] == [set(), {0}, {1}]
     assert len(tried) == 4
@@ -194,23 +177,21 @@ def test_a_layer_search_never_keeps_more_than_half_of_the_layers(
 
 
 def test_int8_is_gated_for_each_task(
-    adapter: Folders, second: Callable[..., Path], data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: Folders, second: Second, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = [adapter("bert"), second("bert")]
     files = [data.validation_file, data.train_file]
-    assert export_several(*adapters, "--precision", "int8", "--validation-file", *files, "--out", tmp_path / "b") == 0
+    assert run_export(*adapters, "--precision", "int8", "--validation-file", *files, "--out", tmp_path / "b") == 0
     bundle = load_bundle(tmp_path / "b")
     gates = bundle.graphs[1].gates
     assert [(gate.file, gate.n_rows) for gate in gates] == [("validation.jsonl", 40), ("train.jsonl", 64)]
     # A further one must be judged too.
-    capsys.readouterr()
     third = shutil.copytree(second("bert"), tmp_path / "third")
-    assert export_several(third, "--add", "--out", tmp_path / "b") == 2
-    error = capsys.readouterr().err
+    error = refusal(capsys, third, "--add", "--out", tmp_path / "b")
     assert "holds other precisions than fp32, and what they cost this task is unknown, and the file" in error
     assert "Give one with --validation-file." in error
     assert load_bundle(tmp_path / "b") == bundle
-    assert export_several(third, "--add", "--validation-file", data.validation_file, "--out", tmp_path / "b") == 0
+    assert run_export(third, "--add", "--validation-file", data.validation_file, "--out", tmp_path / "b") == 0
     bundle = load_bundle(tmp_path / "b")
     assert [task.name for task in bundle.tasks] == ["bert", "other", "third"]
     assert [gate.n_rows for gate in bundle.graphs[1].gates] == [40, 64, 40]
