@@ -40,7 +40,6 @@ class Findings:
 
     @property
     def seconds(self) -> float:
-        """Since this call began."""
         return time.monotonic() - self._start
 
     def note(self, step: str, key: str, value: Any) -> None:
@@ -54,23 +53,12 @@ class Findings:
         shutil.copy(self._kept, os.environ.get("OUT", "/tmp"))  # noqa: S108
 
 
-def command(step: str) -> list[str]:
-    """The process of a step."""
-    return [sys.executable, "-u", "-m", "tests.gpu.steps", *step.split(":")]
-
-
-def environment(step: str) -> dict[str, str]:
-    """Nothing asks a hub; the step that hides the GPU has it hidden."""
+def start(step: str, **pipes: Any) -> "subprocess.Popen[str]":
+    """Start a step. Nothing asks a hub; the step that hides the GPU has it hidden."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if step == "hidden" else {}
-    return {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}
-
-
-def begin_behind(step: str) -> None:
-    """Start a step that outlives this command; its findings go to a log that ``wait`` reads."""
-    log = WORK / f"{step.replace(':', '-')}.log"
-    with log.open("w") as file:
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        subprocess.Popen(command(step), env=environment(step), start_new_session=True, **pipes)
+    settings: Any = {"env": {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}, "stdin": subprocess.DEVNULL, **pipes}
+    words = [sys.executable, "-u", "-m", "tests.gpu.steps", *step.split(":")]
+    return subprocess.Popen(words, start_new_session=True, text=True, errors="replace", **settings)
 
 
 def wait(name: str, findings: Findings, at_most: float) -> None:
@@ -92,9 +80,7 @@ def run(step: str, findings: Findings, at_most: float) -> None:
     """Run a step to its end or its deadline, printing its lines as they come."""
     began = time.monotonic()
     tail: list[str] = []
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    text: Any = {"text": True, "errors": "replace"}
-    process = subprocess.Popen(command(step), env=environment(step), start_new_session=True, **pipes, **text)
+    process = start(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
     signal.alarm(max(1, int(at_most)))
     assert process.stdout is not None
@@ -111,7 +97,6 @@ def run(step: str, findings: Findings, at_most: float) -> None:
 
 
 def main() -> None:
-    """Run what was asked for, as long as there is time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*")
     parser.add_argument("--behind", nargs="*", default=[])
@@ -119,8 +104,9 @@ def main() -> None:
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     findings = Findings()
-    for step in options.behind:
-        begin_behind(step)
+    for step in options.behind:  # these outlive this command; `wait` reads their logs
+        with (WORK / f"{step.replace(':', '-')}.log").open("w") as log:
+            start(step, stdout=log, stderr=log)
     for step in options.steps:
         left = options.seconds - findings.seconds
         if left < 5:

@@ -3,7 +3,8 @@
     python -m tests.gpu.fake_cuda GRAPH.onnx [GRAPH.onnx …]
 
 needs gcc. It prints one JSON object for each graph: whether all compute nodes are the provider's, so that the graph can be
-captured as a CUDA graph, and what a request launches.
+captured as a CUDA graph (``captured``, else a ``reason``), and what one request launches: ``kernels`` of the provider's own,
+``products`` by cuBLAS, and ``copies_to_device`` by kernels that read arrays of the host, and of inputs.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,6 @@ LIBRARIES = {
 """What the provider is linked against or opens, and how the names in each begin; of two that fit, the longer one counts."""
 
 
-@dataclass(frozen=True)
-class Launches:
-    """What one request does."""
-
-    captured: bool
-    """Whether the session could be opened for CUDA graphs."""
-    reason: str
-    """Why not; else empty."""
-    kernels: int
-    """Launches of the provider's own kernels; cuBLAS' are not among them."""
-    products: int
-    """Calls of cuBLAS."""
-    copies_to_device: int
-    """Copies by kernels that read arrays of the host, and of inputs."""
-
-
 def _wanted() -> dict[str, list[str]]:
     """By library, the names that ONNX Runtime's CUDA provider takes from it."""
     import onnxruntime
@@ -59,13 +43,11 @@ def _wanted() -> dict[str, list[str]]:
         symbols = elf.get_section_by_name(".dynsym").iter_symbols()
         names = {symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF"}
         # cuDNN's functions are looked up by their names.
-        names |= {
-            text.decode() for text in re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", elf.get_section_by_name(".rodata").data())
-        }
+        looked_up = re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", elf.get_section_by_name(".rodata").data())
+        names |= {text.decode() for text in looked_up}
     for name in sorted(names):
-        fitting = [
-            (len(start), library) for library, starts in LIBRARIES.items() for start in starts if name.startswith(start)
-        ]
+        starts = ((start, library) for library, starts in LIBRARIES.items() for start in starts)
+        fitting = [(len(start), library) for start, library in starts if name.startswith(start)]
         if fitting:
             wanted[max(fitting)[1]].append(name)
     return wanted
@@ -92,7 +74,7 @@ def build(folder: Path) -> dict[str, Path]:
     return built
 
 
-def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> Launches:
+def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> dict[str, object]:
     """Open a graph for CUDA graphs, and run a batch without; ``libraries`` are loaded, by the names of `LIBRARIES`."""
     import numpy as np
     import onnxruntime
@@ -115,19 +97,19 @@ def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> Launches:
     except Exception as cause:  # ONNX Runtime's exceptions share no base
         reason = str(cause)
     session = opened()
-    arrays = {item.name: np.ones((3, 24)[: len(item.shape)], np.int64) for item in session.get_inputs()}
-    for name in {"task_ids"} & set(arrays):
-        arrays[name][:] = 0
+    shapes = {item.name: (3, 24)[: len(item.shape)] for item in session.get_inputs()}
+    arrays = {name: np.full(shape, name != "task_ids", np.int64) for name, shape in shapes.items()}
     for _ in range(2):
         counts[:] = [0, 0, 0, 0]
         for product in products:
             product.value = 0
         session.run(["logits"], arrays)
-    return Launches(not reason, reason, counts[0], sum(product.value for product in products), counts[1])
+    launches = {"kernels": counts[0], "products": sum(product.value for product in products)}
+    return {"captured": not reason, "reason": reason, **launches, "copies_to_device": counts[1]}
 
 
 def main() -> None:
-    """Ask about graphs; nothing that has loaded CUDA may be in this process."""
+    """Nothing that has loaded CUDA may be in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH.onnx")
     graphs = parser.parse_args().graphs
@@ -135,7 +117,7 @@ def main() -> None:
         built = build(Path(folder))
         libraries = {name: ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for name, path in built.items()}
         for graph in graphs:
-            print(json.dumps(asdict(ask(graph, libraries))))
+            print(json.dumps(ask(graph, libraries)))
 
 
 if __name__ == "__main__":

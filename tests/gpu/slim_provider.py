@@ -24,8 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-CONTAINER = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of all entries
-MAGIC = 0xBA55ED50
+MAGIC, CONTAINER = 0xBA55ED50, struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of all entries
 # kind (1 PTX, 2 cubin), version, bytes of this header, bytes of the payload, of these compressed, ?, minor, major, arch,
 # name's offset, name's length, flags, ?, bytes when decompressed
 ENTRY = struct.Struct("<HHIQIIHHIIIQQQ")
@@ -102,7 +101,6 @@ def kernels(data: bytes | bytearray, entry: Entry) -> set[bytes]:
 
 
 def report(title: str, found: list[tuple[int, int, list[Entry]]]) -> None:
-    """A line for each generation."""
     print(f"{title}: {len(found)} containers, {sum(len(entries) for _, _, entries in found)} entries")
     sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
     for _, _, entries in found:
@@ -113,7 +111,6 @@ def report(title: str, found: list[tuple[int, int, list[Entry]]]) -> None:
 
 
 def main() -> None:
-    """Read, empty, check, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

@@ -9,15 +9,32 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+# None of these imports torch or ONNX Runtime, whose order counts.
+from export.bench import prepare as preparation
+from export.bench import random_model
+from export.bench.config import BenchConfig, Shape
+from export.bench.engines import ENGINES, OPENVINO, REFERENCE
+from export.bench.models import peft_for_batches
+from export.bench.rounds import time_engines
+from export.bundle.folder import BUNDLE, load_bundle
+from export.runtime.classifier import OnnxClassifier
+from export.runtime.session import cuda_absence, providers
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base
+from train.common.folder_record import read_record
+from train.common.machine import gpu_memory_used_mib, usable_cores
+
 MARK = "RESULT "
 """Before what was found, as JSON, for `tests.gpu.check`."""
-
 WORK = Path(os.environ.get("GPU_CHECK_WORK", "/tmp/gpu/work"))  # noqa: S108 -- a machine for this alone
 ROWS = Path(os.environ.get("GPU_STORE", "/tmp/gpu")) / "parts/rows.jsonl"  # noqa: S108 -- the same
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -27,7 +44,6 @@ ADAPTERS = {"v1": Path("demo/adapters/minilm-mrpc").resolve(), "v2": Path("demo/
 SHAPES = ("1x16", "1x60", "1x200", "8x60", "32x60", "256x60") if ON_CUDA else ("1x16", "2x30")
 COMPILED_SHAPES = {"large": ("1x60", "32x60", "256x60")}
 """Shapes for torch.compile where it would take minutes to compile for all of them."""
-
 _BERT: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
 _BERT |= {"num_hidden_layers": 3, "initializer_range": 0.2}
 TINY: dict[str, dict[str, Any]] = {
@@ -39,12 +55,10 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": _BERT | {"num_key_value_heads": 2, "max_position_embeddings": 256},
 }
 """Sizes of a tiny model of each family; heads are 32 or 64 wide, as of minilm and roberta-large."""
-
 TINY_KINDS = ("bert", "bert-v2", "roberta", "roberta-v2", "mpnet", "distilbert", "gpt2", "gpt2-v2", "llama-v2")
 
 
 def tell(key: str, value: Any) -> None:
-    """A finding, for `tests.gpu.check`."""
     print(MARK + json.dumps([key, value]), flush=True)
 
 
@@ -52,23 +66,17 @@ def machine() -> None:
     """Versions, GPU, providers; ONNX Runtime before torch, as `export.score` has it."""
     from importlib.metadata import version
 
-    import numpy as np
     import onnxruntime
-    from onnx import TensorProto, helper
-
-    from export.runtime.session import cuda_absence, providers
+    from onnx import parser
 
     onnxruntime.preload_dlls()
     names = ("onnxruntime-gpu", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "numpy")
     tell("versions", {"python": sys.version.split()[0], **{name: version(name) for name in names}})
     tell("why no CUDA in ONNX Runtime", cuda_absence())
     # Which providers are built in says nothing; whether one loads and computes shows only in a session.
-    make = helper.make_tensor_value_info
-    rows, answer = make("rows", TensorProto.FLOAT, [2, 4]), make("answer", TensorProto.FLOAT, [2, 4])
-    node = helper.make_node("Gelu", ["rows"], ["answer"], domain="com.microsoft")
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph([node], "g", [rows], [answer])
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    header = '<ir_version: 10, opset_import: ["": 18, "com.microsoft": 1]>'
+    text = f"{header} g (float[2, 4] rows) => (float[2, 4] answer) {{ answer = com.microsoft.Gelu (rows) }}"
+    model = parser.parse_model(text).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=[name for name, _ in providers(use_cuda=ON_CUDA)])
     sums = session.run(None, {"rows": np.ones((2, 4), np.float32)})[0].sum()
     tell("a session", {"providers": session.get_providers(), "eight times GELU(1) = 6.7308": float(sums)})
@@ -83,29 +91,22 @@ def machine() -> None:
     tell("torch", found)
 
 
-def _tiny(kind: str) -> tuple[Path, Path]:
-    """Adapter and bundle of a tiny model with random weights."""
+def tiny(kinds: str = "") -> None:
+    """Every family, so that a graph that CUDA computes otherwise, or cannot capture, is found in seconds."""
     from transformers import AutoConfig
 
-    from export.bench import random_model
     from export.fold.config import ExportConfig
     from export.fold.pipeline import export_adapters
 
-    family, _, suffix = kind.partition("-")
-    folder = WORK / "tiny" / kind
-    settings = AutoConfig.for_model(family, vocab_size=200, pad_token_id=1, **TINY[family])
-    random_model.write_random_base(settings, folder / "base")
-    method = "p-tuning-v2" if suffix else "p-tuning"
-    random_model.write_random_adapter(folder / "base", folder / "adapter", method=method, head_bias=0.0)
-    export_adapters(ExportConfig((folder / "adapter",), out=folder / "bundle", precision="fp16", ungated=True))
-    return folder / "adapter", folder / "bundle"
-
-
-def tiny(kinds: str = "") -> None:
-    """Every family, so that a graph that CUDA computes otherwise, or cannot capture, is found in seconds."""
     for kind in kinds.split(",") if kinds else TINY_KINDS:
+        family, _, suffix = kind.partition("-")
+        base, adapter, bundle = (WORK / "tiny" / kind / name for name in ("base", "adapter", "bundle"))
+        method = "p-tuning-v2" if suffix else "p-tuning"
         try:
-            adapter, bundle = _tiny(kind)
+            settings = AutoConfig.for_model(family, vocab_size=200, pad_token_id=1, **TINY[family])
+            random_model.write_random_base(settings, base)
+            random_model.write_random_adapter(base, adapter, method=method, head_bias=0.0)
+            export_adapters(ExportConfig((adapter,), out=bundle, precision="fp16", ungated=True))
             _compare(kind, adapter, bundle, ("1x7", "3x16", "2x33", "8x60"))
         except Exception as cause:  # the next kind may still say something
             tell(kind, f"{type(cause).__name__}: {cause}"[:900])
@@ -113,8 +114,7 @@ def tiny(kinds: str = "") -> None:
 
 def graphs(name: str) -> None:
     """A bundle's graphs at the benchmark's shapes."""
-    adapter, bundle = _folders(name)
-    _compare(name, adapter, bundle, SHAPES)
+    _compare(name, *_folders(name), SHAPES)
 
 
 def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tuple[str, ...]) -> None:
@@ -123,19 +123,11 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
     The shapes come round three times, each time with new texts: a CUDA graph that reads what another shape's run left
     behind is right the first time, and perhaps the second.
     """
-    import numpy as np
     import torch
-
-    from export.bundle.folder import load_bundle
-    from export.runtime.classifier import OnnxClassifier
-    from train.adapter.folder import load_adapter
-    from train.adapter.peft import find_adapter_base, load_peft_model
-    from train.common.machine import gpu_memory_used_mib
 
     adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
     base = find_adapter_base(adapter)
-    peft: Any = load_peft_model(adapter.folder, base, adapter.labels)
-    peft.base_model.config.pad_token_id = bundle.pad_token_id
+    peft: Any = peft_for_batches(adapter, base, bundle.pad_token_id)
     batches = list(_batches(bundle, shapes, padded=not base.is_decoder))
     device = "cuda" if ON_CUDA and title == "large" else "cpu"  # 256 × 60 through 24 layers takes a CPU minutes
     peft.to(device)
@@ -185,20 +177,10 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
 
 def _batches(bundle: Any, shapes: tuple[str, ...], *, padded: bool) -> Iterator[dict[str, Any]]:
     """Each shape three times, all shapes before the first comes again."""
-    import numpy as np
-
-    from export.bench.config import Shape
-    from export.bench.prepare import random_texts
-
     generator = np.random.default_rng(1)
     for turn in range(3):
         for text in shapes:
-            shape = Shape.parse(text)
-            batch = random_texts(generator, shape, bundle)
-            if turn and padded:
-                lengths = generator.integers(1, shape.length + 1, (shape.batch_size, 1))
-                batch["attention_mask"] = (np.arange(shape.length) < lengths).astype(np.int64)
-            yield batch
+            yield preparation.random_texts(generator, Shape.parse(text), bundle, padded=padded and turn > 0)
 
 
 def _folders(name: str) -> tuple[Path, Path]:
@@ -206,35 +188,31 @@ def _folders(name: str) -> tuple[Path, Path]:
     return ADAPTERS.get(name, WORK / name / "adapter"), WORK / name / "bundle"
 
 
-def _config(name: str, **changed: Any) -> Any:
-    from export.bench.config import BenchConfig
-
-    adapter, bundle = _folders(name)
+def _config(name: str, **changed: Any) -> BenchConfig:
     plan: dict[str, Any] = {"pause": 0.1, "min_runs": 15, "max_runs": 200, "budget_seconds": 0.4}
-    settings = BenchConfig(adapter, bundle, shapes=SHAPES, rounds=1, device=DEVICE, **plan)
-    return replace(settings, **changed)
+    return BenchConfig(*_folders(name), shapes=SHAPES, rounds=1, device=DEVICE, **(plan | changed))
 
 
 def prepare(name: str) -> None:
     """Export, and make what `export.bench` needs, so that only measuring is left."""
-    from export.bench import prepare as preparation
-    from export.bench import random_model
-    from export.bundle.folder import BUNDLE, load_bundle
     from export.fold.config import ExportConfig
     from export.fold.pipeline import export_adapters
-    from train.common.folder_record import read_record
-    from train.common.machine import usable_cores
 
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
-        rows = ROWS if ROWS.is_file() else None
+        rows = ROWS if ROWS.is_file() and name != "large" else None
         if name == "large":
-            rows = None
-            random_model.make_random_bundle(_large(), folder, device=DEVICE)
+            shape = "roberta-large"
+            if not ON_CUDA:
+                from transformers import AutoConfig
+
+                shape = str(folder / "small")
+                AutoConfig.for_model("roberta", vocab_size=200, **TINY["roberta"]).save_pretrained(shape)
+            random_model.make_random_bundle(shape, folder, device=DEVICE)
         else:
-            gate = {"validation_files": (rows,)} if rows else {"ungated": True}
+            gate: dict[str, Any] = {"validation_files": (rows,)} if rows else {"ungated": True}
             export_adapters(ExportConfig((ADAPTERS[name],), out=folder / "bundle", precision="fp16", **gate))
         manifest = read_record(folder / "bundle", BUNDLE)
         gates = {graph.precision: list(map(str, graph.gates)) for graph in load_bundle(folder / "bundle").graphs}
@@ -253,19 +231,8 @@ def prepare(name: str) -> None:
         raise
 
 
-def _large() -> str:
-    if ON_CUDA:
-        return "roberta-large"
-    from transformers import AutoConfig
-
-    AutoConfig.for_model("roberta", vocab_size=200, **TINY["roberta"]).save_pretrained(WORK / "small")
-    return str(WORK / "small")
-
-
 def bench(name: str, engines: str = "") -> None:
     """`export.bench` without torch.compile, whose engines are ``compile``'s."""
-    from export.bench.engines import ENGINES, OPENVINO
-
     plain = {name: one for name, one in ENGINES.items() if not one.compile_mode and one.family != OPENVINO}
     chosen = [name for name, one in plain.items() if DEVICE in one.devices]
     _time(name, tuple(engines.split(",") if engines else chosen))
@@ -273,30 +240,20 @@ def bench(name: str, engines: str = "") -> None:
 
 def compile(name: str, engines: str = "") -> None:
     """`export.bench` with torch.compile alone."""
-    from export.bench.engines import ENGINES, REFERENCE
-
     chosen = [name for name, one in ENGINES.items() if one.compile_mode and DEVICE in one.devices]
     _time(name, (REFERENCE, *(engines.split(",") if engines else reversed(chosen))), COMPILED_SHAPES.get(name, SHAPES))
 
 
 def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
-    from export.bench.rounds import time_engines
-
     folder = WORK / name
     prepared = pickle.loads((folder / "prepared.pickle").read_bytes())  # noqa: S301 -- our own
     if shapes:
         prepared = replace(prepared, cells=tuple(cell for cell in prepared.cells if cell.name in shapes))
     found = time_engines(_config(name, engines=engines), prepared, folder / "bench")
     keys = ("library", "note", "status", "reason", "max_logit_difference", "load_seconds", "gpu_memory_mib", "scores")
+    columns = ("latency_ms", "speedup", "peak_share")
     for engine in found["engines"]:
-        cells = {
-            cell["cell"]: [
-                round(cell["latency_ms"], 3),
-                cell["speedup"] and round(cell["speedup"], 2),
-                cell["peak_share"],
-            ]
-            for cell in engine["cells"]
-        }
+        cells = {cell["cell"]: [cell[key] and round(cell[key], 3) for key in columns] for cell in engine["cells"]}
         tell(engine["engine"], {"median ms, × PEFT, of peak": cells, **{key: engine[key] for key in keys}})
     tell("peaks", found["peaks"])
     tell("whole", found)
@@ -304,24 +261,13 @@ def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> 
 
 def profile(name: str) -> None:
     """Kernels, launches and copies of a request, counted by CUPTI through PyTorch's profiler, which sees ONNX Runtime's."""
-    import numpy as np
     import torch
-
-    from export.bench.config import Shape
-    from export.bench.models import peft_for_batches
-    from export.bench.prepare import random_texts
-    from export.bundle.folder import load_bundle
-    from export.runtime.classifier import OnnxClassifier
-    from train.adapter.folder import load_adapter
-    from train.adapter.peft import find_adapter_base
 
     adapter_folder, bundle_folder = _folders(name)
     adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
-    ways: dict[str, Callable[[], Any]] = {
-        "ours-fp16": lambda: OnnxClassifier(bundle, precision="fp16", use_cuda=ON_CUDA).logits,
-        "ours-graphs-fp16": lambda: OnnxClassifier(bundle, precision="fp16", use_cuda=ON_CUDA, cuda_graphs=True).logits,
-        "ours-fp32": lambda: OnnxClassifier(bundle, precision="fp32", use_cuda=ON_CUDA).logits,
-    }
+
+    def ours(precision: str, *, cuda_graphs: bool = False) -> Callable[[dict[str, Any]], Any]:
+        return OnnxClassifier(bundle, precision=precision, use_cuda=ON_CUDA, cuda_graphs=cuda_graphs).logits
 
     def peft_eager(dtype: torch.dtype) -> Callable[[dict[str, Any]], Any]:
         model: Any = peft_for_batches(adapter, find_adapter_base(adapter), bundle.pad_token_id)
@@ -333,12 +279,17 @@ def profile(name: str) -> None:
 
         return run
 
-    ways["peft-eager-fp16"] = lambda: peft_eager(torch.float16)
+    ways: dict[str, Callable[[], Callable[[dict[str, Any]], Any]]] = {
+        "ours-fp16": partial(ours, "fp16"),
+        "ours-graphs-fp16": partial(ours, "fp16", cuda_graphs=True),
+        "ours-fp32": partial(ours, "fp32"),
+        "peft-eager-fp16": partial(peft_eager, torch.float16),
+    }
     generator = np.random.default_rng(2)
     for way, make in ways.items():
         run = make()
         for text in (SHAPES[1], SHAPES[-1]):
-            batch = random_texts(generator, Shape.parse(text), bundle)
+            batch = preparation.random_texts(generator, Shape.parse(text), bundle)
             for _ in range(3):
                 run(batch)
             tell(f"{way} {text}", _profiled(partial(run, batch)))
@@ -347,8 +298,6 @@ def profile(name: str) -> None:
 
 def _profiled(request: Callable[[], Any], n_requests: int = 5) -> dict[str, Any]:
     """One request's kernels by time, and its calls to CUDA, as means over a few requests."""
-    from collections import Counter
-
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -356,8 +305,7 @@ def _profiled(request: Callable[[], Any], n_requests: int = 5) -> dict[str, Any]
     for _ in range(n_requests):
         request()
     wall_us = 1e6 * (time.perf_counter() - began) / n_requests
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_CUDA else [])]
-    with profiler(activities=kinds) as found:
+    with profiler(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ON_CUDA) as found:
         for _ in range(n_requests):
             request()
     calls, kernels, times = Counter[str](), Counter[str](), Counter[str]()
@@ -367,23 +315,18 @@ def _profiled(request: Callable[[], Any], n_requests: int = 5) -> dict[str, Any]
             times[event.name] += event.device_time
         elif event.name.startswith(("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy", "cuLaunch", "cudaMemset")):
             calls[event.name] += 1
-    total = sum(times.values())
+    longest = [[key[:110], kernels[key] / n_requests, round(us / n_requests, 1)] for key, us in times.most_common(16)]
     return {
         "wall_us": round(wall_us),
-        "gpu_us": round(total / n_requests),
+        "gpu_us": round(sum(times.values()) / n_requests),
         "calls": {key: count / n_requests for key, count in calls.items()},
         "kernels_and_copies": sum(kernels.values()) / n_requests,
-        "longest": [
-            [key[:110], kernels[key] / n_requests, round(microseconds / n_requests, 1)]
-            for key, microseconds in times.most_common(16)
-        ],
+        "longest": longest,
     }
 
 
 def hidden() -> None:
     """`tests.gpu.check` hides the GPU from this process; then the driver's library as well, where root may."""
-    from export.runtime.session import cuda_absence
-
     tell("with CUDA_VISIBLE_DEVICES empty", cuda_absence())
     code = (
         "from export.bundle.folder import load_bundle; from export.runtime.classifier import OnnxClassifier; from pathlib import Path; "
@@ -405,12 +348,8 @@ def _last_line(words: list[str]) -> str:
 
 def demo() -> None:
     """`PyTorchBackend` in its modes, held against the graph in fp32."""
-    import numpy as np
-
     from demo.engines.pytorch import PyTorchBackend
     from demo.engines.timing import BurstPlan, timed_runs
-    from export.bundle.folder import load_bundle
-    from export.runtime.classifier import OnnxClassifier
 
     onnx = OnnxClassifier(load_bundle(_folders("v2")[1]), precision="fp32", use_cuda=ON_CUDA)
     texts = [("Coast redwoods are tall.", "The tallest trees are redwoods."), ("It rains.", "The sun shines.")]
@@ -424,8 +363,8 @@ def demo() -> None:
         except Exception as cause:
             tell(mode, f"{type(cause).__name__}: {cause}"[:600])
             continue
-        provider = engine.execution.provider
-        tell(mode, {"provider": provider, "max_logit_difference": difference, "median_ms": round(latency, 3)})
+        found = {"max_logit_difference": difference, "median_ms": round(latency, 3)}
+        tell(mode, {"provider": engine.execution.provider, **found})
 
 
 STEPS: dict[str, Callable[..., None]] = {
