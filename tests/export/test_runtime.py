@@ -18,7 +18,7 @@ from export.runtime.batches import classify
 from export.runtime.classifier import OnnxClassifier, best_precision, open_graph
 from export.runtime.cuda_graphs import CudaGraphRunner
 from export.runtime.session import CPU, CUDA
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Folders, Precisions, make_pairs
+from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders, Precisions, make_pairs
 from tests.export.graphs import change_manifest, inputs_of, padded_batch, run_file
 from train.common.errors import BundleError, TextError
 from train.common.folder_record import sha256_of_file
@@ -220,7 +220,6 @@ def test_what_would_be_answered_with_another_row_of_a_table_or_a_crash_is_refuse
     batch = padded_batch("bert", 3, 9)
     classifier.logits(batch)
     long = padded_batch("bert", 2, POSITIONS - VIRTUAL_TOKENS + 1)
-    vocabulary_size = len(WORDS) + 4
     mask = batch["attention_mask"]
 
     def changed(name: str, value: int) -> dict[str, np.ndarray]:
@@ -231,7 +230,7 @@ def test_what_would_be_answered_with_another_row_of_a_table_or_a_crash_is_refuse
     for bad, words in (
         # Negative numbers count from the end of a table, without an error.
         (changed("input_ids", -1), r"input_ids hold -1, outside the vocabulary of 94 tokens"),
-        (changed("input_ids", vocabulary_size), "input_ids hold 94, outside the vocabulary"),
+        (changed("input_ids", 94), "input_ids hold 94, outside the vocabulary"),
         (changed("token_type_ids", -1), "token_type_ids holds other numbers than 0 and 1"),
         (changed("token_type_ids", 2), "token_type_ids holds other numbers than 0 and 1"),
         (changed("attention_mask", 2), "attention_mask holds other numbers than 0 and 1"),
@@ -250,7 +249,7 @@ def test_what_would_be_answered_with_another_row_of_a_table_or_a_crash_is_refuse
         with pytest.raises(TextError, match=words):
             classifier.logits(bad)
     # The largest of everything is fine.
-    classifier.logits(changed("input_ids", vocabulary_size - 1))
+    classifier.logits(changed("input_ids", 93))
     classifier.logits({name: array[:, :-1] for name, array in long.items()})
     # As a tokenizer gives token types for RoBERTa, which has none.
     roberta = on_cpu(bundle("roberta-v2"))

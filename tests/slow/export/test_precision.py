@@ -115,8 +115,9 @@ def test_the_columns_of_a_validation_file_may_have_other_names(
     monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
     labels = ("not_equivalent", "equivalent")
     pairs = [(str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(20, seed=4)]
+    rows: list[dict[str, object]]
     rows = [{"first": one, "second": two, "gold": labels[i % 2]} for i, (one, two) in enumerate(pairs)]
-    file = write_jsonl(tmp_path / "rows.jsonl", list(rows))
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
     columns = ("--text-columns", "first,second", "--label-column", "gold")
     flags = ("--precision", "int8", "--validation-file", file)
     assert run_export(adapter("bert"), "--out", tmp_path / "b", *flags, *columns) == 0
