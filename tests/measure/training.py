@@ -10,11 +10,7 @@ loading models and tokenizing left out.
   frozen, the last layer for the pooled row alone.
 
 Each training has a process of its own, and they take turns. The figure is the ratio of the medians. Run it on an idle
-machine:
-
-    python -m tests.measure.training --model minilm --train-file train.jsonl --validation-file validation.jsonl --epochs 2 --rounds 3
-
-Prints a table, then one JSON document as the last line.
+machine. Prints a table, then one JSON document as the last line.
 """
 
 import json
@@ -22,36 +18,23 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.measure.child import in_child
+from train.common.child import run_in_child
 from train.common.command_line import Command, check_counts
 from train.common.console import say
 from train.config import TrainConfig
 
 PAUSE_SECONDS = 2.0
 """Before each training: what the one before it still writes or frees is done by then."""
+Training = dict[str, Any]
+"""What one training took; ``scores`` are those of its best epoch on validation."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One training."""
-
-    loop: str
-    seconds: float
-    samples_per_second: float
-    """Training rows of all epochs over ``seconds``."""
-    peak_memory_mib: float
-    """Largest resident size of the process."""
-    scores: dict[str, float]
-    """Of the best epoch, on validation."""
-    machine: str
-
-
-def train_as_the_tutorial(config: TrainConfig) -> Measured:
+def train_as_the_tutorial(config: TrainConfig) -> Training:
     """PEFT's tutorial: its model, its loop, its settings, with the learning rate and sizes of ``config``."""
     import torch
     from peft import PromptEncoderConfig, TaskType, get_peft_model
@@ -96,7 +79,6 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
                 weight_decay=config.weight_decay,
                 eval_strategy="epoch",
                 save_strategy="epoch",
-                save_total_limit=None,
                 seed=config.seed,
                 use_cpu=not torch.cuda.is_available(),
                 label_names=["labels"],
@@ -118,7 +100,7 @@ def train_as_the_tutorial(config: TrainConfig) -> Measured:
     return _measured("tutorial", seconds, len(train.rows) * config.epochs, best)
 
 
-def train_as_promptfold(config: TrainConfig) -> Measured:
+def train_as_promptfold(config: TrainConfig) -> Training:
     """Our loop, with the same settings."""
     from train.fit.loop import fit, prepare
 
@@ -129,16 +111,11 @@ def train_as_promptfold(config: TrainConfig) -> Measured:
     return _measured("promptfold", progress.seconds, len(prepared.train.rows) * config.epochs, best)
 
 
-LOOPS: dict[str, Callable[[TrainConfig], Measured]] = {
-    "tutorial": train_as_the_tutorial,
-    "promptfold": train_as_promptfold,
-}
-
-
-def _measured(loop: str, seconds: float, n_samples: int, scores: dict[str, float]) -> Measured:
+def _measured(loop: str, seconds: float, n_samples: int, scores: Mapping[str, float]) -> Training:
     from train.common.machine import describe_machine, peak_memory_mib
 
-    return Measured(loop, seconds, n_samples / seconds, peak_memory_mib(), scores, describe_machine())
+    training = {"loop": loop, "seconds": seconds, "samples_per_second": n_samples / seconds}
+    return training | {"peak_memory_mib": peak_memory_mib(), "scores": scores, "machine": describe_machine()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,31 +141,28 @@ class TrainingConfig:
 
 def _run(options: TrainingConfig) -> None:
     settings = {name: value for name, value in asdict(options).items() if name != "rounds"}
-    # The tutorial's own settings are the defaults.
-    config, rounds = TrainConfig(out=Path("bench"), **settings), options.rounds
-    measured: list[Measured] = []
-    for number in range(1, rounds + 1):
-        for loop, train in LOOPS.items():
+    config = TrainConfig(out=Path("bench"), **settings)  # the tutorial's own settings are the defaults
+    trainings: dict[str, list[Training]] = {"tutorial": [], "promptfold": []}
+    for number in range(1, options.rounds + 1):
+        for loop, train in zip(trainings, (train_as_the_tutorial, train_as_promptfold), strict=True):
             time.sleep(PAUSE_SECONDS)
-            result = in_child(train, config)
-            measured.append(result)
-            say(f"round {number}/{rounds}  {loop}: {result.samples_per_second:.1f} samples/s in {result.seconds:.0f} s")
-    medians = {
-        loop: statistics.median(item.samples_per_second for item in measured if item.loop == loop) for loop in LOOPS
-    }
-    ratios = [
-        ours.samples_per_second / theirs.samples_per_second for theirs, ours in zip(*[iter(measured)] * 2, strict=True)
-    ]
+            made = run_in_child(train, config, name=f"The training of {loop}", remedy="Is there enough memory?")
+            trainings[loop].append(made)
+            speed = f"{made['samples_per_second']:.1f} samples/s in {made['seconds']:.0f} s"
+            say(f"round {number}/{options.rounds}  {loop}: {speed}")
+    speeds = {loop: [made["samples_per_second"] for made in all_made] for loop, all_made in trainings.items()}
+    medians = {loop: statistics.median(values) for loop, values in speeds.items()}
     say(f"\n{'loop':<12}{'samples/s':>11}{'memory MiB':>12}  validation")
-    for loop in LOOPS:
-        last = [item for item in measured if item.loop == loop][-1]
-        scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in last.scores.items())
-        say(f"{loop:<12}{medians[loop]:>11.1f}{last.peak_memory_mib:>12.0f}  {scores}")
-    speedup = medians["promptfold"] / medians["tutorial"]
-    say(f"promptfold trains {speedup:.2f} times as fast ({measured[0].machine})")
+    for loop, (*_, last) in trainings.items():
+        scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in last["scores"].items())
+        say(f"{loop:<12}{medians[loop]:>11.1f}{last['peak_memory_mib']:>12.0f}  {scores}")
+    speedup, machine = medians["promptfold"] / medians["tutorial"], made["machine"]
+    say(f"promptfold trains {speedup:.2f} times as fast ({machine})")
     document = {name: getattr(config, name) for name in ("model", "task", "epochs", "batch_size")}
-    document |= {"machine": measured[0].machine, "trainings": [asdict(item) for item in measured]}
-    say(json.dumps(document | {"ratio_per_round": ratios, "samples_per_second_ratio": speedup}))
+    in_turn = [made for one_round in zip(*trainings.values(), strict=True) for made in one_round]
+    ratios = [ours / theirs for theirs, ours in zip(*speeds.values(), strict=True)]
+    document |= {"machine": machine, "trainings": in_turn, "ratio_per_round": ratios}
+    say(json.dumps(document | {"samples_per_second_ratio": speedup}))
 
 
 main = Command(TrainingConfig, _run, "python -m tests.measure.training")
