@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,23 +19,19 @@ import psutil
 import pyarrow
 import pytest
 from pyarrow import fs, parquet
-from sklearn.metrics import accuracy_score, f1_score
 
 import export.score.on_ray
+from export.__main__ import main as export_main
 from export.score.__main__ import main
 from tests.conftest import ON_CPU, ROOT, Folders, flip_bit, make_pairs
-from tests.export.test_score import LABELS, Label, Refusal, Rows, golden_probabilities, refusal
-from tests.export.test_score_ray import write_files
+from tests.export.test_score import LABELS, Capsys, Label, Refusal, Rows, refusal, write_files
 
 __all__ = ["refusal"]  # a fixture
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 """On every machine of the cluster; the endpoint goes from the command to the workers."""
-
-
+LONG_ROWS = make_pairs(900, seed=23)
+SLOW = ("--chunk-rows", "10", "--batch-size", "1")
 CLUSTER = """
 import sys
 from export.ray_cluster import ray_cluster
@@ -61,9 +56,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture
-def label(address: str, capsys: pytest.CaptureFixture[str]) -> Label:
-    """The same as tests.export.test_score's, on the cluster."""
-
+def label(address: str, capsys: Capsys) -> Label:
     def run(bundle_folder: Path, source: object, out: object, *flags: str) -> dict[str, Any]:
         capsys.readouterr()
         status = main(ray_words(bundle_folder, source, out, "--address", address, *flags))
@@ -89,52 +82,33 @@ def read_parts(out: Path) -> Rows:
 
 def assert_same(rows: Rows, others: Rows) -> None:
     """Row by row. Batches differ from engine to engine, and with them the last bits of a probability."""
-    assert len(rows) == len(others)
     for row, other in zip(rows, others, strict=True):
-        assert list(row) == list(other)
-        for name, value in row.items():
-            assert other[name] == (pytest.approx(value, abs=1e-5) if name.startswith("probability") else value)
+        floats = [name for name in row if name.startswith("probability")]
+        assert list(other) == list(row)
+        assert other == row | {name: pytest.approx(row[name], abs=1e-5) for name in floats}
 
 
-def test_files_are_labelled_as_one_file_is(
-    bundle: Folders,
-    adapter: Folders,
-    base_model: Folders,
-    tmp_path: Path,
-    label: Label,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_files_are_labelled_as_one_file_is(bundle: Folders, tmp_path: Path, label: Label, capsys: Capsys) -> None:
     rows: Rows = [row | {"note": f"Ünï {index}"} for index, row in enumerate(make_pairs(120, seed=21))]
     sizes = {"a b/größe 1.parquet": 40, "a b/größe 2.parquet": 0, "a b/größe [3].parquet": 61, "c/größe.parquet": 19}
     folder = write_files(tmp_path / "in put", rows, sizes)
     (folder / "a b" / "_größe.parquet").write_bytes(b"none of the data")
     (folder / "a b" / "readme.txt").write_text("none either")
-    flags = ["--all-probabilities", "--chunk-rows", "16"]
-    result = label(bundle("bert"), f"{folder}/*/gr*.parquet", tmp_path / "out", *flags, "--workers", "2")
-    written = read_parts(tmp_path / "out")
+    flags, out, whole = ["--all-probabilities", "--chunk-rows", "16"], tmp_path / "out", tmp_path / "whole.parquet"
+    result = label(bundle("bert"), f"{folder}/*/gr*.parquet", out, *flags, "--workers", "2")
+    written = read_parts(out)
     assert [{name: row[name] for name in rows[0]} for row in written] == rows
-    parts = [parquet.ParquetFile(path).metadata.num_rows for path in sorted((tmp_path / "out").glob("*.parquet"))]
+    parts = [parquet.ParquetFile(path).metadata.num_rows for path in sorted(out.glob("*.parquet"))]
     assert parts == [16, 16, 8, 16, 16, 16, 13, 16, 3]
-
-    whole = tmp_path / "whole.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), whole)
     capsys.readouterr()
     assert main([str(bundle("bert")), "--in", str(whole), "--out", str(tmp_path / "local.parquet"), *flags]) == 0
     local = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert_same(written, parquet.read_table(tmp_path / "local.parquet").to_pylist())
     assert all(result[name] == local[name] for name in ("rows", "texts_cut", "scores"))
-
-    texts = [(row["sentence1"], row["sentence2"]) for row in rows]
-    golden = golden_probabilities(texts, adapter("bert"), base_model("bert"))
-    probabilities = np.array([[row[f"probability_{name}"] for name in LABELS] for row in written])
-    assert np.abs(probabilities - golden).max() < 1e-5
-    predicted, expected = golden.argmax(axis=1), [row["label"] for row in rows]
-    assert [row["prediction"] for row in written] == [LABELS[index] for index in predicted]
-    metrics = {"accuracy": accuracy_score(expected, predicted), "f1": f1_score(expected, predicted)}
-    assert result["scores"] == pytest.approx(metrics)
     assert (result["workers"], result["threads"]) == (2, 1)
     assert min(result["peak_worker_mib"], result["peak_driver_mib"]) > 50
-    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["rows"] == 120
+    assert json.loads((out / "_SUCCESS").read_text())["rows"] == 120
 
 
 @pytest.fixture
@@ -145,8 +119,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[fs.S3FileSystem]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name, value in S3_KEYS.items():
+    for name, value in (S3_KEYS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
         monkeypatch.setenv(name, value)
     filesystem = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
     filesystem.create_dir("data")
@@ -155,21 +128,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[fs.S3FileSystem]:
 
 
 def test_a_task_of_several_from_s3_to_s3(
-    bundle: Folders,
-    adapter: Folders,
-    second: Folders,
-    tmp_path: Path,
-    s3: fs.S3FileSystem,
-    label: Label,
-    refusal: Refusal,
-    address: str,
+    adapter: Folders, second: Folders, tmp_path: Path, s3: fs.S3FileSystem, label: Label, refusal: Refusal, address: str
 ) -> None:
-    from export.__main__ import main as export_main
-
-    shared = tmp_path / "shared"
+    shared, rows = tmp_path / "shared", make_pairs(50, seed=22)
     other = shutil.copytree(second("bert"), tmp_path / "other")
     assert export_main([str(adapter("bert")), str(other), "--out", str(shared)]) == 0
-    rows = make_pairs(50, seed=22)
     folder = write_files(tmp_path / "in", rows, {"x/1 ä.parquet": 30, "x/y/2.parquet": 20})
     for path in folder.rglob("*.parquet"):
         with s3.open_output_stream(f"data/pairs/{path.relative_to(folder)}") as stream:
@@ -179,9 +142,9 @@ def test_a_task_of_several_from_s3_to_s3(
     parts = [f"data/labelled/part-0000000{number}.parquet" for number in range(3)]
     assert names == ["data/labelled/_SUCCESS", *parts]
     written = [row for name in parts for row in parquet.read_table(name, filesystem=s3).to_pylist()]
-    local = tmp_path / "local.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "whole.parquet")
-    assert main([*shlex.split(f"{shared} --in {tmp_path / 'whole.parquet'} --out {local} --task other")]) == 0
+    whole, local = tmp_path / "whole.parquet", tmp_path / "local.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), whole)
+    assert main([str(shared), "--in", str(whole), "--out", str(local), "--task", "other"]) == 0
     assert_same(written, parquet.read_table(local).to_pylist())
     assert result["scores"]["accuracy"] == np.mean([LABELS[r["label"]] == r["prediction"] for r in written])
     words = ray_words(shared, "s3://data/pairs", "s3://data/labelled", "--task", "other", "--address", address)
@@ -193,18 +156,13 @@ def test_a_task_of_several_from_s3_to_s3(
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Many small blocks, with --chunk-rows 10: there is always one under way."""
-    return write_files(tmp_path_factory.mktemp("long"), make_pairs(900, seed=23), {"1.parquet": 500, "2.parquet": 400})
-
-
-SLOW = ("--chunk-rows", "10", "--batch-size", "1")
+    return write_files(tmp_path_factory.mktemp("long"), LONG_ROWS, {"1.parquet": 500, "2.parquet": 400})
 
 
 @pytest.fixture(scope="module")
-def unbroken(bundle: Folders, long_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+def unbroken(bundle: Folders, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """What the other engine makes of it in the same blocks."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    whole = pyarrow.concat_tables(parquet.read_table(path) for path in sorted(long_folder.iterdir()))
-    parquet.write_table(whole, folder / "in.parquet")
+    folder = write_files(tmp_path_factory.mktemp("unbroken"), LONG_ROWS, {"in.parquet": 900})
     words = [str(bundle("bert")), "--in", str(folder / "in.parquet"), "--out", str(folder / "out.parquet")]
     assert main([*words, "--threads", "1", *SLOW]) == 0
     return parquet.read_table(folder / "out.parquet").to_pylist()
@@ -215,39 +173,25 @@ def wait_for_parts(out: Path, n: int, process: "subprocess.Popen[str] | None" = 
         time.sleep(0.002)
 
 
-def test_a_killed_worker_costs_nothing(
-    bundle: Folders, long_folder: Path, unbroken: Rows, tmp_path: Path, label: Label
-) -> None:
-    killed: list[int] = []
-
-    def kill() -> None:
+def test_a_worker_is_killed(bundle: Folders, long_folder: Path, unbroken: Rows, tmp_path: Path, label: Label) -> None:
+    def kill() -> None:  # what it raises fails the test, as a warning
         wait_for_parts(tmp_path / "out", 10)
         # Ray names its processes by what they do.
-        processes = psutil.process_iter(["cmdline"])
-        worker = next(process for process in processes if "_Labeller" in "".join(process.info["cmdline"] or []))
+        worker = next(item for item in psutil.process_iter(["cmdline"]) if "_Labeller" in str(item.info["cmdline"]))
         worker.kill()
-        killed.append(worker.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
     result = label(bundle("bert"), long_folder, tmp_path / "out", *SLOW, "--workers", "2")
     killer.join()
-    assert killed
     assert read_parts(tmp_path / "out") == unbroken
     assert (result["rows"], sum(result["scores"].values()) > 0) == (900, True)
 
 
 def test_a_killed_command_goes_on_to_the_very_same_rows(
-    bundle: Folders,
-    long_folder: Path,
-    unbroken: Rows,
-    tmp_path: Path,
-    address: str,
-    label: Label,
-    refusal: Refusal,
+    bundle: Folders, long_folder: Path, unbroken: Rows, tmp_path: Path, address: str, label: Label, refusal: Refusal
 ) -> None:
-    out = tmp_path / "out"
-    generator = random.Random()  # noqa: S311 -- any moment must do
+    out, generator = tmp_path / "out", random.Random()  # noqa: S311 -- any moment must do
     words = ray_words(bundle("bert"), long_folder, out, *SLOW, "--address", address)
     for moment in range(2):
         there = len(list(out.glob("part-*.parquet")))
@@ -255,21 +199,17 @@ def test_a_killed_command_goes_on_to_the_very_same_rows(
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True) as process:
             wait_for_parts(out, there + generator.randint(1, 25), process)
             process.kill()
-        assert process.returncode == -signal.SIGKILL
-        assert not (out / "_SUCCESS").exists()
+        assert (process.returncode, (out / "_SUCCESS").exists()) == (-signal.SIGKILL, False)
     before = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     assert "holds an interrupted run. Add --resume" in refusal(*words)
     assert "had batch_size 1, now it is 4" in refusal(*words, "--batch-size", "4", "--resume")
     assert "had bundle_sha256" in refusal(bundle("bert-v2"), *words[1:], "--resume")
-    damaged = min(before)
-    flip_bit(damaged, 50)
+    flip_bit(damaged := min(before), 50)
     # A grown or shrunk cluster goes on all the same.
     result = label(bundle("bert"), long_folder, out, *SLOW, "--resume", "--workers", "1")
-    assert read_parts(out) == unbroken
-    assert result["rows"] == 900
+    assert (read_parts(out), result["rows"]) == (unbroken, 900)
     kept = {path for path, changed in before.items() if path.stat().st_mtime_ns == changed}
-    assert damaged not in kept
-    assert len(kept) > 0
+    assert 0 < len(kept - {damaged}) == len(kept)
     assert "is there already, and whole" in refusal(*words, "--resume")
 
 
@@ -278,8 +218,8 @@ def test_a_stopped_command_leaves_no_process_and_no_folder(bundle: Folders, long
     with tempfile.TemporaryDirectory(prefix="t") as scratch:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= ON_CPU | {"TMPDIR": scratch}
-        words = ray_words(bundle("bert"), long_folder, tmp_path / "out", *SLOW)
-        command = [sys.executable, "-m", "export.score", *words]
+        command = [sys.executable, "-m", "export.score"]
+        command += ray_words(bundle("bert"), long_folder, tmp_path / "out", *SLOW)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
             wait_for_parts(tmp_path / "out", 3, process)
@@ -288,44 +228,29 @@ def test_a_stopped_command_leaves_no_process_and_no_folder(bundle: Folders, long
             _, errors = process.communicate()
         assert process.returncode == 128 + signal.SIGTERM, errors
         assert len(started) > 5
-        _, alive = psutil.wait_procs(started, timeout=30)
-        assert alive == []
+        assert psutil.wait_procs(started, timeout=30)[1] == []
         assert os.listdir(scratch) == []  # noqa: PTH208 -- names for the message
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_the_first_bad_row_of_all_files_is_named_and_nothing_is_touched(
-    bundle: Folders, tmp_path: Path, address: str, refusal: Refusal
-) -> None:
-    rows = make_pairs(60, seed=24)
-    rows[33]["sentence2"] = " \n"
-    rows[50]["sentence1"] = ""
-    sizes = {"1.parquet": 20, "2.parquet": 20, "3.parquet": 20}
+def test_the_first_bad_row_of_all_is_named(bundle: Folders, tmp_path: Path, address: str, refusal: Refusal) -> None:
+    rows, sizes, out = make_pairs(60, seed=24), {f"{number}.parquet": 20 for number in (1, 2, 3)}, tmp_path / "out"
+    rows[33]["sentence2"], rows[50]["sentence1"] = " \n", ""
     folder = write_files(tmp_path / "in", rows, sizes)
-    out = tmp_path / "out"
     out.mkdir()
-    (out / "_SUCCESS").write_text("{}")
-    (out / "part-00000000.parquet").write_text("older")
+    for name in ("_SUCCESS", "part-00000000.parquet"):
+        (out / name).write_text("older")
     words = ray_words(bundle("bert"), folder, out, "--chunk-rows", "5", "--address", address, "--overwrite")
     assert f"{folder}/2.parquet, row 14: column 'sentence2' holds no text" in refusal(*words)
-    rows[33] = rows[32]
-    rows[50] = rows[51] | {"label": 7}
+    rows[33], rows[50] = rows[32], rows[51] | {"label": 7}
     write_files(folder, rows, sizes)
     assert f"{folder}/3.parquet, row 11: label 7 in column 'label' is none of task" in refusal(*words)
     assert (out / "part-00000000.parquet").read_text() == "older"
 
 
-@pytest.mark.parametrize(
-    ("other", "words"), [("bert-v2", "{} is another bundle"), ("", "there is no bundle folder {}")]
-)
+@pytest.mark.parametrize("other", ["bert-v2", ""])
 def test_no_row_is_labelled_by_another_model(
-    other: str,
-    words: str,
-    bundle: Folders,
-    tmp_path: Path,
-    address: str,
-    refusal: Refusal,
-    monkeypatch: pytest.MonkeyPatch,
+    other: str, bundle: Folders, tmp_path: Path, address: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The place changes once the command has seen its own bundle: as if the workers were other machines."""
     place = tmp_path / "bundle"
@@ -339,7 +264,7 @@ def test_no_row_is_labelled_by_another_model(
     monkeypatch.setattr(export.score.on_ray, "_inspect", change_place)
     folder = write_files(tmp_path / "in", make_pairs(20, seed=25), {"1.parquet": 20})
     error = refusal(*ray_words(place, folder, tmp_path / "out", "--chunk-rows", "5", "--address", address))
-    assert words.format(place) in error
+    assert (f"{place} is another bundle" if other else f"there is no bundle folder {place}") in error
     assert "Copy the same bundle to the same path on every machine" in error
     assert list((tmp_path / "out").glob("*.parquet")) == []
     assert not (tmp_path / "out" / "_SUCCESS").exists()

@@ -27,12 +27,11 @@ from export.serve.requests import MAX_TEXTS
 from export.serve.service import Service
 from tests.conftest import ON_CPU, Folders
 from tests.demo.server import connect, serve, wait_until_gone
-from tests.export.serving import PAIRS, WAIT_SECONDS, Models, ask, load, models_fixture, wait_until  # noqa: F401
+from tests.export.test_serving import PAIRS, WAIT_SECONDS, Models, ask, load, models_fixture, wait_until  # noqa: F401
 from train.common.errors import EngineError
 
 # Ray does not wait for the processes of a start that failed and was tried again.
 pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-
 CONFIG = ServingConfig(replicas=2, batch_size=8, batch_wait_ms=20)
 
 
@@ -48,17 +47,14 @@ def deployed() -> dict[str, Any]:
     from ray.serve.context import _get_global_client
 
     client: Any = _get_global_client()
-    replicas: dict[str, Any] = client.get_serve_details()["applications"]["promptfold"]["deployments"]["Classifier"]
-    return replicas
+    return dict(client.get_serve_details()["applications"]["promptfold"]["deployments"]["Classifier"])
 
 
 def replica_pids() -> set[int]:
     return {replica["pid"] for replica in deployed()["replicas"] if replica["state"] == "RUNNING"}
 
 
-def test_requests_that_come_together_share_batches_also_of_both_tasks_and_each_gets_its_own_answer(
-    service: Service, models: Models
-) -> None:
+def test_requests_share_batches_and_each_gets_its_own_answer(service: Service, models: Models) -> None:
     asked = [(row, model) for _ in range(2) for row in range(len(PAIRS)) for model in (models.bert, models.three)]
     bodies = [{"pair": PAIRS[row], "task": model.task} for row, model in asked]
     with ThreadPoolExecutor(16) as pool:
@@ -68,9 +64,7 @@ def test_requests_that_come_together_share_batches_also_of_both_tasks_and_each_g
     assert len({answer.json()["replica"] for answer in answers}) == 2
 
 
-def test_a_full_queue_sends_requests_away_and_replicas_come_under_load_and_go_after_it(
-    service: Service, models: Models
-) -> None:
+def test_a_full_queue_sends_requests_away_and_replicas_come_and_go(service: Service, models: Models) -> None:
     small = replace(CONFIG, replicas=1, max_replicas=2, batch_size=1, queue_size=8)
     service.config = replace(small, upscale_seconds=0.5, downscale_seconds=1.0)
     service.deploy(models.bert.bundle)
@@ -81,8 +75,8 @@ def test_a_full_queue_sends_requests_away_and_replicas_come_under_load_and_go_af
     refused = [answer for answer in answers if answer.status_code == 429]
     assert 0 < len(refused) < len(answers)
     assert all(models.bert.gave(answer, rows) for answer in answers if answer not in refused)
-    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
     assert all("queue is full" in answer.json()["error"] for answer in refused)
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
     for askers, replicas in ((8, 2), (1, 1)):
         with load(service.url, askers=askers) as seen:
             wait_until(partial(lambda wanted: service.replicas() == wanted, replicas))
@@ -90,15 +84,12 @@ def test_a_full_queue_sends_requests_away_and_replicas_come_under_load_and_go_af
         seen.check(models.bert)
 
 
-def test_a_replica_that_is_killed_loses_no_request_and_none_serves_what_its_folder_holds_by_now(
-    service: Service, models: Models
-) -> None:
+def test_a_replica_that_is_killed_loses_no_request_nor_serves_another_bundle(service: Service, models: Models) -> None:
     """One of two replicas is killed while another bundle is in the folder; the next one waits for the right bundle."""
     service.config = CONFIG
     service.deploy(models.other.bundle)
-    folder = models.other.bundle.folder
+    folder, before = models.other.bundle.folder, replica_pids()
     kept = folder.with_name("kept")
-    before = replica_pids()
     assert len(before) == 2
     folder.rename(kept)
     shutil.copytree(models.bert.bundle.folder, folder)
@@ -120,29 +111,22 @@ def test_a_bundle_that_is_not_on_the_replicas_machine_is_refused_in_words(
     """As on another machine: here the driver alone takes the folder for there."""
     monkeypatch.setattr(Bundle, "manifest_sha256", "0" * 64)
     service.config = replace(CONFIG, replicas=1)
-    words = r"The replicas cannot start: .*nowhere is not on this machine\. Every machine"
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(EngineError, match=r"replicas cannot start: .*nowhere is not on this machine\. Every machine"):
         service.deploy(replace(models.bert.bundle, folder=tmp_path / "nowhere"))
 
 
-def test_the_page_in_front_of_two_replicas_gives_pefts_answers_and_leaves_no_process(
-    models: Models, adapter: Folders, tmp_path: Path
-) -> None:
+def test_the_page_in_front_of_replicas_gives_pefts_answers(models: Models, adapter: Folders, tmp_path: Path) -> None:
     """A cluster of its own, which ends with the page."""
     flags = ["--engine", "ray", "--replicas", "2", "--apis", "2", "--threads", "1", "--adapter", str(adapter("bert"))]
     with serve([*flags, "--bundle", str(models.bert.bundle.folder)], tmp_path / "cache", ON_CPU) as server:
-        page = server.wait_for_url()
-        url = server.wait_for(r"POST (http://\S+) needs no page")[1]
+        page, url = server.wait_for_url(), server.wait_for(r"POST (http://\S+) needs no page")[1]
         with connect(page) as client:
             compared = client.predict(*PAIRS[2], api_name="/compare")
             shown = json.dumps(client.config["components"])
-        for side in ("pytorch", "onnx"):
-            said = np.array(list(compared[side]["probabilities"].values()))
-            assert np.allclose(said, models.bert.golden[2], atol=1e-5)
-        assert (compared["onnx"]["replicas"], compared["onnx"]["batch_size"]) == (2, 1)
-        assert compared["speedup"] > 0
-        assert "2 running" in shown
-        assert "in Ray Serve" in shown
+        said = [list(compared[side]["probabilities"].values()) for side in ("pytorch", "onnx")]
+        assert np.allclose(said, models.bert.golden[2], atol=1e-5)
+        assert (compared["onnx"]["replicas"], compared["onnx"]["batch_size"], compared["speedup"] > 0) == (2, 1, True)
+        assert all(words in shown for words in ("2 running", "in Ray Serve"))
         assert models.bert.gave(ask(url, {"pairs": PAIRS, "task": "bert"}), range(len(PAIRS)))
 
         names = {child: child.cmdline() for child in psutil.Process(server.pid).children(recursive=True)}
