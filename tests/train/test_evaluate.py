@@ -1,7 +1,9 @@
 """``python -m train.evaluate`` through its entry point."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
@@ -9,75 +11,72 @@ from sklearn.metrics import accuracy_score, f1_score
 from tests.conftest import DECODERS, Data, Folders, family_of, make_pairs, peft_logits, write_jsonl
 from train.evaluate import main
 
+Capture = pytest.CaptureFixture[str]
+Rows = list[dict[str, Any]]
 
-def check_scores(scores: dict[str, float], adapter: Path, base: Path, file: Path, *, alone: bool) -> None:
-    """Compare with the metrics of scikit-learn on what PEFT alone predicts for an MRPC file, with the adapter's tokenizer.
 
-    PEFT pools a decoder's last row, so such a one gets row after row, without padding.
+def peft_predictions(
+    adapter: Path, base: Path, rows: Rows, columns: Sequence[str], *, n_labels: int = 2, alone: bool = False
+) -> list[int]:
+    """Class indices by transformers and PEFT alone, with the adapter's tokenizer.
+
+    PEFT pools a decoder's last row, so such a one gets row after row (``alone``), without padding.
     """
     from transformers import AutoTokenizer
 
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     predicted: list[int] = []
     for batch in [[row] for row in rows] if alone else [rows]:
-        texts = [[row[column] for row in batch] for column in ("sentence1", "sentence2")]
+        texts = [[row[column] for row in batch] for column in columns]
         encoded = dict(tokenizer(*texts, padding=True, return_tensors="np"))
-        predicted += peft_logits(adapter, base, encoded).argmax(axis=-1).tolist()
+        predicted += peft_logits(adapter, base, encoded, n_labels=n_labels).argmax(axis=-1).tolist()
+    return predicted
+
+
+def check_scores(scores: dict[str, float], kind: str, adapter: Folders, base_model: Folders, file: Path) -> None:
+    """Compare with the metrics of scikit-learn on what PEFT alone predicts for an MRPC file."""
+    rows, family = [json.loads(line) for line in file.read_text().splitlines()], family_of(kind)
+    columns, alone = ("sentence1", "sentence2"), family in DECODERS
+    predicted = peft_predictions(adapter(kind), base_model(family), rows, columns, alone=alone)
     expected = [row["label"] for row in rows]
-    assert scores == pytest.approx(
-        {"accuracy": accuracy_score(expected, predicted), "f1": f1_score(expected, predicted)}
-    )
+    metrics = {"accuracy": accuracy_score(expected, predicted), "f1": f1_score(expected, predicted)}
+    assert scores == pytest.approx(metrics)
 
 
 @pytest.mark.parametrize("kind", ["roberta-v2", "gpt2"])
 def test_scores_on_another_file_are_those_of_peft(
-    kind: str, adapter: Folders, base_model: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, adapter: Folders, base_model: Folders, tmp_path: Path, capsys: Capture
 ) -> None:
-    file, family = write_jsonl(tmp_path / "other.jsonl", make_pairs(30, seed=11)), family_of(kind)
+    file = write_jsonl(tmp_path / "other.jsonl", make_pairs(30, seed=11))
     assert main([str(adapter(kind)), "--file", str(file)]) == 0
     output = capsys.readouterr().out
     result = json.loads(output.splitlines()[-1])
-    check_scores(result["scores"], adapter(kind), base_model(family), file, alone=family in DECODERS)
-    assert result["rows"] == 30
+    check_scores(result["scores"], kind, adapter, base_model, file)
     assert result["baselines"]["always `equivalent`"] == pytest.approx({"accuracy": 0.5, "f1": 2 / 3})
     # The pairs that mean the same share their words, which the frozen embeddings see well.
     assert result["baselines"]["cosine of the frozen model's embeddings"]["accuracy"] > 0.7
     assert f"accuracy {100 * result['scores']['accuracy']:.1f}" in output
 
 
-def test_a_file_with_other_column_names_is_read_when_they_are_given(
-    adapter: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = make_pairs(12, seed=12)
-    file = tmp_path / "mine.csv"
-    names = ("not_equivalent", "equivalent")
+def test_other_column_names_are_read_when_they_are_given(adapter: Folders, tmp_path: Path, capsys: Capture) -> None:
+    rows, names = make_pairs(12, seed=12), ("not_equivalent", "equivalent")
     lines = [f"{row['sentence1']},{row['sentence2']},{names[index % 2]}\n" for index, row in enumerate(rows)]
-    file.write_text("".join(["left,right,gold\n", *lines]))
-    same = write_jsonl(tmp_path / "same.jsonl", rows)
+    (tmp_path / "mine.csv").write_text("".join(["left,right,gold\n", *lines]))
+    write_jsonl(tmp_path / "same.jsonl", rows)
     results = []
-    for flags in ([str(file), "--text-columns", "left,right", "--label-column", "gold"], [str(same)]):
-        assert main([str(adapter("bert")), "--batch-size", "5", "--file", *flags]) == 0
+    for flags in ("mine.csv --text-columns left,right --label-column gold", "same.jsonl"):
+        assert main([str(adapter("bert")), "--batch-size", "5", *f"--file {tmp_path}/{flags}".split()]) == 0
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert results[0]["scores"] == pytest.approx(results[1]["scores"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("{adapter} --file {tmp}/none.jsonl", "--file {tmp}/none.jsonl: there is no such file"),
-        ("{tmp} --file {data}", "is no adapter of promptfold"),
-        ("{adapter}", "--file"),
-        ("{adapter} --file {data} --text-columns sentence1", "was trained on 2"),
-        ("{adapter} --file {data} --label-column gold", "has no column 'gold'"),
-        ("{adapter} --file {data} --batch-size 0", "--batch-size 0: give a whole number"),
-    ],
-)
-def test_a_wrong_flag_ends_with_one_sentence_and_status_2(
-    flags: str, words: str, adapter: Folders, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    places = {"adapter": adapter("bert"), "tmp": tmp_path, "data": data.validation_file}
-    assert main(flags.format(**places).split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert words.format(**places) in error
+def test_a_wrong_flag_ends_with_one_sentence(adapter: Folders, data: Data, tmp_path: Path, capsys: Capture) -> None:
+    for flags, words in (
+        (f"--file {tmp_path}/none.jsonl", f"--file {tmp_path}/none.jsonl: there is no such file"),
+        (f"--file {data.validation_file} --text-columns sentence1", "was trained on 2"),
+        (f"--file {data.validation_file} --batch-size 0", "--batch-size 0: give a whole number"),
+    ):
+        assert main([str(adapter("bert")), *flags.split()]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert words in error

