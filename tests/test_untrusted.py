@@ -1,70 +1,143 @@
-"""Untrusted adapters, base models and bundles, that would run code, read other files, or take all memory.
-
-Each is made for real; those that take a process of their own are in tests/slow/test_untrusted.py.
-"""
-
-# ruff: noqa: F811 -- arguments have the names of imported fixtures
+"""Untrusted adapters, base models and bundles, made for real, that would run code, read other files, or take all memory."""
 
 import builtins
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
-from onnx import TensorProto, helper
 
 import train.common.limits
 from export.__main__ import main as export_main
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.runtime.session import open_session
-from export.runtime.tokenizer import TextTokenizer
 from export.runtime.trial import try_bundle
 from export.triton import TritonConfig, write_triton_repository
 from tests.conftest import Data, Folders
-from tests.untrusted import (  # noqa: F401 -- fixtures too
-    KIND_NAMES,
-    Copies,
-    Folders,
-    Hostile,
-    Trap,
-    base,
-    canary,
-    change_json,
-    copies,
-    graph_of,
-    harmless,
-    hostile,
-    load,
-    rehash,
-    sparse,
-)
 from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
 from train.adapter.record import ADAPTER
 from train.common.errors import AdapterError, BundleError, ModelError
+from train.common.folder_record import FolderKind, content_of, write_record
 from train.model.classifier import load_classifier
 from train.model.find import find_base_model
 from train.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+MakeGraph = Callable[[], onnx.ModelProto]
+Copies = Callable[[str], tuple[Path, FolderKind]]
+Hostile = Callable[[onnx.ModelProto | bytes], Path]
+KIND_NAMES = ("adapter", "bundle")
+GRAPH = {"precision": "fp32", "file": "../../../etc/passwd", "gates": []}
+EXABYTE = (2**60).to_bytes(8, "little") + b"{}"
+KIND = "peft_type: Input should be"
+BAD_JSON = ("[" * 100_000, '{"a":' * 100_000, '{"format_version": ' + "9" * 10_000 + "}", "[1]", "", "\ud800")
+
+
+def rehash(folder: Path, kind: FolderKind, **changes: Any) -> None:
+    """Make a folder's hashes anew, and change entries of its record."""
+    path = folder / kind.record
+    content = content_of(json.loads(path.read_text(encoding="utf-8"))) | changes
+    path.unlink()
+    write_record(folder, kind, content, unhashed=["README.md", "curves.png"] if kind is ADAPTER else [])
+
+
+def load(folder: Path, kind: FolderKind) -> object:
+    return load_bundle(folder) if kind is BUNDLE else load_adapter(folder)
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def sparse(path: Path, n_bytes: int) -> None:
+    """A file that has its length and nothing in it."""
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.truncate(n_bytes)
+
+
+@dataclass
+class Trap:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    canary: Path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """What hostile code makes when it runs."""
+    return tmp_path / "hostile-code-was-here"
+
+
+@pytest.fixture
+def copies(adapter: Folders, bundle: Folders, tmp_path: Path) -> Copies:
+    """A function from "adapter" or "bundle" to a copy of one, and its kind."""
+
+    def get(name: str) -> tuple[Path, FolderKind]:
+        folder = tmp_path / name
+        shutil.copytree((adapter if name == "adapter" else bundle)("bert"), folder)
+        return folder, (ADAPTER if name == "adapter" else BUNDLE)
+
+    return get
+
+
+@pytest.fixture
+def base(base_model: Folders, tmp_path: Path) -> Path:
+    """A copy of a base model."""
+    return Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
+
+
+@pytest.fixture
+def hostile(copies: Copies) -> Hostile:
+    """A function from a graph to a bundle of it, whose hashes fit."""
+    folder, kind = copies("bundle")
+
+    def get(model: onnx.ModelProto | bytes) -> Path:
+        content = model if isinstance(model, bytes) else model.SerializeToString()
+        (folder / "model.onnx").write_bytes(content)
+        rehash(folder, kind)
+        return folder
+
+    return get
+
+
+def graph_of(body: str, *, domain: str = "", output: str = "logits") -> onnx.ModelProto:
+    """A model that takes what a bundle's does, from ONNX's own text format."""
+    inputs = ", ".join(f"int64[batch, length] {name}" for name in ("input_ids", "attention_mask", "token_type_ids"))
+    opsets = '"" : 18' + (f', "{domain}" : 1' if domain else "")
+    text = f"<ir_version: 9, opset_import: [{opsets}]> hostile ({inputs}) => (float[] {output}) {body}"
+    return onnx.parser.parse_model(text)
+
+
+def harmless() -> onnx.ModelProto:
+    """Two logits, 1 and 1, of every text."""
+    shape = "rows = Shape <start = 0, end = 1> (input_ids) shape = Concat <axis = 0> (rows, two)"
+    ones = "ConstantOfShape <value = float[1] {1.0}> (shape)"
+    return graph_of(f"<int64[1] two = {{2}}> {{ {shape} logits = {ones} }}")
 
 
 def test_the_trap_works(canary: Path) -> None:
     pickle.loads(pickle.dumps(Trap(canary)))  # noqa: S301 -- our own
     assert canary.exists()
-
-
-# Folders
 
 
 @pytest.mark.parametrize("name", KIND_NAMES)
@@ -91,7 +164,7 @@ def test_a_link_is_refused_wherever_it_leads(name: str, file: str, target: str, 
     """Also to the very bytes whose hash is recorded; a copy without links is what the refusal says."""
     folder, kind = copies(name)
     path = folder / file.format(record=kind.record)
-    elsewhere = folder.parent / "elsewhere"
+    elsewhere, copy = folder.parent / "elsewhere", folder.parent / "COPY"
     if target == "folder":
         elsewhere.mkdir()
     elif target == "file":
@@ -102,16 +175,13 @@ def test_a_link_is_refused_wherever_it_leads(name: str, file: str, target: str, 
         load(folder, kind)
     if target == "file":
         assert "cp -rL" in str(refused.value)
-        subprocess.run(["cp", "-rL", str(folder), str(folder.parent / "COPY")], check=True)  # noqa: S607
-        if file == "tokenizer.json":
-            load(folder.parent / "COPY", kind)
+        subprocess.run(["cp", "-rL", str(folder), str(copy)], check=True)  # noqa: S607
+        assert file != "tokenizer.json" or load(copy, kind)
 
 
 @pytest.mark.parametrize("name", KIND_NAMES)
 @pytest.mark.parametrize("file", ["{record}", "tokenizer.json", "tokenizer_config.json", "unlisted"])
-def test_a_pipe_or_a_socket_in_place_of_a_file_is_refused_and_never_read(
-    name: str, file: str, copies: Copies, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_or_a_socket_is_never_read(name: str, file: str, copies: Copies, monkeypatch: Patch) -> None:
     """To open a pipe would wait for ever."""
     folder, kind = copies(name)
     path = folder / file.format(record=kind.record)
@@ -128,35 +198,28 @@ def test_a_pipe_or_a_socket_in_place_of_a_file_is_refused_and_never_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "n_bytes", "limit", "files"),
+    ("name", "mib", "limit", "files"),
     [
-        ("adapter", 2**30, "64", "training.json tokenizer.json"),
-        ("adapter", 17 * 2**20, "16", "training.json"),
-        ("adapter", 100 * 2**30, "64", "adapter_model.bin"),
-        ("adapter", 100 * 2**30, "2,048", "adapter_model.safetensors"),
-        ("bundle", 2**30, "64", "manifest.json tokenizer.json config.json"),
-        ("bundle", 100 * 2**30, "2,048", "model.onnx model_int8.onnx"),
+        ("adapter", 2**10, "64", "training.json tokenizer.json"),
+        ("adapter", 17, "16", "training.json"),
+        ("adapter", 100 * 2**10, "64", "adapter_model.bin"),
+        ("adapter", 100 * 2**10, "2,048", "adapter_model.safetensors"),
+        ("bundle", 2**10, "64", "manifest.json tokenizer.json config.json"),
+        ("bundle", 100 * 2**10, "2,048", "model.onnx model_int8.onnx"),
     ],
 )
-def test_a_file_larger_than_any_is_refused_by_its_length(
-    name: str, n_bytes: int, limit: str, files: str, copies: Copies
-) -> None:
-    folder, kind = copies(name)
+def test_a_file_larger_than_any_is_refused(name: str, mib: int, limit: str, files: str, copies: Copies) -> None:
     for file in files.split():
-        whole = (folder / file).read_bytes() if (folder / file).exists() else None
-        sparse(folder / file, n_bytes)
+        folder, kind = copies(name)
+        sparse(folder / file, mib * 2**20)
         with pytest.raises(kind.error, match=f"{file} has .* MiB; no such file has more than {limit}"):
             load(folder, kind)
-        (folder / file).unlink()
-        if whole is not None:
-            (folder / file).write_bytes(whole)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", KIND_NAMES)
-def test_thousands_of_files_are_refused_and_folders_within_are_left_alone(
-    name: str, copies: Copies, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `.git` is one, or what the hub's downloads leave."""
+def test_thousands_of_files_are_refused(name: str, copies: Copies, monkeypatch: Patch) -> None:
+    """But folders within are left alone: `.git`, or what the hub's downloads leave."""
     monkeypatch.setattr(train.common.limits, "MAX_ENTRIES", 30)
     folder, kind = copies(name)
     (folder / ".cache").mkdir()
@@ -171,17 +234,7 @@ def test_thousands_of_files_are_refused_and_folders_within_are_left_alone(
 
 
 @pytest.mark.parametrize("name", KIND_NAMES)
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param("[" * 100_000, id="deep"),
-        pytest.param('{"a":' * 100_000, id="deep objects"),
-        pytest.param('{"format_version": ' + "9" * 10_000 + "}", id="digits"),
-        pytest.param("[1]", id="list"),
-        pytest.param("", id="empty"),
-        pytest.param("\ud800", id="surrogate"),
-    ],
-)
+@pytest.mark.parametrize("content", BAD_JSON, ids=["deep", "deep objects", "digits", "list", "empty", "surrogate"])
 def test_a_record_that_is_no_usable_json_is_refused(name: str, content: str, copies: Copies) -> None:
     folder, kind = copies(name)
     (folder / kind.record).write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -197,17 +250,20 @@ def test_a_record_that_is_no_usable_json_is_refused(name: str, content: str, cop
         ("pad_token_id", [-1, 2**60]),
         ("vocabulary_size", [2**60]),
         ("inputs", [["input_ids", "attention_mask", "hidden"], ["input_ids"], [["input_ids", "attention_mask"]]]),
-        ("graphs", [[{"precision": "fp32", "file": "/etc/passwd", "gates": [1]}]]),
-        ("graphs", [[{"precision": "../model", "file": "model.onnx", "gates": []}], []]),
+        ("graphs", [[GRAPH | {"gates": [1]}], [GRAPH | {"precision": "../model"}], []]),
         ("tasks", [{}, []]),
     ],
 )
 def test_a_manifest_of_nonsense_with_hashes_that_fit_is_refused(field: str, values: list[Any], copies: Copies) -> None:
     folder, kind = copies("bundle")
+    content = json.loads((folder / kind.record).read_text())
     for value in values:
         rehash(folder, kind, **{field: value})
         with pytest.raises(BundleError, match=rf"manifest\.json, {field}"):
             load_bundle(folder)
+    # The name of the graph's file is ours, whatever the manifest says.
+    rehash(folder, kind, **{field: content[field], "graphs": [GRAPH]})
+    assert load_bundle(folder).graph_path("fp32") == folder / "model.onnx"
 
 
 @pytest.mark.parametrize("name", KIND_NAMES)
@@ -230,24 +286,7 @@ def test_a_task_that_none_can_be_is_refused(name: str, changes: dict[str, Any], 
         load(folder, kind)
 
 
-@pytest.mark.parametrize("name", KIND_NAMES)
-def test_the_graphs_file_is_ours_whatever_the_manifest_says(name: str, copies: Copies) -> None:
-    folder, kind = copies(name)
-    if kind is BUNDLE:
-        rehash(folder, kind, graphs=[{"precision": "fp32", "file": "../../../etc/passwd", "gates": []}])
-        assert load_bundle(folder).graph_path("fp32") == folder / "model.onnx"
-    else:
-        rehash(folder, kind, method="lora")
-        with pytest.raises(AdapterError, match="method: Input should be 'p-tuning' or 'p-tuning-v2'"):
-            load_adapter(folder)
-
-
-# Adapters
-
-
-def test_pickled_weights_are_no_adapter_and_beside_safetensors_they_are_not_read(
-    copies: Copies, base_model: Folders, canary: Path
-) -> None:
+def test_weights_are_read_from_sound_safetensors_alone(copies: Copies, canary: Path) -> None:
     folder, kind = copies("adapter")
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(canary)))
     rehash(folder, kind)
@@ -260,13 +299,14 @@ def test_pickled_weights_are_no_adapter_and_beside_safetensors_they_are_not_read
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"lacks adapter_model\.safetensors"):
         load_adapter(folder)
-    # As a name alone it makes no difference.
-    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
-    rehash(folder, kind)
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors cannot be read"):
-        load_prompted_classifier(load_adapter(folder), found)
-    with pytest.raises(AdapterError, match="does not fit"):
-        load_peft_model(folder, found, adapter.labels)
+    # As a name alone it makes no difference; nor is a header of an exabyte read.
+    for content in ((folder / "adapter_model.bin").read_bytes(), EXABYTE):
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        rehash(folder, kind)
+        with pytest.raises(AdapterError, match=r"adapter_model\.safetensors cannot be read"):
+            load_prompted_classifier(load_adapter(folder), found)
+        with pytest.raises(AdapterError, match="does not fit"):
+            load_peft_model(folder, found, adapter.labels)
     assert not canary.exists()
 
 
@@ -274,33 +314,19 @@ def test_pickled_weights_are_no_adapter_and_beside_safetensors_they_are_not_read
     ("changes", "words"),
     [
         # Of these kinds of PEFT one imports a module by name, one reads a pickle, one reads a tokenizer elsewhere.
-        ({"peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "evil"}, "peft_type: Input should be"),
-        (
-            {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "evil.bin"},
-            "peft_type: Input should be",
-        ),
-        (
-            {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "../e"},
-            "peft_type: Input should be",
-        ),
+        ({"peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "evil"}, KIND),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "evil.bin"}, KIND),
+        ({"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "../e"}, KIND),
         ({"peft_type": "PREFIX_TUNING"}, "describes a PREFIX_TUNING prompt"),
-        ({"peft_type": ["P_TUNING"]}, "peft_type: Input should be"),
         ({"task_type": "CAUSAL_LM"}, "task_type: Input should be 'SEQ_CLS'"),
-        (
-            {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
-            "auto_mapping: Input should be null",
-        ),
+        ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "auto_mapping: Input should be"),
         ({"num_virtual_tokens": 10**12}, "num_virtual_tokens: Input should be less than"),
-        ({"num_virtual_tokens": 5.0}, "num_virtual_tokens: Input should be a valid integer"),
         ({"token_dim": 10**12}, "token_dim: Input should be less than"),
         ({"token_dim": 2**23, "num_layers": 2**10}, "describes a prompt of"),
         ({"num_layers": None}, "num_layers: Input should be a valid integer"),
-        ({"num_transformer_submodules": "2"}, "num_transformer_submodules: Input should be a valid integer"),
     ],
 )
-def test_a_configuration_that_makes_peft_do_anything_else_is_refused(
-    changes: dict[str, Any], words: str, copies: Copies
-) -> None:
+def test_a_configuration_for_anything_else_is_refused(changes: dict[str, Any], words: str, copies: Copies) -> None:
     folder, kind = copies("adapter")
     change_json(folder / "adapter_config.json", **changes)
     rehash(folder, kind)
@@ -308,60 +334,25 @@ def test_a_configuration_that_makes_peft_do_anything_else_is_refused(
         load_adapter(folder)
 
 
-# Tokenizers
-
-
-def hostile_tokenizer(folder: Path, canary: Path) -> None:
-    """One that wants a class from a file beside it."""
-    classes = ["hostile.Hostile", "hostile.Hostile"]
-    change_json(folder / "tokenizer_config.json", tokenizer_class="Hostile", auto_map={"AutoTokenizer": classes})
-    (folder / "hostile.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Hostile: pass\n")
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every question on the terminal, which is answered with yes."""
-    questions: list[str] = []
-
-    def say_yes(question: str = "") -> str:
-        questions.append(question)
-        return "y"
-
-    monkeypatch.setattr(builtins, "input", say_yes)
-    return questions
-
-
-def test_a_tokenizers_own_code_is_never_run_nor_asked_about(
-    copies: Copies, base: Path, canary: Path, asked: list[str]
-) -> None:
-    folder, kind = copies("adapter")
+def test_a_tokenizers_code_is_never_run(copies: Copies, base: Path, canary: Path, monkeypatch: Patch) -> None:
+    """Nor is a question about it asked on the terminal."""
+    monkeypatch.setattr(builtins, "input", lambda *_: canary.write_text("asked") and "y")
+    folder, _ = copies("adapter")
+    code = {"AutoConfig": "hostile.Hostile", "AutoTokenizer": ["hostile.Hostile", "hostile.Hostile"]}
     for place in (folder, base):
-        hostile_tokenizer(place, canary)
-    rehash(folder, kind)
-    for place in (folder, base):
+        change_json(place / "tokenizer_config.json", tokenizer_class="Hostile", auto_map=code)
+        (place / "hostile.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Hostile: pass\n")
         with pytest.raises(ModelError, match="auto_map"):
             load_tokenizer(place, 40)
         change_json(place / "tokenizer_config.json", auto_map=None)
         with pytest.raises(ModelError, match="holds no tokenizer that can be loaded"):
             load_tokenizer(place, 40)
-    assert not asked
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("model_type", ["bert", "evil"])
-def test_nor_is_that_of_a_configuration_beside_it(
-    model_type: str, copies: Copies, canary: Path, asked: list[str]
-) -> None:
-    """transformers turns to config.json where the tokenizer's own settings name no class."""
-    folder, kind = copies("adapter")
-    hostile_tokenizer(folder, canary)
+    # transformers turns to config.json where the tokenizer's own settings name no class.
     (folder / "tokenizer_config.json").write_text("{}")
-    code = {"AutoConfig": "hostile.Hostile", "AutoTokenizer": ["hostile.Hostile", "hostile.Hostile"]}
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": code}))
-    rehash(folder, kind)
-    with pytest.raises(ModelError, match="holds no tokenizer that can be loaded"):
-        load_tokenizer(folder, 40)
-    assert not asked
+    for model_type in ("bert", "evil"):
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": code}))
+        with pytest.raises(ModelError, match="holds no tokenizer that can be loaded"):
+            load_tokenizer(folder, 40)
     assert not canary.exists()
 
 
@@ -381,22 +372,15 @@ def test_a_tokenizer_whose_settings_name_another_file_is_refused(key: str, copie
     load_tokenizer(folder, 40)
 
 
-# Base models
-
-
-def test_a_base_model_of_pickled_weights_is_refused(
-    base: Path, canary: Path, data: Data, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By the function and, in one sentence, by the program."""
+def test_a_base_model_of_pickled_weights_is_refused(base: Path, canary: Path, data: Data, capsys: Capture) -> None:
+    """In one sentence. So is one with a header of an exabyte; its configuration fits the size of the rest."""
+    (base / "model.safetensors").write_bytes(EXABYTE + bytes(100_000))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_classifier(find_base_model(str(base)), ["a", "b"])
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(canary)))
-    with pytest.raises(ModelError, match="has no safetensors weights"):
-        find_base_model(str(base))
-    capsys.readouterr()
     assert train_main(["--model", str(base), "--out", str(base.parent / "a"), *data.flags]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert re.fullmatch("error: .*has no safetensors weights.*\n", capsys.readouterr().err)
     assert not (base.parent / "a").exists()
     assert not canary.exists()
 
@@ -412,7 +396,7 @@ def test_an_index_of_weights_that_names_other_files_is_refused(named: str | None
         find_base_model(str(base))
 
 
-def test_a_base_model_in_parts_or_of_links_is_fine(base: Path, tmp_path: Path) -> None:
+def test_a_base_model_in_parts_or_of_links_is_fine(base: Path, adapter: Folders, tmp_path: Path) -> None:
     """The hub's own cache is made of links."""
     from transformers import AutoModel
 
@@ -423,6 +407,10 @@ def test_a_base_model_in_parts_or_of_links_is_fine(base: Path, tmp_path: Path) -
     for path in base.iterdir():
         (tmp_path / "links" / path.name).symlink_to(path)
     assert find_base_model(str(tmp_path / "links")).sha256 == find_base_model(str(base)).sha256
+    # What transformers would load in place of an adapter is what its configuration names.
+    shutil.copyfile(adapter("bert") / "adapter_config.json", base / "adapter_config.json")
+    with pytest.raises(ModelError, match="is an adapter"):
+        find_base_model(str(base))
 
 
 @pytest.mark.parametrize(
@@ -442,21 +430,13 @@ def test_a_base_model_in_parts_or_of_links_is_fine(base: Path, tmp_path: Path) -
         ({"quantization_config": {"quant_method": "gptq"}}, "cannot be loaded"),
     ],
 )
-def test_a_configuration_that_leads_elsewhere_or_fits_no_weights_is_refused(
-    changes: dict[str, Any], words: str, base: Path
-) -> None:
+def test_a_base_model_that_leads_elsewhere_is_refused(changes: dict[str, Any], words: str, base: Path) -> None:
+    """Or whose sizes fit no weights."""
     change_json(base / "config.json", **changes)
     with pytest.raises(ModelError, match=words):
         found = find_base_model(str(base))
         assert "quantization_config" in changes  # all others are refused before anything is loaded
         load_classifier(found, ["a", "b"])
-
-
-def test_a_base_model_that_is_an_adapter_is_refused(base: Path, adapter: Folders) -> None:
-    """transformers would load what its configuration names instead."""
-    shutil.copyfile(adapter("bert") / "adapter_config.json", base / "adapter_config.json")
-    with pytest.raises(ModelError, match="is an adapter"):
-        find_base_model(str(base))
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"])
@@ -470,9 +450,6 @@ def test_a_base_model_with_a_pipe_or_a_file_without_end_is_refused(file: str, ba
         find_base_model(str(base))
 
 
-# Graphs
-
-
 def test_a_harmless_graph_is_opened(hostile: Hostile) -> None:
     bundle = load_bundle(hostile(harmless()))
     try_bundle(bundle)
@@ -482,19 +459,17 @@ def test_a_harmless_graph_is_opened(hostile: Hostile) -> None:
 
 @pytest.mark.parametrize("location", ["../../../../../../etc/passwd", "/etc/passwd", "weights.bin"])
 @pytest.mark.parametrize("place", ["initializer", "constant"])
-def test_a_graph_whose_numbers_are_in_another_file_is_refused(
-    location: str, place: str, hostile: Hostile, tmp_path: Path
-) -> None:
-    tensor = onnx.TensorProto(name="w", data_type=TensorProto.UINT8, dims=[8])
-    tensor.data_location = TensorProto.EXTERNAL
+def test_numbers_in_another_file_are_refused(location: str, place: str, hostile: Hostile, tmp_path: Path) -> None:
+    tensor = onnx.TensorProto(
+        name="w", data_type=onnx.TensorProto.UINT8, dims=[8], data_location=onnx.TensorProto.EXTERNAL
+    )
     for key, value in (("location", location), ("offset", "0"), ("length", "8")):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
+        tensor.external_data.add(key=key, value=value)
     model = graph_of("{ logits = Cast <to = 1> (w) }")
     if place == "initializer":
         model.graph.initializer.append(tensor)
     else:
-        model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["w"], value=tensor))
     folder = hostile(model)
     (folder / "weights.bin").write_bytes(b"12345678")
     bundle = load_bundle(folder)
@@ -508,22 +483,16 @@ def test_a_graph_whose_numbers_are_in_another_file_is_refused(
     assert not (tmp_path / "models").exists()
 
 
-ENDLESS_LOOP = """<bool go = {1}> {
-    start = Cast <to = 1> (input_ids)
+ENDLESS_LOOP = """<bool go = {1}> { start = Cast <to = 1> (input_ids)
     logits = Loop <body = body (int64 i, bool more, float[] x) => (bool go_on, float[] x_out) {
-        go_on = Identity (more)
-        x_out = Identity (x)
-    }> (, go, start)
-}"""
+        go_on = Identity (more) x_out = Identity (x) }> (, go, start) }"""
+COMPILED = '{ logits = com.microsoft.EPContext <ep_cache_context = "../x"> (input_ids) }'
 
 
 def with_part(part: str) -> onnx.ModelProto:
     model = harmless()
     getattr(model.graph if part == "sparse_initializer" else model, part).add()
     return model
-
-
-COMPILED = '{ logits = com.microsoft.EPContext <ep_cache_context = "../x"> (input_ids) }'
 
 
 @pytest.mark.parametrize(
@@ -537,27 +506,6 @@ COMPILED = '{ logits = com.microsoft.EPContext <ep_cache_context = "../x"> (inpu
         (lambda: graph_of(COMPILED, domain="com.microsoft"), "a part that is compiled for one device"),
     ],
 )
-def test_a_graph_that_holds_what_no_graph_of_ours_does_is_refused(
-    make: Callable[[], onnx.ModelProto], words: str, hostile: Hostile
-) -> None:
+def test_a_graph_with_what_ours_never_holds_is_refused(make: MakeGraph, words: str, hostile: Hostile) -> None:
     with pytest.raises(BundleError, match=f"model.onnx is not opened: it holds {words}"):
         OnnxClassifier(load_bundle(hostile(make())), threads=1, use_cuda=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "open_file", "limit"),
-    [
-        ("tokenizer.json", lambda path: TextTokenizer(path, max_length=8, pad_token_id=1, inputs=["input_ids"]), "64"),
-        ("model.onnx", lambda path: open_session(path, threads=1), "2,048"),
-    ],
-)
-def test_a_tokenizer_or_graph_that_is_a_pipe_or_too_large_is_not_read(
-    name: str, open_file: Callable[[Path], object], limit: str, tmp_path: Path
-) -> None:
-    path = tmp_path / name
-    os.mkfifo(path)
-    with pytest.raises(BundleError, match="is no plain file"):
-        open_file(path)
-    sparse(path, 100 * 2**30)
-    with pytest.raises(BundleError, match=f"no such file has more than {limit}"):
-        open_file(path)
