@@ -5,35 +5,27 @@ each command line that it reads. So a run costs a second where a fresh interpret
 """
 
 import ctypes
-import errno
 import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from pkgutil import walk_packages
+from subprocess import Popen
 from threading import Timer
 from typing import IO, Any
 
-from tests.conftest import ON_CPU, ROOT
-
-PROGRAMS = {
-    "train": "train.__main__",
-    "export": "export.__main__",
-    "score": "export.score.__main__",
-    "triton": "export.triton",
-}
+PROGRAMS = {"train": "train.__main__", "export": "export.__main__", "score": "export.score.__main__"}
+PROGRAMS |= {"triton": "export.triton"}
 """The module whose ``main`` a command line is given to."""
 
 PACKAGES = ("export.fold", "export.runtime", "export.score", "train.fit", "train.adapter", "train.data", "train.model")
@@ -43,44 +35,32 @@ LIBRARIES = (
 )
 """What is imported once, before the first child: our packages with all their modules, and what these import late."""
 
-TIME_LIMIT = 120.0
-"""Seconds after which a child hangs. It ends the test; no figure depends on it."""
-
-KILL = "kill"
+TIME_LIMIT = 120.0  # seconds after which a child hangs; it ends the test, and no figure depends on it
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a run; by default nothing."""
+    """What happens to a run; by default nothing.
 
-    kill_after: float | None = None
-    """Seconds until SIGKILL."""
-    strike_at: int = 0
-    """Which of the run's moments is struck, from 1. A moment is a call of the operating system that renames something,
-    but not among temporary files, or flushes it to the disk."""
-    strike: str = KILL
-    """`KILL`, or the name of the error that the call gives instead of working ("ENOSPC")."""
-    file_limit: int | None = None
-    """Bytes beyond which no file may grow."""
-    drop_rights: bool = False
-    """Whether permission bits bind the run, also where the tests run as root."""
-    clock_goes_back: bool = False
-    """Whether each look at the clock shows an earlier time than the one before."""
-    no_exchange: bool = False
-    """Whether two folders cannot change places in one step, as on systems other than Linux."""
+    A run's moments are calls of the operating system that rename something, but not among temporary files, or flush it
+    to the disk.
+    """
+
+    kill_after: float | None = None  # seconds
+    kill_at: int = 0  # one of the run's moments, from 1
+    file_limit: int | None = None  # bytes beyond which no file may grow
+    drop_rights: bool = False  # permission bits bind the run, also where the tests run as root
+    clock_goes_back: bool = False  # each look at the clock shows an earlier time than the one before
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """How a run ended: its exit status, or less than 0 the signal that killed it; and all that it printed."""
 
     status: int
-    """Exit status, or less than 0 the signal that killed it."""
     seconds: float
     errors: str
-    """What it printed."""
-    moments: tuple[str, ...]
-    """The name of the call at each of its moments (see `Fault`); none where it was killed."""
+    moments: tuple[str, ...]  # the name of the call at each of them (see `Fault`); none where it was killed
 
     @property
     def was_killed(self) -> bool:
@@ -94,40 +74,24 @@ class Ended:
 
 
 class Launcher:
-    """Runs command lines in children of a process that has imported everything."""
+    """Runs command lines in children of a process that has imported everything, and ends with its input."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
+    def __init__(self, process: Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._requests, self._answers = process.stdin, process.stdout
 
     def run(self, program: str, words: list[str], fault: Fault | None = None) -> Ended:
         """Run one of `PROGRAMS` to its end, whatever that is."""
         request = {"program": program, "words": words, "fault": asdict(fault or Fault())}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
+        print(json.dumps(request), file=self._requests, flush=True)
+        answer = json.loads(self._answers.readline())
         return Ended(**(answer | {"moments": tuple(answer["moments"])}))
 
 
-@contextmanager
-def launcher(scratch: Path) -> Iterator[Launcher]:
-    """Start the process that forks; ``scratch`` is for the temporary files of runs that are killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults"],
-        cwd=ROOT,
-        env=os.environ | ON_CPU | {"TMPDIR": str(scratch)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        yield Launcher(process)
-        assert process.stdin is not None
-        process.stdin.close()  # it ends with its input
-
-
-# What runs in that process, and in its children.
+def contents(place: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
@@ -153,9 +117,8 @@ def _fork(program: str, words: list[str], fault: Fault) -> Ended:
     killer = Timer(TIME_LIMIT if fault.kill_after is None else fault.kill_after, os.kill, (child, signal.SIGKILL))
     killer.start()
     received = []
-    for _, own_copy in (errors, report):
+    for end, own_copy in (errors, report):
         os.close(own_copy)
-    for end, _ in (errors, report):
         with os.fdopen(end, encoding="utf-8", errors="replace") as file:
             received.append(file.read())
     killer.cancel()
@@ -169,7 +132,7 @@ def _child(program: str, words: list[str], fault: Fault, *, report: int) -> int:
     """Run a command line under a fault; its exit status."""
     moments: list[str] = []
     try:
-        _strike(moments, fault)
+        _watch(moments, fault)
         if fault.file_limit is not None:
             # Python ignores the signal, so that a write that goes too far fails like one on a full disk.
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_limit, fault.file_limit))
@@ -187,30 +150,22 @@ def _child(program: str, words: list[str], fault: Fault, *, report: int) -> int:
     return status
 
 
-def _strike(moments: list[str], fault: Fault) -> None:
-    """Put a fault into the calls that make something last, and note each of them."""
+def _watch(moments: list[str], fault: Fault) -> None:
+    """Note each call that makes something last, and end the run at one of them."""
     import train.common.atomic_folder
 
-    def struck(name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        if str(arguments[0]).startswith(tempfile.gettempdir()):
-            # Nothing there has to last; datasets keeps files there for a moment.
-            return call(*arguments, **named)
-        moments.append(name)
-        if len(moments) == fault.strike_at:
-            if fault.strike == KILL:
+    def watched(name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        # Nothing temporary has to last; datasets keeps files there for a moment.
+        if not str(arguments[0]).startswith(tempfile.gettempdir()):
+            moments.append(name)
+            if len(moments) == fault.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            number = getattr(errno, fault.strike)
-            raise OSError(number, os.strerror(number), str(arguments[0]))
         return call(*arguments, **named)
 
     for name in ("rename", "replace", "fsync"):
-        setattr(os, name, partial(struck, name, getattr(os, name)))
+        setattr(os, name, partial(watched, name, getattr(os, name)))
     swap = train.common.atomic_folder.exchange
-    train.common.atomic_folder.exchange = (lambda *_: False) if fault.no_exchange else partial(struck, "exchange", swap)
-
-
-class _CapabilityHeader(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+    train.common.atomic_folder.exchange = partial(watched, "exchange", swap)
 
 
 def drop_rights() -> None:
@@ -220,10 +175,8 @@ def drop_rights() -> None:
     if not sys.platform.startswith("linux"):
         os.setuid(65534)
         return
-    header = _CapabilityHeader(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    none = (ctypes.c_uint32 * 6)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.capset(ctypes.byref(header), ctypes.byref(none)):
+    this_process = (ctypes.c_uint32 * 2)(0x20080522, 0)  # linux/capability.h: _LINUX_CAPABILITY_VERSION_3
+    if ctypes.CDLL(None, use_errno=True).capset(this_process, (ctypes.c_uint32 * 6)()):  # none
         raise OSError(ctypes.get_errno(), "capset")
 
 
