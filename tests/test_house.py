@@ -24,6 +24,7 @@ def test_the_command_lines_import_nothing_heavy_until_they_work() -> None:
     code = (
         "import sys, train.__main__, train.evaluate, export.__main__, export.runtime.session, export.bundle.folder\n"
         "import export.score.__main__, export.serve.__main__, demo.__main__, demo.engines.engine_process, demo.engines.stage\n"
+        "import export.bench.__main__, export.triton\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     assert run(code).strip() == "[]"
