@@ -33,7 +33,7 @@ def render(template: str, **values: object) -> Markup:
 
 def _backticks(words: str) -> Markup:
     """Words in backticks as code."""
-    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", escape(words)))  # noqa: S704 -- escaped
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(words))))  # noqa: S704 -- escaped
 
 
 def _json(value: object, indent: int | None = None) -> str:
