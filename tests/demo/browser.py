@@ -13,24 +13,21 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 def find_chromium() -> str | None:
     """Any installed Chromium, or Playwright's own."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        if path := shutil.which(name):
-            return path
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    if path := next(filter(None, map(shutil.which, names)), None):
+        return path
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
     return own if Path(own).exists() else None
 
 
 CHROMIUM = find_chromium()
-
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None,
     reason="no Chromium on this machine; install one with: python -m playwright install chromium "
     "(or: apt-get install chromium)",
 )
-
-DESKTOP, PHONE = (1280, 900), (360, 740)
-"""Width and height in CSS pixels."""
+DESKTOP, PHONE = (1280, 900), (360, 740)  # width and height in CSS pixels
 
 
 @contextmanager
@@ -51,10 +48,9 @@ def visit_page(browser: Browser, url: str, *, size: tuple[int, int] = DESKTOP, d
         viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light", accept_downloads=True
     )
     visit = context.new_page()
-    foreign: list[str] = []
+    addresses: list[str] = []
     errors: list[str] = []
-    own = (url, "data:", "blob:")
-    visit.on("request", lambda request: None if request.url.startswith(own) else foreign.append(request.url))
+    visit.on("request", lambda request: addresses.append(request.url))
     visit.on("pageerror", lambda error: errors.append(str(error)))
     visit.add_init_script(
         "window.shift = 0; new PerformanceObserver(list => { for (const entry of list.getEntries()) "
@@ -65,7 +61,7 @@ def visit_page(browser: Browser, url: str, *, size: tuple[int, int] = DESKTOP, d
     expect(visit.locator("#share-note")).to_contain_text("Local page")
     yield visit
     context.close()
-    assert foreign == []
+    assert [address for address in addresses if not address.startswith((url, "data:", "blob:"))] == []
     assert errors == []
 
 
@@ -84,13 +80,11 @@ def press(page: Page, name: str | re.Pattern[str]) -> None:
 
 
 def compare(page: Page) -> None:
-    """Press the button and wait for the last round."""
     press(page, "Compare")
     expect(page.locator("#speedup")).to_contain_text(re.compile(r"in \d rounds?;"))
 
 
 def choose(page: Page, label: str, option: str) -> None:
-    """Choose from one of the lists on top."""
     page.get_by_label(label, exact=True).click()
     page.get_by_role("option", name=re.compile(option)).click()
 
@@ -98,9 +92,7 @@ def choose(page: Page, label: str, option: str) -> None:
 def choose_cells(page: Page, batch_sizes: set[str], lengths: set[str]) -> None:
     """Check these boxes of the latency lab, and no others."""
     for group, wanted in (("Batch sizes", batch_sizes), ("Lengths in tokens", lengths)):
-        boxes = page.locator("fieldset", has_text=group).get_by_role("checkbox")
-        assert boxes.count() > 1
-        for box in boxes.all():
+        for box in page.locator("fieldset", has_text=group).get_by_role("checkbox").all():
             box.set_checked(box.evaluate("box => box.closest('label').innerText.trim()") in wanted)
 
 
@@ -117,4 +109,5 @@ def download(page: Page, name: str | re.Pattern[str], folder: Path) -> Path:
 def label_file(page: Page, path: Path) -> None:
     """Upload a file in the tab "Score a file" and start."""
     page.locator("#score-file input[type=file]").set_input_files(path)
+    expect(page.locator("#score-file")).to_contain_text(path.stem)
     press(page, "Label the file")

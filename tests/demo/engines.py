@@ -22,7 +22,6 @@ from tests.conftest import VIRTUAL_TOKENS, WORDS, Data, flip_bit, peft_logits, w
 from train.__main__ import main as train_main
 
 PAIR = ("word1 word2 word3 word4", "word4 word3 word2 word1 word9")
-
 MOODS = ("bad", "good", "so-so")
 
 
@@ -45,19 +44,13 @@ class Pair:
     opened: OpenedEngines
 
     def steps(self, *sentences: Any, stopped: Callable[[], bool] = lambda: False) -> list[Comparison]:
-        """Everything that a visitor is shown, in order."""
         return list(compare(self.stage, self.opened, *sentences, stopped=stopped))
-
-    def compare(self, *sentences: Any) -> Comparison:
-        """What is shown in the end."""
-        return self.steps(*sentences)[-1]
 
 
 @contextmanager
 def both_engines(
     adapter_folder: Path, bundle_folder: Path, *, onnx: str = "fp32", pytorch: str = EAGER, has_pytorch: bool = True
 ) -> Iterator[Pair]:
-    """A stage with one adapter, opened."""
     with stage_of(adapter_folder, bundles=(bundle_folder,), has_pytorch=has_pytorch) as stage:
         yield Pair(stage, stage.open(stage.setup("", onnx, pytorch)))
 
@@ -81,14 +74,11 @@ def make_mood_adapter(folder: Path, base_folder: Path, *, flags: str = "", label
 def copy_with_scores(source: Path, target: Path, accuracy: float) -> Path:
     """An adapter with other validation scores, which its hashes do not cover."""
     shutil.copytree(source, target)
-    path = target / "training.json"
-    training = json.loads(path.read_text())
+    training = json.loads((target / "training.json").read_text())
     training["validation"] = {"accuracy": accuracy, "f1": 0.5}
-    training["baselines"] = {
-        "always `equivalent`": {"accuracy": 0.7, "f1": 0.8},
-        "a coin": {"accuracy": 0.5, "f1": 0.5},
-    }
-    path.write_text(json.dumps(training))
+    scores = {"always `equivalent`": (0.7, 0.8), "a coin": (0.5, 0.5)}
+    training["baselines"] = {name: {"accuracy": pair[0], "f1": pair[1]} for name, pair in scores.items()}
+    (target / "training.json").write_text(json.dumps(training))
     return target
 
 
@@ -106,32 +96,21 @@ def make_shipped(folder: Path, p_tuned: Path, p_tuned_v2: Path, other_task: Path
 
 
 def golden_probabilities(
-    pair: tuple[str, str], adapter_folder: Path, base_folder: Path, *, tokenizer: Path | None = None
+    sentences: tuple[str, ...],
+    adapter_folder: Path,
+    base_folder: Path,
+    *,
+    tokenizer: Path | None = None,
+    n_labels: int = 2,
 ) -> np.ndarray:
-    """Probabilities of both classes, by transformers, PEFT and SciPy alone."""
+    """Probabilities of the classes, by transformers, PEFT and SciPy alone."""
     from transformers import AutoTokenizer
 
-    batch = AutoTokenizer.from_pretrained(tokenizer or base_folder)(*pair, return_tensors="np")
-    return softmax(peft_logits(adapter_folder, base_folder, dict(batch))[0])
-
-
-def golden_moods(sentence: str, adapter_folder: Path, base_folder: Path) -> np.ndarray:
-    """Probabilities of the three classes of a single sentence, by transformers, PEFT and SciPy alone."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3)
-    # One sentence alone has no padding, so a decoder's last token is the last one, even if it is </s>.
-    model.config.pad_token_id = None
-    model = PeftModel.from_pretrained(model, adapter_folder).eval()
-    batch = AutoTokenizer.from_pretrained(adapter_folder)(sentence, return_tensors="pt")
-    with torch.inference_mode():
-        return softmax(model(**batch).logits.numpy()[0])
+    batch = AutoTokenizer.from_pretrained(tokenizer or base_folder)(*sentences, return_tensors="np")
+    return softmax(peft_logits(adapter_folder, base_folder, dict(batch), n_labels=n_labels)[0])
 
 
 def check_kind(kind_adapter: Path, kind_bundle: Path, base_folder: Path) -> None:
-    """Both engines give PEFT's probabilities."""
     expected = golden_probabilities(PAIR, kind_adapter, base_folder, tokenizer=kind_adapter)
     with both_engines(kind_adapter, kind_bundle) as pair:
         comparison = pair.steps(*PAIR, stopped=lambda: True)[0]

@@ -29,6 +29,5 @@ def make_page(stage: Stage, build: Callable[[Stage, Selectors, gr.Tab], object])
 
 
 def handler(page: gr.Blocks, name: str) -> Callable[..., Any]:
-    """The function of an event or an endpoint of the page."""
     (found,) = {event.fn for event in page.fns.values() if event.fn and event.fn.__name__ == name}
     return found

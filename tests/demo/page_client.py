@@ -33,7 +33,6 @@ def values_on_load(
 
 
 def run_python(code: str, folder: Path = ROOT) -> str:
-    """What a program prints."""
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=120).stdout
 
@@ -50,7 +49,6 @@ def run_shell(code: str, folder: Path) -> list[Any]:
 
 
 def check_answer(answer: dict[str, Any]) -> None:
-    """What ``/compare`` answers: both engines' labels."""
     assert answer["pytorch"]["label"] == answer["onnx"]["label"]
     assert set(answer["onnx"]["probabilities"]) == {"equivalent", "not_equivalent"}
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 from gradio_client import Client
 
 from tests.conftest import ON_CPU, ROOT
@@ -19,32 +21,32 @@ START_TIMEOUT_SECONDS = 900
 
 
 class Server:
-    """One ``python -m demo`` and everything it printed so far."""
+    """One ``python -m demo``, or another program in the folder of the cache, and everything it printed so far."""
 
-    def __init__(self, flags: list[str], cache: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, command: list[str], cache: Path, environment: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             # A shell starts background jobs so, and children inherit it: Ctrl-C would be lost.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "demo", *flags],
-            cwd=ROOT,
+            [sys.executable, *command],
+            cwd=ROOT if command[0] == "-m" else cache,
             env=os.environ | {"XDG_CACHE_HOME": str(cache)} | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        assert self._process.stdout is not None
+        self._printed = self._process.stdout
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._printed:
             self.lines.append(line.rstrip())
 
     @property
     def output(self) -> str:
-        """Everything printed so far."""
         return "\n".join(self.lines)
 
     @property
@@ -52,53 +54,45 @@ class Server:
         return self._process.pid
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Wait until a line matches, and return the match."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while time.monotonic() < deadline:
-            for line in list(self.lines):
-                if match := re.search(pattern, line):
-                    return match
+            if match := next(filter(None, (re.search(pattern, line) for line in list(self.lines))), None):
+                return match
             if self._process.poll() is not None and not self._reader.is_alive():
                 break
             time.sleep(0.05)
         raise AssertionError(f"the page never said {pattern!r}; it said:\n{self.output}")
 
     def wait_for_url(self) -> str:
-        """Wait until the page is served, and return its address."""
         return self.wait_for(r"the page is at (http://\S+)")[1]
+
+    @property
+    def url(self) -> str:
+        """Without the last slash."""
+        return self.wait_for_url().rstrip("/")
 
     def children(self) -> list[int]:
         """Processes that the page started, resource trackers of multiprocessing left out."""
-        pids = []
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = status.read_text().rpartition(")")[2].split()
-                command = (status.parent / "cmdline").read_text()
-            except OSError:
-                continue  # it ended meanwhile
-            if int(fields[1]) == self.pid and "spawn_main" in command:
-                pids.append(int(status.parent.name))
-        return pids
+        children = [(child.pid, child.as_dict(["cmdline"])["cmdline"]) for child in psutil.Process(self.pid).children()]
+        return [pid for pid, command in children if "spawn_main" in " ".join(command or [])]
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End the page and return its exit status."""
-        if self._process.poll() is None:
-            self._process.send_signal(how)
+        self._process.send_signal(how)  # nothing is done where it has ended
         try:
             status = self._process.wait(timeout=60)
         finally:
             self._process.kill()
             self._process.wait()
         self._reader.join(timeout=10)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self._printed.close()
         return status
 
 
 @contextmanager
-def serve(flags: list[str], cache: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """Start a page, and end it whatever happens."""
-    server = Server(flags, cache, environment)
+def serve(
+    flags: list[str], cache: Path, environment: dict[str, str] | None = None, *, program: Iterable[str] = ("-m", "demo")
+) -> Iterator[Server]:
+    server = Server([*program, *flags], cache, environment)
     try:
         yield server
     finally:
@@ -106,31 +100,24 @@ def serve(flags: list[str], cache: Path, environment: dict[str, str] | None = No
 
 
 @contextmanager
-def serve_cleanly(flags: list[str], cache: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def serve_cleanly(*arguments: Any, **program: Any) -> Iterator[Server]:
     """The same for visitors who follow the rules; Gradio prints a traceback for each malformed request."""
-    with serve(flags, cache, environment) as server:
+    with serve(*arguments, **program) as server:
         yield server
     assert "Traceback" not in server.output, server.output
 
 
-@contextmanager
-def connect(url: str) -> Iterator[Client]:
-    """A visitor's program."""
-    client = Client(url, verbose=False)
-    try:
-        yield client
-    finally:
-        client.close()
+def connect(url: str) -> AbstractContextManager[Client]:
+    return closing(Client(url, verbose=False))
 
 
 def exists(pid: int) -> bool:
     """Whether a process still runs (a zombie does not, once the last of its threads has ended)."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    except OSError:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+    except psutil.NoSuchProcess:
         return False
-    return state != "Z" or threads > 1
 
 
 def wait_until_gone(pid: int) -> None:
@@ -175,6 +162,5 @@ def watching(folder: Path) -> dict[str, str]:
 
 
 def strange_hosts(folder: Path) -> list[str]:
-    """Lines of the record that name another machine."""
     lines = [line.split() for line in (folder / "reached").read_text(encoding="utf-8").splitlines()]
     return [" ".join(line) for line in lines if line[1] not in LOOPBACK]

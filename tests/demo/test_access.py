@@ -1,8 +1,8 @@
 """What must not be reached over the network: the host's files, other machines, routes that the page does not use."""
 
 import asyncio
-import http.server
 import re
+import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +16,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from demo.access.gate import API, MAX_BODY_BYTES, Gate, launch_options
+from demo.access.gate import API, MAX_BODY_BYTES, Gate
 from demo.access.limits import MAX_BYTES
 from tests.conftest import ROOT, make_pairs, write_jsonl
-from tests.demo.conftest import RunningPage
 from tests.demo.page_client import call, request_raw, status_of
+from tests.demo.server import Server
 
-EVIL = "https://evil.example"
-
+EVIL, UP = "https://evil.example", "../" * 14
 FILE = {"_type": "gradio.FileData"}
-
-UP = "../" * 14
-
 CLOSED = (
     *(("POST", API + path) for path in ("/process_recording", "/component_server", "/vibe-edit", "/undo-vibe-edit")),
     *(("POST", API + path) for path in ("/stream/a", "/stream/a/close")),
@@ -36,42 +32,27 @@ CLOSED = (
     *(("GET", path) for path in ("/monitoring", "/monitoring/summary", "/docs", "/redoc", "/openapi.json", "/nothing")),
     ("GET", f"{API}/stream/a/1/2/playlist.m3u8"),
 )
-"""Routes of Gradio's, or of FastAPI's, that the page has no use for."""
 
 
 @pytest.fixture
-def visitor(running_page: RunningPage) -> Iterator[httpx.Client]:
+def visitor(running_page: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=running_page.url, timeout=60) as client:
         yield client
 
 
-@pytest.fixture
-def secret(tmp_path: Path) -> Path:
-    """A file of the host that every process may read, and that must not be sent to a visitor."""
-    path = tmp_path / "secret.csv"
-    path.write_text("sentence1,sentence2\nxyzzy-secret,xyzzy-secret\n", encoding="utf-8")
-    return path
-
-
 @contextmanager
 def listen() -> Iterator[tuple[int, list[str]]]:
-    """A server on this machine that must get no request: its port, and the paths that it was asked for."""
+    """A server on this machine that must get no request: its port, and what it was asked for."""
     asked: list[str] = []
 
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"sentence1,sentence2\na,b\n")
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(str(self.request.recv(1000)))
 
-        def log_message(self, *_: Any) -> None:
-            """Not in the tests' output."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield server.server_port, asked
+        yield server.server_address[1], asked
         server.shutdown()
         thread.join()
 
@@ -91,7 +72,10 @@ PLACES = (
 )
 
 
-def test_no_path_leads_to_a_file_of_the_host(running_page: RunningPage, secret: Path) -> None:
+def test_nothing_leads_to_a_file(running_page: Server, visitor: httpx.Client, tmp_path: Path) -> None:
+    # A file that every process may read, and that must not be sent to a visitor.
+    secret = tmp_path / "secret.csv"
+    secret.write_text("sentence1,sentence2\nxyzzy-secret,xyzzy-secret\n", encoding="utf-8")
     files = {str(secret): b"xyzzy-secret", "/etc/passwd": b"root:", str(ROOT / "README.md"): b"# promptfold"}
     for path, content in files.items():
         for target in (place + form for place in PLACES for form in escapes(path)):
@@ -100,31 +84,25 @@ def test_no_path_leads_to_a_file_of_the_host(running_page: RunningPage, secret: 
             assert status_of(answer) < 500, target
             # The page itself is shown whatever stands behind its question mark.
             assert status_of(answer) != 200 or "?deep_link=" in target, target
-
-
-def test_no_parameter_of_an_endpoint_is_taken_for_a_file_of_the_host(visitor: httpx.Client, secret: Path) -> None:
     for path in (str(secret), "/etc/passwd", UP + str(secret), f"file://{secret}"):
         wrapped = {"path": path, "meta": FILE}
-        calls: list[tuple[str, list[Any]]] = [
-            *(
-                ("score_file", [file, *[""] * 5])
-                for file in (wrapped, wrapped | {"url": path}, path, [path], {"path": path})
-            ),
-            ("compare", [wrapped, wrapped, "", "", ""]),
-            ("latency", [[wrapped], wrapped, "", "", ""]),
-            ("prompt", [wrapped]),
-            ("prompt_effect", [wrapped, wrapped, wrapped]),
-        ]
-        for name, data in calls:
+        for file in (wrapped, wrapped | {"url": path}, path, [path], {"path": path}):
+            said = call(visitor, "score_file", [file, *[""] * 5])
+            assert "event: error" in said, said
+            assert not any(words in said for words in ("event: complete", "xyzzy", "root:", str(tmp_path))), said
+        others: dict[str, list[Any]] = {
+            "compare": [wrapped, wrapped, "", "", ""],
+            "latency": [[wrapped], wrapped, "", "", ""],
+            "prompt": [wrapped],
+            "prompt_effect": [wrapped, wrapped, wrapped],
+        }
+        for name, data in others.items():
             said = call(visitor, name, data)
-            assert "event: complete" not in said, said
-            assert "event: error" in said or name != "score_file", said
-            hidden = ("xyzzy", "root:", str(secret.parent)) if name == "score_file" else ("xyzzy", "root:")
-            assert not any(words in said for words in hidden), said
+            assert not any(words in said for words in ("event: complete", "xyzzy", "root:")), said
     assert secret.exists(), "an endpoint deletes what was uploaded, and nothing else"
 
 
-def test_nothing_is_fetched_from_an_address(visitor: httpx.Client, running_page: RunningPage) -> None:
+def test_nothing_is_fetched_from_an_address(visitor: httpx.Client, running_page: Server) -> None:
     with listen() as (port, asked):
         for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "evil.example"):
             for path in (f"http://{host}/rows.csv", f"HTTP://{host}/rows.csv", f"http://user@{host}/rows.csv"):
@@ -140,13 +118,8 @@ def test_nothing_is_fetched_from_an_address(visitor: httpx.Client, running_page:
         said = call(visitor, "score_file", [{"path": f"{EVIL}/rows.csv", "meta": FILE}, *[""] * 5])
         assert "Upload the file instead" in said
         # Nor for an MCP client.
-        arguments = {"file": f"http://127.0.0.1:{port}/rows.csv"}
-        body = {
-            "jsonrpc": "2.0",
-            "id": 1,
-            "method": "tools/call",
-            "params": {"name": "score_file", "arguments": arguments},
-        }
+        params = {"name": "score_file", "arguments": {"file": f"http://127.0.0.1:{port}/rows.csv"}}
+        body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
         accept = {"Accept": "application/json, text/event-stream"}
         answer = visitor.post(f"{API}/mcp/", json=body, headers=accept)
         assert answer.status_code == 200
@@ -154,7 +127,7 @@ def test_nothing_is_fetched_from_an_address(visitor: httpx.Client, running_page:
     assert asked == []
 
 
-def test_an_upload_is_bounded_and_refused_in_words(visitor: httpx.Client, running_page: RunningPage) -> None:
+def test_an_upload_is_bounded_and_refused_in_words(visitor: httpx.Client, running_page: Server) -> None:
     for n_bytes in (MAX_BYTES + 1, MAX_BODY_BYTES + 1, 3 * MAX_BYTES):
         answer = visitor.post(f"{API}/upload", files={"files": ("rows.csv", b"a" * n_bytes)})
         assert answer.status_code == 413
@@ -176,9 +149,7 @@ def test_an_upload_is_bounded_and_refused_in_words(visitor: httpx.Client, runnin
         assert status_of(raw) in {400, 413}, length
 
 
-def test_a_labelled_file_is_deleted_and_an_equal_one_of_another_visitor_stays(
-    visitor: httpx.Client, tmp_path: Path
-) -> None:
+def test_a_labelled_file_is_deleted_and_an_equal_one_stays(visitor: httpx.Client, tmp_path: Path) -> None:
     content = write_jsonl(tmp_path / "rows.jsonl", make_pairs(6, seed=5)).read_bytes()
     both = [visitor.post(f"{API}/upload", files={"files": ("rows.jsonl", content)}).json()[0] for _ in range(2)]
     assert both[0] != both[1]
@@ -192,7 +163,9 @@ def test_a_labelled_file_is_deleted_and_an_equal_one_of_another_visitor_stays(
     assert Path(both[0]).parent.parent.stat().st_mode & 0o077 == 0
 
 
-def test_no_page_of_another_site_reads_or_asks_this_one(visitor: httpx.Client, running_page: RunningPage) -> None:
+def test_other_sites_read_and_ask_nothing_and_unused_routes_are_closed(
+    visitor: httpx.Client, running_page: Server
+) -> None:
     port = running_page.url.rpartition(":")[2]
     for host in (f"localhost:{port}", f"127.0.0.1:{port}"):
         for origin in (EVIL, "null", "http://localhost.evil.example", f"http://evil.example:{port}"):
@@ -211,9 +184,6 @@ def test_no_page_of_another_site_reads_or_asks_this_one(visitor: httpx.Client, r
         # A link is followed.
         followed = {"Host": host, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
         assert visitor.get("/", headers=followed).status_code == 200
-
-
-def test_routes_that_the_page_does_not_use_are_closed(visitor: httpx.Client) -> None:
     for method, path in CLOSED:
         answer = visitor.request(method, path, json={})
         assert answer.status_code == 404, path
@@ -222,13 +192,6 @@ def test_routes_that_the_page_does_not_use_are_closed(visitor: httpx.Client) -> 
     for route in ("run", "api"):
         answer = visitor.post(f"{API}/{route}/compare", json={"data": ["a", "b", "", "", ""]})
         assert answer.status_code == 404
-
-
-def test_the_page_opens_no_folder_of_the_host() -> None:
-    options = launch_options()
-    assert options["allowed_paths"] == []
-    assert options["strict_cors"]
-    assert options["max_file_size"] == MAX_BYTES
 
 
 def test_the_gate_reads_paths_as_the_router_does() -> None:

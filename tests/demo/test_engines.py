@@ -1,22 +1,20 @@
 """Engines, adapters to choose from, and the comparison of a text, all with real processes."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-import demo.measure.compare
-from demo.engines.adapters import SHIPPED, choose_adapters
+from demo.engines.adapters import choose_adapters
 from demo.engines.engine_process import EngineProcess, make_onnx_backend
 from demo.engines.pytorch import PyTorchBackend
 from demo.engines.stage import Setup, Stage
@@ -26,7 +24,7 @@ from export.bundle.folder import load_bundle
 from export.runtime.check_text import MAX_CHARACTERS
 from export.runtime.classifier import Execution
 from export.runtime.tokenizer import bundle_tokenizer
-from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders
+from tests.conftest import POSITIONS, SHIPPED, VIRTUAL_TOKENS, Folders
 from tests.demo.engines import (
     PAIR,
     Pair,
@@ -38,34 +36,22 @@ from tests.demo.engines import (
 )
 from tests.demo.server import exists, wait_until_gone
 from train.common.errors import AdapterError, BundleError, EngineError, PromptfoldError, TextError
+from train.data.tasks import MRPC
 
-LABELS = ("not_equivalent", "equivalent")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_pauses() -> Iterator[None]:
-    """No latency is judged here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo.measure.compare, "PAUSE_SECONDS", 0.01)
-        patch.setattr(demo.measure.compare, "BURST_BUDGET_SECONDS", 0.05)
-        yield
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture(scope="module")
 def pair(adapter: Folders, bundle: Folders) -> Iterator[Pair]:
-    """The tiny BERT on both engines."""
     with both_engines(adapter("bert"), bundle("bert")) as pair:
         yield pair
 
 
-def test_both_engines_give_pefts_probabilities_and_every_round_adds_to_the_figures(
-    pair: Pair, adapter: Folders, base_model: Folders
-) -> None:
+def test_engines_are_as_peft_and_rounds_are_counted(pair: Pair, adapter: Folders, base_model: Folders) -> None:
     steps = pair.steps(*PAIR)
     assert [len(step.round_speedups) for step in steps] == list(range(ROUNDS + 1))
     assert [step.runs for step in steps] == sorted({step.runs for step in steps})
-    assert steps[0].onnx.latency is None
-    assert steps[0].speedup is None
+    assert (steps[0].onnx.latency, steps[0].speedup) == (None, None)
     assert "latency_ms" not in steps[0].onnx.as_json()
     comparison = steps[-1]
     assert steps[0].onnx.logits == comparison.onnx.logits
@@ -75,9 +61,9 @@ def test_both_engines_give_pefts_probabilities_and_every_round_adds_to_the_figur
     assert comparison.pytorch is not None
     medians = []
     for answer in (comparison.pytorch, comparison.onnx):
-        assert tuple(answer.probabilities) == LABELS
+        assert tuple(answer.probabilities) == MRPC.labels
         assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
-        assert answer.label == LABELS[int(expected.argmax())]
+        assert answer.label == MRPC.labels[int(expected.argmax())]
         assert answer.latency is not None
         assert len(answer.latency.runs_ms) == comparison.runs
         assert answer.latency.memory_mib > 10
@@ -88,26 +74,12 @@ def test_both_engines_give_pefts_probabilities_and_every_round_adds_to_the_figur
     difference = np.abs(np.subtract(comparison.pytorch.logits, comparison.onnx.logits)).max()
     assert comparison.max_logit_difference == pytest.approx(difference)
     assert difference < 1e-4
-    disturbed = "something else used this machine"
     for slowest, told in ((2.2, False), (2.3, True)):
         notices = replace(comparison, round_speedups=(1.5, 1.6, 1.7, slowest)).notices
-        assert [disturbed in notice for notice in notices] == [True] * told
+        assert ["something else used this machine" in notice for notice in notices] == [True] * told
 
 
-def test_a_visitor_who_stops_keeps_what_was_measured(pair: Pair) -> None:
-    answers = iter([False, False, False, True])  # asked before each burst: stops before ONNX Runtime's second
-    steps = pair.steps(*PAIR, stopped=lambda: next(answers))
-    assert len(steps) == 2
-    last = steps[-1]
-    assert len(last.round_speedups) == 1
-    assert last.pytorch is not None
-    assert last.pytorch.latency is not None
-    assert last.onnx.latency is not None
-    assert len(last.pytorch.latency.runs_ms) == len(last.onnx.latency.runs_ms)
-    assert len(pair.steps(*PAIR, stopped=lambda: True)) == 1
-
-
-def test_a_text_over_the_limit_is_cut_and_the_caller_told_where(pair: Pair) -> None:
+def test_a_long_text_is_cut_and_a_visitor_may_stop(pair: Pair) -> None:
     long = " ".join(["word1"] * 100)
     comparison = pair.steps(long, "word2", stopped=lambda: True)[0]
     limit = POSITIONS - VIRTUAL_TOKENS
@@ -121,43 +93,38 @@ def test_a_text_over_the_limit_is_cut_and_the_caller_told_where(pair: Pair) -> N
     assert "notices" not in pair.steps(*PAIR, stopped=lambda: True)[0].as_json()
     assert pair.steps("x " * (MAX_CHARACTERS // 2), "word1", stopped=lambda: True)[0].cut
     with pytest.raises(TextError, match="Sentence 2 has 100,000 characters; at most 10,000 are read"):
-        pair.compare("word1", "x" * 100_000)
+        pair.steps("word1", "x" * 100_000)
+    # A visitor who stops keeps what was measured.
+    answers = iter([False, False, False, True])  # asked before each burst: stops before ONNX Runtime's second
+    steps = pair.steps(*PAIR, stopped=lambda: next(answers))
+    assert [len(step.round_speedups) for step in steps] == [0, 1]
+    assert steps[1].pytorch is not None
+    assert steps[1].pytorch.latency is not None
+    assert steps[1].onnx.latency is not None
+    assert len(steps[1].pytorch.latency.runs_ms) == len(steps[1].onnx.latency.runs_ms)
+    assert len(pair.steps(*PAIR, stopped=lambda: True)) == 1
 
 
-def test_both_engines_agree_with_peft_on_a_decoder(adapter: Folders, bundle: Folders, base_model: Folders) -> None:
+def test_a_decoder_and_onnx_alone_are_as_peft(adapter: Folders, bundle: Folders, base_model: Folders) -> None:
     check_kind(adapter("llama-v2"), bundle("llama-v2"), base_model("llama"))
-
-
-def test_without_pytorch_only_onnx_runtime_answers_and_is_measured(
-    adapter: Folders, bundle: Folders, base_model: Folders
-) -> None:
     with both_engines(adapter("bert"), bundle("bert"), has_pytorch=False) as pair:
-        comparison = pair.compare(*PAIR)
+        comparison = pair.steps(*PAIR)[-1]
     expected = golden_probabilities(PAIR, adapter("bert"), base_model("bert"))
     assert list(comparison.onnx.probabilities.values()) == pytest.approx(expected, abs=1e-5)
     assert set(comparison.as_json()) == {"adapter", "precision", "onnx", "runs", "tokens"}
     assert comparison.runs >= ROUNDS * MIN_RUNS
 
 
-# Processes
-
-
 @contextmanager
 def started(
     make: Callable[..., Backend], folder: Path, *, name: str = "tried", **settings: Any
 ) -> Iterator[EngineProcess]:
-    engine = EngineProcess(name, make, folder, threads=1, **settings)
-    try:
+    with closing(EngineProcess(name, make, folder, threads=1, **settings)) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 def test_the_engines_run_in_two_processes_of_their_own(adapter: Folders, bundle: Folders) -> None:
-    with (
-        started(PyTorchBackend, adapter("bert")) as pytorch,
-        started(make_onnx_backend, bundle("bert")) as onnx,
-    ):
+    with started(PyTorchBackend, adapter("bert")) as pytorch, started(make_onnx_backend, bundle("bert")) as onnx:
         engines = (pytorch, onnx)
         loaded = [engine.wait_until_ready() for engine in engines]
         assert len({os.getpid(), *(engine.pid for engine in engines)}) == 3
@@ -202,12 +169,22 @@ class ObedientBackend:
 QUICK, SLOW, HANGING = ({"seconds": np.array(seconds)} for seconds in (0.0, 0.05, 600.0))
 
 
-def test_an_engine_that_dies_during_a_request_fails_that_one_and_serves_the_next(tmp_path: Path) -> None:
+def test_an_engine_that_dies_hangs_or_cannot_load_fails_that_request_alone(tmp_path: Path) -> None:
     deadly = QUICK | {"die": np.array(1)}
     with started(ObedientBackend, tmp_path, name="mortal") as engine:
         with pytest.raises(EngineError, match=r"The mortal engine's process ended unexpectedly \(exit code 3\)"):
             engine.logits(deadly)
         assert engine.logits(deadly).tolist() == [[1.0]]
+    with started(ObedientBackend, tmp_path, request_timeout_seconds=0.2) as engine:
+        engine.wait_until_ready()
+        pid = engine.pid
+        with pytest.raises(EngineError, match="did not answer within"):
+            engine.logits(HANGING)
+        assert pid is not None
+        assert not exists(pid)
+    none = pytest.raises(BundleError, match="There is no bundle folder")
+    with started(make_onnx_backend, tmp_path / "none") as engine, none:
+        engine.wait_until_ready()
 
 
 def test_a_burst_is_warmed_up_bounded_and_measured_run_by_run(tmp_path: Path) -> None:
@@ -221,30 +198,9 @@ def test_a_burst_is_warmed_up_bounded_and_measured_run_by_run(tmp_path: Path) ->
         assert min(runs_ms) >= 50  # it slept that long; milliseconds, not seconds
 
 
-def test_an_engine_that_hangs_is_stopped_within_its_time_limit(tmp_path: Path) -> None:
-    with started(ObedientBackend, tmp_path, request_timeout_seconds=0.2) as engine:
-        engine.wait_until_ready()
-        pid = engine.pid
-        assert pid is not None
-        with pytest.raises(EngineError, match="did not answer within"):
-            engine.logits(HANGING)
-        assert not exists(pid)
-
-
-def test_what_an_engine_raises_while_it_loads_reaches_the_page(tmp_path: Path) -> None:
-    with (
-        started(make_onnx_backend, tmp_path / "none") as engine,
-        pytest.raises(BundleError, match="There is no bundle folder"),
-    ):
-        engine.wait_until_ready()
-
-
-def test_engines_are_started_when_wanted_and_the_longest_unwanted_are_stopped(
-    adapter: Folders, bundle: Folders, tmp_path: Path
-) -> None:
-    folders = [shutil.copytree(adapter("bert"), tmp_path / name) for name in "abc"]
-    stage = Stage(choose_adapters(folders), bundles=[bundle("bert")], threads=1, has_pytorch=False, max_engines=2)
-    try:
+def test_engines_start_when_wanted_and_the_oldest_stop(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
+    choices = choose_adapters([shutil.copytree(adapter("bert"), tmp_path / name) for name in "abc"])
+    with closing(Stage(choices, bundles=[bundle("bert")], threads=1, has_pytorch=False, max_engines=2)) as stage:
         first = stage.open(Setup("a")).onnx
         assert stage.open(Setup("a")).onnx is first
         second = stage.open(Setup("b")).onnx
@@ -252,29 +208,20 @@ def test_engines_are_started_when_wanted_and_the_longest_unwanted_are_stopped(
         third = stage.open(Setup("c")).onnx
         pids = [engine.pid for engine in (first, second, third)]
         assert [pid is not None and exists(pid) for pid in pids] == [True, False, True]
-    finally:
-        stage.close()
     assert not [pid for pid in pids if pid is not None and exists(pid)]
 
 
-@pytest.mark.parametrize(
-    ("chosen", "words"),
-    [
+def test_a_choice_that_there_is_not_is_refused(pair: Pair) -> None:
+    for chosen, words in (
         (("nobody", "fp32", "eager"), "There is no adapter 'nobody' here. Choose one of"),
         ((None, "fp32", "eager"), "There is no adapter 'None' here"),
         (("bert", "int4", "eager"), "There is no precision 'int4' here. Choose one of fp32, fp16, int8"),
         (("bert", "fp32", ["x" * 1000]), "There is no way for PyTorch"),
         (("", "fp16", ""), "holds no fp16 graph, only fp32"),
-    ],
-)
-def test_a_choice_that_there_is_not_is_refused(chosen: tuple[Any, Any, Any], words: str, pair: Pair) -> None:
-    with pytest.raises(PromptfoldError) as caught:
-        pair.stage.open(pair.stage.setup(*chosen))
-    assert words in str(caught.value)
-    assert len(str(caught.value)) < 600
-
-
-# Adapters to choose from
+    ):
+        with pytest.raises(PromptfoldError, match=words) as caught:
+            pair.stage.open(pair.stage.setup(*cast(Any, chosen)))
+        assert len(str(caught.value)) < 600
 
 
 @pytest.fixture
@@ -282,17 +229,11 @@ def shipped(adapter: Folders, second: Callable[..., Path], tmp_path: Path) -> Pa
     return make_shipped(tmp_path / "adapters", adapter("bert"), adapter("llama-v2"), second("bert", three=True))
 
 
-def names(adapters: tuple[Any, ...]) -> list[str]:
-    return [adapter.folder.name for adapter in adapters]
-
-
-def test_without_a_flag_the_adapters_that_ship_are_shown_best_first(
-    shipped: Path, adapter: Folders, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shipped_adapters_come_best_first(shipped: Path, adapter: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     choices = choose_adapters(shipped=shipped)
     assert [choice.name for choice in choices] == ["better", "plain", "other", "worst"]
-    assert names(choices[0].rivals) == ["plain", "worst"]  # of the same task, best first
+    assert [rival.folder.name for rival in choices[0].rivals] == ["plain", "worst"]  # of the same task, best first
     assert choices[2].rivals == ()
     printed = capsys.readouterr().out
     assert re.fullmatch(r"left out: .*broken/adapter_model\.safetensors is damaged.*\n", printed)
@@ -301,35 +242,27 @@ def test_without_a_flag_the_adapters_that_ship_are_shown_best_first(
     assert choose_adapters(shipped=shipped)[0].name == "as good as better"
 
 
-def test_adapters_that_were_named_come_first_or_are_refused_but_never_replaced(shipped: Path, adapter: Folders) -> None:
+def test_named_adapters_come_first_or_are_refused(shipped: Path, adapter: Folders, tmp_path: Path) -> None:
     own = adapter("bert")
     choices = choose_adapters([shipped / "plain", own], shipped=shipped)
     assert [choice.name for choice in choices] == ["plain", own.name, "better", "other", "worst"]
-    assert names(choices[0].rivals) == ["better", "worst"]
+    assert [rival.folder.name for rival in choices[0].rivals] == ["better", "worst"]
     # It is not known on which rows a user's own adapter was scored.
     assert choices[1].rivals == ()
     for folder, words in ((shipped / "broken", "is damaged"), (shipped / "no adapter", "is no adapter")):
         with pytest.raises(AdapterError, match=words):
             choose_adapters([own, folder], shipped=shipped)
-
-
-def test_folders_of_one_name_are_told_apart(shipped: Path, adapter: Folders, tmp_path: Path) -> None:
-    paths = [shutil.copytree(adapter("bert"), tmp_path / str(number) / "plain") for number in range(2)]
+    # Folders of one name are told apart.
+    paths = [shutil.copytree(own, tmp_path / str(number) / "plain") for number in range(2)]
     choices = choose_adapters(paths, shipped=shipped)
     assert [choice.name for choice in choices] == ["plain", "plain (2)", "better", "plain (3)", "other", "worst"]
-
-
-def test_where_no_adapter_ships_the_user_is_told_to_name_one(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"holds no adapter that can be loaded\. Name one with --adapter"):
-        choose_adapters(shipped=tmp_path)
+        choose_adapters(shipped=shipped / "no adapter")
 
 
 def test_the_adapters_that_ship_can_all_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     choices = choose_adapters()
-    assert sorted(choice.name for choice in choices) == ["minilm-mrpc", "minilm-mrpc-v2"]
+    assert sorted(choice.name for choice in choices) == sorted(SHIPPED)
     assert capsys.readouterr().out == ""
-    scores = {
-        path.name: json.loads((path / "training.json").read_text())["validation"]["accuracy"]
-        for path in SHIPPED.iterdir()
-    }
-    assert scores[choices[0].name] == max(scores.values())
+    accuracies = [choice.adapter.scores.values["accuracy"] for choice in choices]
+    assert accuracies == sorted(accuracies, reverse=True)

@@ -15,9 +15,6 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect
 
-from demo.page.app import page_style
-from demo.page.html import render
-from demo.page.tab_use import mcp_config
 from tests.conftest import Folders, make_pairs, write_jsonl
 from tests.demo.browser import (
     choose_cells,
@@ -30,22 +27,21 @@ from tests.demo.browser import (
     start_browser,
     visit_page,
 )
-from tests.demo.conftest import RunningPage
 from tests.demo.engines import PAIR, golden_probabilities
 from tests.demo.page_client import call_mcp, check_answer, run_python, run_shell, values_on_load
-from tests.demo.server import connect
+from tests.demo.server import Server, connect
 
 
 @pytest.fixture(autouse=True)
-def no_traceback(running_page: RunningPage) -> Iterator[None]:
+def no_traceback(running_page: Server) -> Iterator[None]:
     """Requests of visitors who follow the page's rules never fail."""
-    before = len(running_page.server.lines)
+    before = len(running_page.lines)
     yield
-    assert not [line for line in running_page.server.lines[before:] if "Traceback" in line]
+    assert not [line for line in running_page.lines[before:] if "Traceback" in line]
 
 
 @pytest.fixture
-def client(running_page: RunningPage) -> Iterator[Client]:
+def client(running_page: Server) -> Iterator[Client]:
     with connect(running_page.url) as client:
         yield client
 
@@ -71,46 +67,36 @@ def check_compare(page: Page) -> None:
         expect(page.locator(f"#{engine}-facts")).to_contain_text(re.compile(r"\d+\.\d\d ms median"))
 
 
-def check_lab(page: Page, folder: Path) -> None:
-    choose_cells(page, {"1"}, {"16"})
-    press(page, "Measure")
-    expect(page.locator("#lab-table tbody tr", has_text="×")).to_have_count(1)
-    expect(page.locator("#lab-charts").get_by_role("img").first).to_be_visible()
-    (row,) = csv.DictReader(download(page, "Download CSV", folder).read_text(encoding="utf-8").splitlines())
-    assert (row["batch_size"], row["tokens"]) == ("1", "16")
-    assert float(row["pytorch_median_ms"]) > 0
-    assert float(row["onnx_median_ms"]) > 0
-    assert download(page, re.compile("PNG"), folder).read_bytes().startswith(b"\x89PNG")
-
-
-def check_score(page: Page, folder: Path) -> None:
-    pairs = make_pairs(8, seed=5)
-    label_file(page, write_jsonl(folder / "pairs.jsonl", pairs))
-    expect(page.locator("#score-results")).to_contain_text("Both engines give the same label to each of the 8 rows.")
-    expect(page.locator("#score-results")).to_contain_text("Confusion matrix, ONNX Runtime")
-    lines = download(page, "Download the labelled file", folder).read_text(encoding="utf-8").splitlines()
-    labelled = [json.loads(line) for line in lines]
-    assert [row["sentence1"] for row in labelled] == [row["sentence1"] for row in pairs]
-    assert {row["prediction_onnx"] for row in labelled} <= {"equivalent", "not_equivalent"}
-
-
-def check_prompt(page: Page) -> None:
-    expect(page.locator("#prompt-learned").get_by_role("img").first).to_be_visible()
-    expect(page.locator("#prompt-about")).to_contain_text("kept: epoch")
-    press(page, "Classify with and without the prompt")
-    expect(page.locator("#prompt-effect")).to_contain_text(re.compile("With the learned prompt the label is"))
-
-
 @needs_chromium
-def test_a_visitor_walks_through_all_tabs(running_page: RunningPage, tmp_path: Path) -> None:
+def test_a_visitor_walks_through_all_tabs(running_page: Server, tmp_path: Path) -> None:
     with start_browser() as browser, visit_page(browser, f"{running_page.url}/") as page:
         check_compare(page)
         open_tab(page, "Latency lab")
-        check_lab(page, tmp_path)
+        choose_cells(page, {"1"}, {"16"})
+        press(page, "Measure")
+        expect(page.locator("#lab-table tbody tr", has_text="×")).to_have_count(1)
+        expect(page.locator("#lab-charts").get_by_role("img").first).to_be_visible()
+        (row,) = csv.DictReader(download(page, "Download CSV", tmp_path).read_text(encoding="utf-8").splitlines())
+        assert (row["batch_size"], row["tokens"]) == ("1", "16")
+        assert float(row["pytorch_median_ms"]) > 0
+        assert float(row["onnx_median_ms"]) > 0
+        assert download(page, re.compile("PNG"), tmp_path).read_bytes().startswith(b"\x89PNG")
         open_tab(page, "Score a file")
-        check_score(page, tmp_path)
+        pairs = make_pairs(8, seed=5)
+        label_file(page, write_jsonl(tmp_path / "pairs.jsonl", pairs))
+        expect(page.locator("#score-results")).to_contain_text(
+            "Both engines give the same label to each of the 8 rows."
+        )
+        expect(page.locator("#score-results")).to_contain_text("Confusion matrix, ONNX Runtime")
+        lines = download(page, "Download the labelled file", tmp_path).read_text(encoding="utf-8").splitlines()
+        labelled = [json.loads(line) for line in lines]
+        assert [row["sentence1"] for row in labelled] == [row["sentence1"] for row in pairs]
+        assert {row["prediction_onnx"] for row in labelled} <= {"equivalent", "not_equivalent"}
         open_tab(page, "The prompt")
-        check_prompt(page)
+        expect(page.locator("#prompt-learned").get_by_role("img").first).to_be_visible()
+        expect(page.locator("#prompt-about")).to_contain_text("kept: epoch")
+        press(page, "Classify with and without the prompt")
+        expect(page.locator("#prompt-effect")).to_contain_text(re.compile("With the learned prompt the label is"))
         open_tab(page, "Use it")
         expect(page.locator("#use-python")).to_contain_text(f'Client("{running_page.url}/")')
 
@@ -148,7 +134,7 @@ def test_every_other_endpoint_answers(client: Client, adapter: Folders, base_mod
     assert np.allclose(list(effect.values()), expected, atol=1e-5)
 
 
-def test_the_code_to_copy_runs(running_page: RunningPage, tmp_path: Path) -> None:
+def test_the_code_to_copy_runs_and_has_the_visitors_address(running_page: Server, tmp_path: Path) -> None:
     shown = values_on_load(running_page.url)
     check_answer(ast.literal_eval(run_python(shown["use-python"]).splitlines()[-1]))
     if shutil.which("curl"):
@@ -158,28 +144,12 @@ def test_the_code_to_copy_runs(running_page: RunningPage, tmp_path: Path) -> Non
     assert tools == ["compare", "latency", "score_file", "prompt", "prompt_effect"]
     assert "max_logit_difference" in answer
     assert shown["endpoints"].count("<tr>") == 6  # the head, and each endpoint
-
-
-def test_the_code_has_the_address_that_the_visitor_used(running_page: RunningPage) -> None:
     port = running_page.url.rpartition(":")[2]
     assert f'Client("http://localhost:{port}/")' in values_on_load(f"http://localhost:{port}")["use-python"]
-    shown = values_on_load(running_page.url, {"X-Forwarded-Host": "demo.example", "X-Forwarded-Proto": "https"})
-    assert 'Client("https://demo.example/")' in shown["use-python"]
-    assert json.loads(shown["use-mcp"]) == json.loads(mcp_config("https://demo.example"))
-    hostile = values_on_load(running_page.url, {"X-Forwarded-Host": "x$(id)"})
-    local = values_on_load(running_page.url)
-    assert hostile["use-curl"] == local["use-curl"]
+    elsewhere = values_on_load(running_page.url, {"X-Forwarded-Host": "demo.example", "X-Forwarded-Proto": "https"})
+    assert 'Client("https://demo.example/")' in elsewhere["use-python"]
+    assert "https://demo.example/" in elsewhere["use-mcp"]
     parameters = "sentence1: str, sentence2: str = &#39;&#39;, adapter: str = &#39;&#39;"
-    assert f"<code>/compare</code></th><td><code>{parameters}" in local["endpoints"]
-    assert local["share-note"] == "Local page. Start with <code>--share</code> for a public link."
-    assert not local["share-link"]
-    assert not local["share-qr"]
-
-
-def test_templates_style_and_script_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    style = page_style()
-    assert ".gradio-container" in style["css"]
-    assert "inert" in style["head"]
-    for name in ("share_note.html", "prompt_waiting.html"):
-        assert render(name, url="", being_made=False, requested=False)
+    assert f"<code>/compare</code></th><td><code>{parameters}" in shown["endpoints"]
+    assert shown["share-note"] == "Local page. Start with <code>--share</code> for a public link."
+    assert not (shown["share-link"] or shown["share-qr"])

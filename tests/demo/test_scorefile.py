@@ -1,16 +1,17 @@
 """The tab that labels a file: what is read and refused, what both engines say, what is written, and how it runs."""
 
-import asyncio
 import csv
 import html
 import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gradio as gr
 import numpy as np
@@ -20,76 +21,43 @@ from markupsafe import escape
 from pyarrow import parquet
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-import demo.measure.label_file
 from demo.access.limits import MAX_BYTES
-from demo.engines.adapters import choose_adapters
 from demo.engines.stage import Setup, Stage
-from demo.measure.label_file import BATCH_ROWS, MAX_PREVIEW_ROWS, Progress, Scored, label_upload, write_labelled
+from demo.measure.label_file import BATCH_ROWS, Progress, Scored, _finite_logits, label_upload, write_labelled
 from demo.measure.upload import MAX_ROWS, Upload, read_upload
-from demo.page.controls import Selectors
 from demo.page.tab_score import build_score_tab, results_html
 from export.runtime.batches import Classified
 from export.runtime.check_text import MAX_CHARACTERS
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders, make_pairs
+from tests.demo.engines import stage_of
+from tests.demo.one_tab import handler, make_page
 from tests.export.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
-from train.common.errors import DataError, EngineError, PromptfoldError, UsageError
+from train.common.errors import DataError, EngineError, UsageError
 from train.data.tasks import MRPC, custom_task
 
 Rows = list[dict[str, Any]]
-Score = Callable[..., tuple[dict[str, Any], Path]]
-"""Sends a file to ``/score_file``: path, named arguments → the summary, and the labelled file."""
-
-LABELS = MRPC.labels
+LABELS, LIMIT = MRPC.labels, POSITIONS - VIRTUAL_TOKENS
 ADDED = ["prediction_pytorch", "probability_pytorch", "prediction_onnx", "probability_onnx", "agree"]
-
-
-@pytest.fixture(scope="module")
-def stage(adapter: Folders, bundle: Folders) -> Iterator[Stage]:
-    """A tiny encoder on both engines."""
-    stage = Stage(choose_adapters([adapter("bert")]), bundles=[bundle("bert")], threads=1)
-    yield stage
-    stage.close()
-
-
-async def build_page(stage: Stage) -> gr.Blocks:
-    """A page with this tab alone."""
-    with gr.Blocks(analytics_enabled=False) as page:
-        selectors = Selectors(
-            gr.Dropdown(list(stage.choices), label="Adapter"),
-            gr.Dropdown(["fp32"], label="ONNX Runtime"),
-            gr.Dropdown(["eager"], label="PyTorch"),
-        )
-        with gr.Tab("Score a file"):
-            build_score_tab(stage, selectors)
-    return page
-
-
-def make_page(stage: Stage) -> gr.Blocks:
-    """The same from where no event loop runs: there Gradio would make one for each of its locks, and close none."""
-    return asyncio.run(build_page(stage))
-
-
-def handler(page: gr.Blocks, name: str) -> Callable[..., Any]:
-    """What a button of the page runs."""
-    (found,) = [function.fn for function in page.fns.values() if function.fn and function.fn.__name__ == name]
-    return found
 
 
 @pytest.fixture(autouse=True)
 def step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch a step, and Gradio's files in a folder of the test."""
-    monkeypatch.setattr(demo.measure.label_file, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("demo.measure.label_file.SLICE_SECONDS", 0.0)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
+
+
+def page_of(stage: Stage) -> gr.Blocks:
+    return make_page(stage, lambda stage, selectors, _: build_score_tab(stage, selectors))
 
 
 @pytest.fixture
 def page(stage: Stage) -> gr.Blocks:
-    return make_page(stage)
+    return page_of(stage)
 
 
 @pytest.fixture
-def score(page: gr.Blocks, tmp_path: Path) -> Score:
-    """The endpoint's function, without HTTP."""
+def score(page: gr.Blocks, tmp_path: Path) -> Callable[..., Any]:
 
     def send(path: Path, text_columns: str = "", label_column: str = "", *, adapter: str = "") -> tuple[Any, Path]:
         copy = shutil.copy(path, tmp_path / "files" / path.name)  # the endpoint deletes what it was sent
@@ -102,7 +70,6 @@ def score(page: gr.Blocks, tmp_path: Path) -> Score:
 
 
 def run(stage: Stage, upload: Upload) -> Scored:
-    """The result of a file that is labelled to its end."""
     *_, last = label_upload(stage, stage.default(), upload, cancelled=threading.Event())
     assert last.result is not None
     return last.result
@@ -113,7 +80,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-def check_answers(kind: str, score: Score, adapter: Path, base_model: Path, folder: Path) -> None:
+def check_answers(kind: str, score: Callable[..., Any], adapter: Path, base_model: Path, folder: Path) -> None:
     """Both engines' answers to a file against PEFT's and scikit-learn's, in the file's order."""
     generator = np.random.default_rng(4)
     rows = [row | {"label": int(generator.integers(2)), "n": n} for n, row in enumerate(shuffled_pairs(37, seed=4))]
@@ -142,20 +109,20 @@ def check_answers(kind: str, score: Score, adapter: Path, base_model: Path, fold
     assert all(row["agree"] is True for row in written)
 
 
-def test_both_engines_give_pefts_answers_in_the_callers_order(
-    score: Score, adapter: Folders, base_model: Folders, tmp_path: Path
-) -> None:
+def test_engines_are_as_peft(score: Callable[..., Any], adapter: Folders, base_model: Folders, tmp_path: Path) -> None:
     check_answers("bert", score, adapter("bert"), base_model("bert"), tmp_path)
 
 
 def test_without_pytorch_onnx_runtime_labels_alone(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
-    stage = Stage(choose_adapters([adapter("bert")]), bundles=[bundle("bert")], has_pytorch=False, threads=1)
-    try:
+    with stage_of(adapter("bert"), bundles=(bundle("bert"),), has_pytorch=False) as stage:
         source = write_rows(tmp_path / "in.csv", shuffled_pairs(9, seed=5))
         shown = results_html(run(stage, read_upload(source, MRPC)))
-        summary, written = handler(make_page(stage), "score_file")(str(source), *[""] * 5)
-    finally:
-        stage.close()
+        summary, written = handler(page_of(stage), "score_file")(str(source), *[""] * 5)
+        # Logits that are no numbers become no label.
+        nan = SimpleNamespace(name="half", logits=lambda _: np.full((1, 2), np.nan, np.float32))
+        opened = replace(stage.open(Setup("bert")), onnx=cast(Any, nan))
+        with pytest.raises(EngineError, match="The half engine gave logits that are no numbers"):
+            _finite_logits(opened, "onnx", opened.tokenize([("word1", "word2")]).arrays)
     assert {"disagreements", "pytorch", "pytorch_mode"}.isdisjoint(summary)
     assert summary["onnx"]["scores"] is None
     assert list(read_rows(Path(written))[0]) == [*MRPC.text_columns, "prediction_onnx", "probability_onnx"]
@@ -164,174 +131,124 @@ def test_without_pytorch_onnx_runtime_labels_alone(adapter: Folders, bundle: Fol
     assert not re.search("engine|differ|Note", shown)
 
 
-class NoNumbers:
-    """An engine as `Engine` is, whose numbers overflowed."""
-
-    name = "half"
-
-    def logits(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        return np.full((len(arrays["input_ids"]), 2), np.nan, np.float32)
-
-
-def test_logits_that_are_no_numbers_become_no_label(stage: Stage) -> None:
-    opened = replace(stage.open(Setup("bert")), onnx=NoNumbers())  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="The half engine gave logits that are no numbers"):
-        demo.measure.label_file._finite_logits(opened, "onnx", opened.tokenize([("word1", "word2")]).arrays)
-
-
-def test_every_column_comes_back_in_the_format_it_came_in(score: Score, tmp_path: Path) -> None:
+def test_every_column_comes_back_in_the_format_it_came_in(score: Callable[..., Any], tmp_path: Path) -> None:
     """In any case of the ending; other formats are in tests/export/test_score.py."""
     notes = ["Ünïcödé 東京 🙂", 'says "no",\nand leaves', "null", "", "\u2028"]
     rows: Rows = [row | {"note": note} for row, note in zip(shuffled_pairs(5, seed=6), notes, strict=True)]
-    _, path = score(write_rows(tmp_path / "in.csv", rows).rename(tmp_path / "in.CSV"))
+    plain, path = score(write_rows(tmp_path / "in.csv", rows).rename(tmp_path / "in.CSV"))
     written = read_rows(path)
     assert path.suffix == ".csv"
     assert [list(row) for row in written] == [[*row, *ADDED] for row in rows]
     assert [{name: row[name] for name in rows[0]} for row in written] == rows
     assert {row["agree"] for row in written} == {"true"}
     assert all(float(row["probability_onnx"]) >= 0.5 for row in written)
+    # Columns may have other names.
+    gold = [LABELS[n % 2] for n in range(5)]
+    renamed = [{"b": row["sentence2"], "a": row["sentence1"], "label": "?"} for row in rows]
+    other = [row | {"gold": label} for row, label in zip(renamed, gold, strict=True)]
+    named, path = score(write_rows(tmp_path / "in.parquet", other), " a , b ", "gold")
+    assert named["onnx"]["counts"] == plain["onnx"]["counts"]
+    predicted = [row["prediction_onnx"] for row in read_rows(path)]
+    assert predicted == [row["prediction_onnx"] for row in written]
+    assert named["onnx"]["scores"]["accuracy"] == accuracy_score(gold, predicted)
 
 
 FORMULAS = {
     **{cell: f"'{cell}" for cell in ("=1+1", "@SUM(A1)", "+49 170 1234", "-2+3", "\t=1", "\r=1", "-", "-٣", "-3\n")},
     **{cell: cell for cell in ("-3.5", "+7", "-1e-05", "-.5", "1=1", " =1", "")},
 }
-"""Cells as they come → as they leave."""
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_in_csv_no_cell_is_a_formula_and_numbers_stay(suffix: str, stage: Stage, tmp_path: Path) -> None:
+def test_in_csv_no_cell_is_a_formula_and_numbers_stay(stage: Stage, tmp_path: Path) -> None:
     rows: Rows = [row | {"=x": cell} for row, cell in zip(make_pairs(len(FORMULAS), seed=7), FORMULAS, strict=True)]
     rows[0]["sentence1"] = "=word1"
-    upload = read_upload(write_rows(tmp_path / f"in{suffix}", rows), MRPC)
-    path = write_labelled(run(stage, upload), tmp_path)
-    if suffix != ".csv":
+    sources = [write_rows(tmp_path / f"in{suffix}", rows) for suffix in (".csv", ".jsonl", ".parquet")]
+    paths = [write_labelled(run(stage, read_upload(source, MRPC)), tmp_path) for source in sources]
+    for path in paths[1:]:
         assert [row["=x"] for row in read_rows(path)] == list(FORMULAS)
-        return
-    with path.open(newline="", encoding="utf-8") as stream:
+    with paths[0].open(newline="", encoding="utf-8") as stream:
         head, *cells = csv.reader(stream)
     assert head == [*[*rows[0]][:-1], "'=x", *ADDED]
     assert [row[head.index("'=x")] for row in cells] == list(FORMULAS.values())
     assert cells[0][0] == "'=word1"
 
 
-def test_columns_may_have_other_names(score: Score, tmp_path: Path) -> None:
-    pairs: Rows = make_pairs(8, seed=8)
-    rows = [{"b": p["sentence2"], "a": p["sentence1"], "gold": LABELS[p["label"]], "label": "?"} for p in pairs]
-    source, plain = write_rows(tmp_path / "in.parquet", rows), write_rows(tmp_path / "plain.jsonl", pairs)
-    named, path = score(source, " a , b ", "gold")
-    expected, same = score(plain)
-    assert named["onnx"] == expected["onnx"]
-    assert [row["prediction_onnx"] for row in read_rows(path)] == [row["prediction_onnx"] for row in read_rows(same)]
-
-
 PAIR = "sentence1,sentence2,label\nword1,word2,1\n"
-
-
-def parquet_bytes(table: pyarrow.Table, **options: Any) -> bytes:
-    out = pyarrow.BufferOutputStream()
-    parquet.write_table(table, out, **options)
-    return out.getvalue().to_pybytes()
 
 
 def pairs_table(n: int, **columns: Any) -> pyarrow.Table:
     return pyarrow.table({"sentence1": ["word1"] * n, "sentence2": ["word2"] * n} | columns)
 
 
-REFUSED: list[tuple[str, Callable[[], bytes], str]] = [
-    ("in", lambda: b"x", "in: give a file that ends in"),
-    ("in.csv", lambda: b"", r"in\.csv is empty"),
-    ("in.parquet", lambda: parquet_bytes(pairs_table(1).slice(0, 0)), r"in\.parquet has no rows"),
-    ("in.csv", lambda: b"x" * (MAX_BYTES + 1), r"in\.csv has 5,000,001 bytes; at most 5,000,000 are taken"),
-    ("in.csv", (PAIR + "a,b,1\n" * MAX_ROWS).encode, r"in\.csv has more than 2,000 rows"),
-    ("in.jsonl", lambda: b'{"sentence1": "a"}\n' * (MAX_ROWS + 1), r"in\.jsonl has more than 2,000 rows"),
-    ("in.parquet", lambda: parquet_bytes(pairs_table(MAX_ROWS + 1)), r"in\.parquet has more than 2,000 rows"),
-    ("in.csv", lambda: parquet_bytes(pairs_table(1)), r"in\.csv, line 1, byte \d+ of the file is not UTF-8 text"),
-    ("in.jsonl", PAIR.encode, r"in\.jsonl, line 1 is no JSON"),
-    ("in.csv", lambda: b"sentence1,text\na,b\n", r"no column 'sentence2'; it has sentence1, text\. Name its own"),
-    ("in.jsonl", lambda: b'{"sentence1": "a"}\n{"sentence2": "b"}\n', r"row 1 \(line 1\): column 'sentence2' holds no"),
-    ("in.parquet", lambda: parquet_bytes(pairs_table(2, sentence2=["a", None])), "row 2: column 'sentence2' holds no"),
+def parquet_rows(n: int) -> bytes:
+    out = pyarrow.BufferOutputStream()
+    parquet.write_table(pairs_table(n), out)
+    return out.getvalue().to_pybytes()
+
+
+COLUMNS = ("text_columns", "label_column")
+HEAD = "sentence1,sentence2\n"
+REFUSED: list[tuple[str | None, Callable[[], bytes], tuple[str, ...], str]] = [
+    ("in", lambda: b"x", (), "in: give a file that ends in"),
+    ("in.csv", lambda: b"x" * (MAX_BYTES + 1), (), r"in\.csv has 5,000,001 bytes; at most 5,000,000 are taken"),
+    ("in.csv", (PAIR + "a,b,1\n" * MAX_ROWS).encode, (), r"in\.csv has more than 2,000 rows"),
+    ("in.jsonl", lambda: b'{"sentence1": "a"}\n' * (MAX_ROWS + 1), (), r"in\.jsonl has more than 2,000 rows"),
+    ("in.parquet", lambda: parquet_rows(MAX_ROWS + 1), (), r"in\.parquet has more than 2,000 rows"),
+    ("in.csv", lambda: b"sentence1,text\na,b\n", (), r"no column 'sentence2'; it has sentence1, text\. Name its own"),
     (
         "in.csv",
-        f"sentence1,sentence2\na,{'x' * (MAX_CHARACTERS + 1)}\n".encode,
-        r"in\.csv, row 1 \(line 2\): column 'sentence2' has 10,001 characters; at most 10,000 are read",
+        (HEAD + "a," + "x" * 10_001).encode,
+        (),
+        r"row 1 \(line 2\).*'sentence2' has 10,001 characters; at most",
     ),
-    ("in.csv", (PAIR + "a,b,\n").encode, "row 2 .*label ''.*or rename the column to leave labels unread"),
-    ("in.csv", lambda: b"sentence1,sentence2,agree\na,b,c\n", "has a column 'agree' already, and one of that name"),
-    ("in.jsonl", lambda: b'{"sentence1": "a", "sentence2": "b", "probability_onnx": 1}\n', "column 'probability_onnx'"),
+    ("in.csv", (PAIR + "a,b,\n").encode, (), "row 2 .*label ''.*or rename the column to leave labels unread"),
+    ("in.csv", lambda: b"sentence1,sentence2,agree\na,b,c\n", (), "has a column 'agree' already, and one of that name"),
+    ("in.csv", lambda: b"sentence1,sentence2,probability_onnx\na,b,1\n", (), "has a column 'probability_onnx'"),
+    ("in.csv", PAIR.encode, ("sentence1",), r"1 text columns are named \(sentence1\); this model was trained"),
+    ("in.csv", PAIR.encode, ("a,b,c",), "3 text columns are named"),
+    ("in.csv", PAIR.encode, ("sentence1, nowhere",), r"in\.csv has no column 'nowhere'"),
+    ("in.csv", PAIR.encode, ("", "gold"), r"in\.csv has no column 'gold'; it has sentence1, sentence2, label"),
+    ("in.csv", PAIR.encode, ("", "sentence1"), "label 'word1' in column 'sentence1' is none of"),
+    ("gone.csv", bytes, (), r"^gone\.csv is no longer here\. Upload it again\."),
+    (None, bytes, (), "No file was given"),
 ]
 """The page's own limits and words; what every reader of labelled files refuses is in tests/train/test_data.py."""
 
 
-@pytest.mark.parametrize(("name", "content", "words"), REFUSED)
+@pytest.mark.parametrize(("name", "content", "arguments", "words"), REFUSED)
 def test_what_cannot_be_used_is_named_without_its_folder(
-    name: str, content: Callable[[], bytes], words: str, tmp_path: Path
+    name: str | None, content: Callable[[], bytes], arguments: tuple[str, ...], words: str, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_bytes(content())
-    with pytest.raises(DataError, match=words) as refusal:
-        read_upload(tmp_path / name, MRPC)
+    if name and name != "gone.csv":
+        (tmp_path / name).write_bytes(content())
+    with pytest.raises((DataError, UsageError), match=words) as refusal:
+        read_upload(tmp_path / name if name else None, MRPC, **dict(zip(COLUMNS, arguments, strict=False)))
     message = str(refusal.value)
-    assert message.startswith(name)
+    assert message.startswith(name or "No") or arguments
     assert str(tmp_path) not in message
     assert len(message) < 700
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"text_columns": "sentence1"}, UsageError, r"1 text columns are named \(sentence1\); this model was trained"),
-        ({"text_columns": "a,b,c"}, UsageError, "3 text columns are named"),
-        ({"text_columns": "sentence1, nowhere"}, DataError, r"in\.csv has no column 'nowhere'"),
-        ({"label_column": "gold"}, DataError, r"in\.csv has no column 'gold'; it has sentence1, sentence2, label"),
-        ({"label_column": "sentence1"}, DataError, "label 'word1' in column 'sentence1' is none of"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(
-    arguments: dict[str, str], error: type[PromptfoldError], words: str, tmp_path: Path
-) -> None:
-    (tmp_path / "in.csv").write_text(PAIR)
-    with pytest.raises(error, match=words):
-        read_upload(tmp_path / "in.csv", MRPC, **arguments)
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No file was given"):
-        read_upload(None, MRPC)
-    with pytest.raises(DataError, match=r"^gone\.csv is no longer here\. Upload it again\."):
-        read_upload(tmp_path / "gone.csv", MRPC)
-
-
-LONG = "0" * 500_000
-ONE_LIST = pyarrow.ListArray.from_arrays(pyarrow.array([0, 3_000_000]), pyarrow.nulls(3_000_000, pyarrow.int8()))
-TOO_LONG = "is more than 20,000,000 bytes long"
-
-
-@pytest.mark.parametrize(
-    ("column", "options", "words"),
-    [
-        ([LONG] * 200, {"use_dictionary": False, "compression": "zstd"}, f"says that it {TOO_LONG}"),
-        ([LONG] * 200, {"dictionary_pagesize_limit": 10**8}, TOO_LONG),
-        (pyarrow.DictionaryArray.from_arrays([0] * 200, [LONG]), {"dictionary_pagesize_limit": 10**8}, TOO_LONG),
-        (ONE_LIST, {}, "has more than 2,000,000 values"),
-    ],
-    ids=["plain", "dictionary", "dictionary kept by Arrow", "lists"],
-)
-def test_a_small_parquet_file_cannot_become_a_large_one(
-    column: Any, options: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "in.parquet"
-    parquet.write_table(pairs_table(len(column), x=column), path, **options)
-    assert path.stat().st_size < 1_000_000
-    with pytest.raises(DataError, match=rf"in\.parquet .*{words}"):
-        read_upload(path, MRPC)
-
-
-def test_the_largest_file_that_is_allowed_is_read(tmp_path: Path) -> None:
+def test_a_small_parquet_file_cannot_become_a_large_one(tmp_path: Path) -> None:
+    long, path = "0" * 500_000, tmp_path / "in.parquet"
+    one_list = pyarrow.ListArray.from_arrays(pyarrow.array([0, 3_000_000]), pyarrow.nulls(3_000_000, pyarrow.int8()))
+    large_pages = {"dictionary_pagesize_limit": 10**8}
+    too_long = "is more than 20,000,000 bytes long"
+    cases: tuple[tuple[Any, dict[str, Any], str], ...] = (
+        ([long] * 200, {"use_dictionary": False, "compression": "zstd"}, f"says that it {too_long}"),
+        ([long] * 200, large_pages, too_long),
+        (pyarrow.DictionaryArray.from_arrays([0] * 200, [long]), large_pages, too_long),  # kept by Arrow
+        (one_list, {}, "has more than 2,000,000 values"),
+    )
+    for column, options, words in cases:
+        parquet.write_table(pairs_table(len(column), x=column), path, **options)
+        assert path.stat().st_size < 1_000_000
+        with pytest.raises(DataError, match=rf"in\.parquet .*{words}"):
+            read_upload(path, MRPC)
+    # The largest file that is allowed is read.
     rows: Rows = [{"sentence1": "x" * 1200, "sentence2": "y" * 1200, "kind": f"k{n % 1500}"} for n in range(MAX_ROWS)]
     table = pyarrow.Table.from_pylist(rows)
-    table = table.set_column(2, "kind", table["kind"].dictionary_encode())
-    path = tmp_path / "in.parquet"
-    parquet.write_table(table, path)
+    parquet.write_table(table.set_column(2, "kind", table["kind"].dictionary_encode()), path)
     assert len(read_upload(path, MRPC).sentences) == MAX_ROWS
     rows[0]["sentence1"] = "x" * MAX_CHARACTERS
     assert len(read_upload(write_rows(tmp_path / "in.csv", rows), MRPC).sentences[0][0]) == MAX_CHARACTERS
@@ -349,7 +266,7 @@ def test_disagreements_come_first_then_what_is_wrong(tmp_path: Path) -> None:
     expected, predictions = [0, 0, 1, 1, 0, 1], {"PyTorch": [0, 1, 1, 0, 0, 1], "ONNX Runtime": [0, 1, 1, 1, 1, 1]}
     upload = replace(read_upload(write_rows(tmp_path / "in.csv", shuffled_pairs(6, seed=9)), MRPC), expected=expected)
     pytorch, onnx = (Classified.of(LABELS, np.eye(2)[list(p)], np.zeros(6, bool)) for p in predictions.values())
-    scored = Scored(upload, Setup("bert"), onnx, pytorch, POSITIONS - VIRTUAL_TOKENS)
+    scored = Scored(upload, Setup("bert"), onnx, pytorch, LIMIT)
     assert scored.differs.tolist() == [False, False, False, True, True, False]
     assert scored.wrong.tolist() == [False, True, False, True, True, False]
     assert scored.as_json()["disagreements"] == 2
@@ -371,27 +288,23 @@ def test_disagreements_come_first_then_what_is_wrong(tmp_path: Path) -> None:
         assert column(shown, "Against the file's labels", number) == [side, *metrics]
 
 
-def test_at_most_fifty_rows_are_shown_and_every_text_is_only_text(tmp_path: Path) -> None:
-    n = MAX_PREVIEW_ROWS + 10
+def test_at_most_fifty_rows_and_few_labels_are_shown_and_every_text_is_only_text(tmp_path: Path) -> None:
+    n = 60
     rows: Rows = [row | {"sentence1": f"<img src=x onerror=alert({row['idx']})>"} for row in make_pairs(n, seed=10)]
     rows[0]["sentence2"] = "y" * 5000
     upload = read_upload(write_rows(tmp_path / "in.jsonl", rows), MRPC)
     answers = Classified.of(LABELS, np.eye(2)[[0] * n], np.arange(n) < 3)
-    shown = results_html(Scored(upload, Setup("bert"), answers, answers, POSITIONS - VIRTUAL_TOKENS))
+    shown = results_html(Scored(upload, Setup("bert"), answers, answers, LIMIT))
     assert "<img" not in shown
-    assert len(column(shown, "50 of 60 rows", 0)) == 1 + MAX_PREVIEW_ROWS
+    assert len(column(shown, "50 of 60 rows", 0)) == 1 + 50
     assert "y" * 160 + " …" in shown
     assert "y" * 161 not in shown
-    assert f"3 texts are longer than the {POSITIONS - VIRTUAL_TOKENS} tokens that the model reads" in shown
+    assert f"3 texts are longer than the {LIMIT} tokens that the model reads" in shown
     assert "Both engines give the same label to each of the 60 rows." in shown
-
-
-def test_many_labels_have_no_matrix_on_the_page(tmp_path: Path) -> None:
+    # Many labels have no matrix on the page.
     task = custom_task(("said",), "gold", [f"<{n}>" for n in range(30)])
-    rows: Rows = [{"said": "word1", "gold": "<3>"}]
-    upload = read_upload(write_rows(tmp_path / "in.csv", rows), task)
-    answers = Classified.of(task.labels, np.eye(30)[[3]], np.zeros(1, bool))
-    scored = Scored(upload, Setup("bert"), answers, None, 10)
+    upload = read_upload(write_rows(tmp_path / "in.csv", [{"said": "word1", "gold": "<3>"}]), task)
+    scored = Scored(upload, Setup("bert"), Classified.of(task.labels, np.eye(30)[[3]], np.zeros(1, bool)), None, 10)
     assert "The confusion matrices of 30 labels are in the answer of the endpoint alone" in results_html(scored)
     assert np.sum(scored.as_json()["onnx"]["confusion"]) == 1
     assert scored.as_json()["onnx"]["scores"]["accuracy"] == 1
@@ -412,19 +325,11 @@ def test_others_may_measure_between_two_batches_and_none_runs_beside_them(stage:
         assert len(seen) == before + 1 or seen[-1].result is not None
         assert not stage.measuring.locked()
     assert list(steps) == []
-    assert [(step.engine, step.done, step.fraction) for step in seen] == [
-        ("ONNX Runtime", 8, 0.25),
-        ("ONNX Runtime", 16, 0.5),
-        ("PyTorch", 8, 0.75),
-        ("PyTorch", 16, 1.0),
-        ("PyTorch", 16, 1.0),
-    ]
-
-
-def test_a_visitor_who_waits_for_the_engines_gets_them_before_the_file_is_done(stage: Stage, tmp_path: Path) -> None:
+    expected = [("ONNX Runtime", 8, 0.25), ("ONNX Runtime", 16, 0.5), ("PyTorch", 8, 0.75), *[("PyTorch", 16, 1.0)] * 2]
+    assert [(step.engine, step.done, step.fraction) for step in seen] == expected
+    # A visitor who waits for the engines gets them before the file is done.
     upload = read_upload(write_rows(tmp_path / "in.csv", shuffled_pairs(40 * BATCH_ROWS, seed=12)), MRPC)
-    fractions = [0.0]
-    got: list[float] = []
+    fractions, got = [0.0], []
 
     def wait() -> None:
         with stage.measuring:
@@ -439,88 +344,77 @@ def test_a_visitor_who_waits_for_the_engines_gets_them_before_the_file_is_done(s
     assert got[0] < 1
 
 
-def prepare(page: gr.Blocks, source: Path, precision: str = "fp32") -> tuple[dict[int, Any], int]:
-    """A visitor's first file; the jobs and its number."""
-    jobs, number, start, cancel, status, results, download = handler(page, "prepare")(
-        {}, 0, "bert", precision, "eager", str(source), "", ""
-    )
+def prepare(
+    page: gr.Blocks, source: Path, precision: str = "fp32", jobs: dict[int, Any] | None = None, number: int = 0
+) -> tuple[dict[int, Any], int]:
+    inputs = (jobs or {}, number, "bert", precision, "eager", str(source), "", "")
+    jobs, number, start, cancel, status, results, download = handler(page, "prepare")(*inputs)
     assert (start.interactive, cancel.interactive, results, download.interactive) == (False, True, "", False)
     assert f"{source.name}: waiting for a turn" in status
     return jobs, number
 
 
-STATUS = 3
-"""Its place among what the run of a file gives to the page."""
+def named(outputs: Sequence[Any]) -> SimpleNamespace:
+    names = ("start", "cancel", "file", "status", "results", "download")
+    return SimpleNamespace(**dict(zip(names, outputs, strict=False)))
+
+
+def label(page: gr.Blocks, jobs: dict[int, Any], number: int) -> Iterator[SimpleNamespace]:
+    with closing(handler(page, "label")(jobs, number)) as steps:
+        yield from map(named, steps)
+
+
+def check_ended(now: Any, words: str, source: Path) -> None:
+    """The page can label another file, and the upload is gone."""
+    assert (now.file, now.start.interactive, now.cancel.interactive) == (None, True, False)
+    assert words in now.status
+    assert not source.exists()
 
 
 def test_the_tab_counts_rows_shows_results_and_deletes_the_upload(page: gr.Blocks, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.csv", make_pairs(12, seed=13))
     jobs, number = prepare(page, source)
-    *steps, (start, cancel, file, status, results, download) = handler(page, "label")(jobs, number)
-    assert (start.interactive, cancel.interactive, file) == (True, False, None)
-    counted = [re.search(r">([\w ]+: \d+) of 12 rows labelled", step[STATUS]) for step in steps]
+    *steps, last = label(page, jobs, number)
+    counted = [re.search(r">([\w ]+: \d+) of 12 rows labelled", step.status) for step in steps]
     expected = ["ONNX Runtime: 8", "ONNX Runtime: 12", "PyTorch: 8", "PyTorch: 12"]
     assert [found[1] for found in counted if found] == expected
-    assert "Done: 12 rows of in.csv labelled." in status
-    assert "Confusion matrix, PyTorch" in results
-    written = Path(download.value["path"])
+    check_ended(last, "Done: 12 rows of in.csv labelled.", source)
+    assert "Confusion matrix, PyTorch" in last.results
+    written = Path(last.download.value["path"])
     assert (written.name, len(read_rows(written))) == ("in-labelled.csv", 12)
     assert written.is_relative_to(tmp_path / "files")
-    assert not source.exists()
     assert jobs == {}
-
-
-def test_cancelling_ends_between_two_batches_and_keeps_nothing(page: gr.Blocks, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "in.csv", make_pairs(40, seed=14))
-    jobs, number = prepare(page, source)
-    steps = handler(page, "label")(jobs, number)
-    assert "8 of 40 rows" in next(steps)[STATUS]
-    assert handler(page, "_cancel")(jobs, number)[1].interactive is False
-    ((start, cancel, file, status, *_),) = steps
-    assert (file, start.interactive, cancel.interactive) == (None, True, False)
-    assert "Cancelled. Nothing was kept." in status
-    assert not source.exists()
-    assert jobs == {}
-    assert files_in(tmp_path / "files") == []
-
-
-def test_a_file_that_is_cancelled_while_it_waits_is_not_labelled_when_its_turn_comes(
-    page: gr.Blocks, tmp_path: Path
-) -> None:
-    source = write_rows(tmp_path / "in.csv", make_pairs(40, seed=14))
-    jobs, number = prepare(page, source)
-    start, cancel, file, status = handler(page, "_cancel")(jobs, number)
-    assert (file, start.interactive, cancel.interactive) == (None, True, False)
-    assert "Cancelled. Nothing was kept." in status
-    assert not source.exists()
-    # Nothing of the page changes then, and what the visitor asked for since goes its way.
-    write_rows(source, make_pairs(4, seed=14))
-    jobs, second, *_ = handler(page, "prepare")(jobs, number, "bert", "fp32", "eager", str(source), "", "")
-    assert list(handler(page, "label")(jobs, number)) == [[gr.skip()] * 6]
-    assert "Done: 4 rows" in list(handler(page, "label")(jobs, second))[-1][STATUS]
-    assert handler(page, "_cancel")(jobs, second) == [gr.skip()] * 4
-
-
-def test_a_visitor_who_leaves_leaves_no_file(page: gr.Blocks, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "in.csv", make_pairs(40, seed=15))
-    jobs, number = prepare(page, source)
-    steps = handler(page, "label")(jobs, number)
-    next(steps)
-    steps.close()  # as Gradio does
-    assert not source.exists()
-    assert jobs == {}
-
-
-def test_an_engine_that_cannot_be_started_is_told_and_the_upload_deleted(page: gr.Blocks, tmp_path: Path) -> None:
+    # An engine that cannot be started is told.
     source = write_rows(tmp_path / "in.csv", make_pairs(4, seed=16))
-    jobs, number = prepare(page, source, precision="int8")
-    ((start, cancel, file, status, *_),) = handler(page, "label")(jobs, number)
-    assert (file, start.interactive, cancel.interactive) == (None, True, False)
-    assert "no int8 graph" in status
-    assert not source.exists()
+    (last,) = label(page, *prepare(page, source, precision="int8"))
+    check_ended(last, "no int8 graph", source)
 
 
-def test_a_refused_file_leaves_the_page_as_it_was(page: gr.Blocks, tmp_path: Path) -> None:
+def test_a_file_that_is_cancelled_or_left_ends_between_two_batches(page: gr.Blocks, tmp_path: Path) -> None:
+    for leaves in (False, True):
+        source = write_rows(tmp_path / "in.csv", make_pairs(40, seed=14))
+        jobs, number = prepare(page, source)
+        steps = label(page, jobs, number)
+        assert "8 of 40 rows" in next(steps).status
+        if leaves:
+            cast(Any, steps).close()  # as Gradio does
+            assert not source.exists()
+        else:
+            assert handler(page, "_cancel")(jobs, number)[1].interactive is False
+            (last,) = steps
+            check_ended(last, "Cancelled. Nothing was kept.", source)
+        assert jobs == {}
+        assert files_in(tmp_path / "files") == []
+    # One that waits is not labelled when its turn comes; what the visitor asked for since goes its way.
+    source = write_rows(tmp_path / "in.csv", make_pairs(40, seed=14))
+    jobs, number = prepare(page, source)
+    check_ended(named(handler(page, "_cancel")(jobs, number)), "Cancelled. Nothing was kept.", source)
+    write_rows(source, make_pairs(4, seed=14))
+    jobs, second = prepare(page, source, jobs=jobs, number=number)
+    assert list(handler(page, "label")(jobs, number)) == [[gr.skip()] * 6]
+    assert "Done: 4 rows" in list(label(page, jobs, second))[-1].status
+    assert handler(page, "_cancel")(jobs, second) == [gr.skip()] * 4
+    # A file that is refused leaves the page as it was.
     source = tmp_path / "<b>.csv"
     source.write_text("sentence1\nword1\n")
     *same, status, results, download = handler(page, "prepare")({}, 0, "bert", "fp32", "eager", str(source), "", "")

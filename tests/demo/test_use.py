@@ -19,17 +19,8 @@ from tests.demo.page_client import run_python
 from train.common.errors import UsageError
 
 HOSTILE = (
-    'x";import os;os.system("id")#',
-    "x$(id)",
-    "x`id`",
-    "x';id;'",
-    "x\\",
-    "x y",
-    "user@evil.example",
-    "x/../..;id",
-    "x:99999999",
-    "[::1",
-    "",
+    *('x";import os;os.system("id")#', "x$(id)", "x`id`", "x';id;'", "x\\", "x y", "user@evil.example", "x/../..;id"),
+    *("x:99999999", "[::1", ""),
 )
 
 
@@ -38,32 +29,23 @@ def test_a_hostile_host_is_replaced_by_the_pages_own_address(header: str) -> Non
     page = cast(gr.Blocks, SimpleNamespace(share_url=None, local_url="http://127.0.0.1:7860/", root_path=""))
 
     def address(value: str) -> str:
-        headers = [(b"host", b"honest:7860")] if header != "host" else []
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "scheme": "http",
-            "path": "/gradio_api/run/predict",
-            "query_string": b"",
-            "headers": [*headers, (header.encode(), value.encode())],
-            "server": ("127.0.0.1", 7860),
-        }
-        return visitor_url(page, Request(scope))
+        headers = [*([(b"host", b"honest:7860")] if header != "host" else []), (header.encode(), value.encode())]
+        scope = {"type": "http", "method": "POST", "scheme": "http", "path": "/gradio_api/run/predict"}
+        return visitor_url(
+            page, Request(scope | {"query_string": b"", "headers": headers, "server": ("127.0.0.1", 7860)})
+        )
 
     assert address("honest.example:81") == "http://honest.example:81"
     for value in HOSTILE:
         assert address(value) in ("http://127.0.0.1:7860", "http://honest:7860"), value
-
-
-def test_every_address_in_a_snippet_is_of_harmless_characters() -> None:
-    for address in ("http://127.0.0.1:7860", "https://a-b.gradio.live", "http://[::1]:7860/prompt_fold/x"):
-        assert SAFE_URL.fullmatch(address)
-    for address in (*(f"http://{host}" for host in HOSTILE), "javascript:alert(1)", "http://a/b\n"):
-        assert not SAFE_URL.fullmatch(address)
+    # Every address in a snippet is of harmless characters.
+    for url in ("http://127.0.0.1:7860", "https://a-b.gradio.live", "http://[::1]:7860/prompt_fold/x"):
+        assert SAFE_URL.fullmatch(url)
+    for url in (*(f"http://{host}" for host in HOSTILE), "javascript:alert(1)", "http://a/b\n"):
+        assert not SAFE_URL.fullmatch(url)
 
 
 def test_values_are_quoted_in_every_language(tmp_path: Path) -> None:
-    """Whatever an endpoint's defaults hold."""
     nasty = 'it\'s "$(touch x)" `id` \\ \n é'
     values = {"sentence1": nasty, "flag": True}
     python, javascript, curl = snippets("http://127.0.0.1:1", "/compare", values, asks_password=False)
@@ -83,38 +65,22 @@ def test_values_are_quoted_in_every_language(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_table_shows_markup_in_a_description_as_text() -> None:
-    endpoint: Any = {"parameters": [], "returns": [], "api_visibility": "public", "description": "<script>x</script>"}
-    assert "<script>" not in endpoint_table({"/compare": endpoint})
-
-
-def test_the_pipeline_code_is_python_and_names_the_bundle() -> None:
+def test_the_pipeline_code_is_python_and_names_the_bundle_and_markup_in_the_table_is_text() -> None:
     compile(code := pipeline_snippet("minilm-mrpc-v2 (2)", EXAMPLE), "snippet", "exec")
     assert "bundle = 'bundles/minilm-mrpc-v2 (2)'" in code
     assert "--out 'bundles/minilm-mrpc-v2 (2)'" in code
     assert "text_pair" not in pipeline_snippet("one", {"sentence1": "A sentence."})
+    endpoint: Any = {"parameters": [], "returns": [], "api_visibility": "public", "description": "<script>x</script>"}
+    assert "<script>" not in endpoint_table({"/compare": endpoint})
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, None),
-        ("/promptfold", "/promptfold"),
-        ("/a/b_c-1/", "/a/b_c-1"),
-        ("/", ""),
-        ("https://demo.example:8443/x/", "https://demo.example:8443/x"),
-    ],
-)
-def test_a_root_path_is_a_path_or_an_address(text: str | None, expected: str | None) -> None:
-    assert parse_root_path(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["promptfold", "//evil", "/a b", "/$(id)", "/a?b", "ftp://a/b", "https://", "https:///x"]
-)
-def test_a_root_path_that_gradio_could_not_use_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--root-path .* write a path such as /promptfold"):
-        parse_root_path(text)
+def test_a_root_path_is_a_path_or_an_address_or_refused() -> None:
+    roots = ("/promptfold", "/a/b_c-1/", "/", "https://demo.example:8443/x/")
+    assert parse_root_path(None) is None
+    assert [parse_root_path(root) for root in roots] == [root.rstrip("/") for root in roots]
+    for text in ("promptfold", "//evil", "/a b", "/$(id)", "/a?b", "ftp://a/b", "https://", "https:///x"):
+        with pytest.raises(UsageError, match=r"^--root-path .* write a path such as /promptfold"):
+            parse_root_path(text)
 
 
 def test_the_qr_code_is_one_picture_with_a_name_and_a_quiet_zone() -> None:

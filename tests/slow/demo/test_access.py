@@ -7,7 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ from tests.conftest import ON_CPU, ROOT, Data, Folders
 from tests.demo.browser import needs_chromium
 from tests.demo.engines import PAIR
 from tests.demo.page_client import check_answer, request_raw, run_python, run_shell, values_on_load
-from tests.demo.server import Server, serve_cleanly, strange_hosts, watching
+from tests.demo.server import serve_cleanly, strange_hosts, watching
 from tests.demo.test_access import CLOSED, EVIL
 
 ROUTES_OF_GRADIO = """
@@ -49,16 +50,9 @@ def routes_of_gradio() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def closed_page(adapter: Folders, bundle: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The page behind a password."""
-    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert")), "--auth", "ann:secret"]
-    with serve_cleanly(flags, tmp_path_factory.mktemp("cache"), ON_CPU) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def url(closed_page: Server) -> str:
-    return closed_page.wait_for_url().rstrip("/")
+def url(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve_cleanly([*flags, "--auth", "ann:secret"], tmp_path_factory.mktemp("cache"), ON_CPU) as server:
+        yield server.url
 
 
 @needs_chromium
@@ -75,11 +69,9 @@ def test_a_visitor_logs_in(url: str, browser: Browser) -> None:
 
 
 SHOWN = {
-    *("/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
-    *("/static/a", "/assets/a", "/svelte/a"),
-    f"{API}/startup-events",  # Gradio's own start asks for it
+    *("/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/static/a"),
+    *("/assets/a", "/svelte/a", f"{API}/startup-events"),  # Gradio's own start asks for the last
 }
-
 MORE = (
     *(path for _, path in CLOSED),
     *(API + path for path in ("/mcp/", "/mcp/sse", "/mcp/schema", "/call/compare", "/call/v2/compare")),
@@ -130,11 +122,8 @@ def test_behind_a_password_the_code_runs_with_the_real_one(url: str, tmp_path: P
 
 
 def test_with_a_login_the_page_answers_until_the_logout(url: str) -> None:
-    known = Client(url, auth=("ann", "secret"), verbose=False)
-    try:
+    with closing(Client(url, auth=("ann", "secret"), verbose=False)) as known:
         assert known.predict(*PAIR, api_name="/compare")["onnx"]["label"]
-    finally:
-        known.close()
     with httpx.Client(base_url=url, timeout=30) as client:
         assert client.post("/login", data={"username": "ann", "password": "secret"}).status_code == 200
         # Over plain HTTP the other cookie, which wants TLS, does not count.
@@ -151,9 +140,7 @@ def test_with_a_login_the_page_answers_until_the_logout(url: str) -> None:
         assert client.get("/config", headers=mine).status_code == 401
 
 
-def test_training_export_and_scoring_reach_for_no_machine(
-    base_model: Callable[[str], Path], data: Data, tmp_path: Path
-) -> None:
+def test_training_export_and_scoring_reach_no_machine(base_model: Folders, data: Data, tmp_path: Path) -> None:
     # In one process: most of the time goes into imports. The last line shows that the record would name a machine.
     code = (
         "import json, socket, sys, train.__main__, export.__main__, export.score.__main__\n"

@@ -14,13 +14,8 @@ from tests.demo.engines import PAIR
 from tests.demo.server import connect, exists, serve_cleanly, wait_until_gone
 
 
-def test_a_port_that_is_taken_while_the_engines_load_is_left_for_the_next(
-    adapter: Folders, bundle: Folders, tmp_path: Path
-) -> None:
-    with (
-        socket.socket() as listener,
-        serve_cleanly(["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))], tmp_path) as server,
-    ):
+def test_a_port_taken_while_the_engines_load_is_left_alone(flags: list[str], tmp_path: Path) -> None:
+    with socket.socket() as listener, serve_cleanly(flags, tmp_path) as server:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.wait_for("starting the engines")
         taken = find_port("127.0.0.1", None)  # as the page has just done
@@ -70,23 +65,16 @@ def test_a_first_start_that_is_interrupted_leaves_nothing(how: signal.Signals, t
     assert list((tmp_path / "promptfold" / "bundles").iterdir()) == []
 
 
-def test_killing_the_page_takes_its_engines_with_it(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
-    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))]
-    with serve_cleanly(flags, tmp_path) as server:
-        server.wait_for_url()
+def test_a_page_with_odd_paths_is_killed_with_its_engines(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
+    """Spaces and letters beyond ASCII in both paths."""
+    copied = shutil.copytree(adapter("bert"), tmp_path / "ein Adapter ä")
+    moved = shutil.copytree(bundle("bert"), tmp_path / "ein Bündel")
+    with serve_cleanly(["--adapter", str(copied), "--bundle", str(moved)], tmp_path / "cache") as server:
+        with connect(server.wait_for_url()) as client:
+            assert client.predict(*PAIR, api_name="/compare")["max_logit_difference"] < 1e-4
         children = server.children()
         assert len(children) == 2
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
     for pid in children:
         wait_until_gone(pid)
-    assert not (tmp_path / "promptfold").exists()  # a bundle was given, so none was exported
-
-
-def test_a_bundle_folder_may_be_given_from_anywhere(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
-    """Spaces and letters beyond ASCII in both paths."""
-    moved, copied = tmp_path / "ein Bündel", tmp_path / "ein Adapter ä"
-    shutil.copytree(bundle("bert"), moved)
-    shutil.copytree(adapter("bert"), copied)
-    flags = ["--adapter", str(copied), "--bundle", str(moved)]
-    with serve_cleanly(flags, tmp_path / "cache") as server, connect(server.wait_for_url()) as client:
-        assert client.predict(*PAIR, api_name="/compare")["max_logit_difference"] < 1e-4
+    assert not (tmp_path / "cache" / "promptfold").exists()  # a bundle was given, so none was exported

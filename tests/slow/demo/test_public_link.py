@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -14,12 +13,11 @@ from pathlib import Path
 import pytest
 from gradio.tunneling import BINARY_FILENAME
 
-from tests.conftest import ROOT, Folders
+from tests.conftest import ROOT
 from tests.demo.page_client import values_on_load
-from tests.demo.server import connect, exists, serve_cleanly, wait_until_gone
+from tests.demo.server import Server, connect, exists, serve, serve_cleanly, wait_until_gone
 
 LINK = "https://0123456789abcdef.gradio.live"
-
 SHOWS_LINK = f"echo $$ > pid; echo \"$@\" > arguments; echo 'start proxy success: {LINK}'; exec sleep 1000"
 
 PAGE = """
@@ -41,60 +39,39 @@ with gr.Blocks(analytics_enabled=False) as page:
     gr.api(compare, api_name="compare")
 launch_page(page, share=True)
 print("launched", page.local_url.rstrip("/"), page.share_url, page.share, flush=True)
-sys.stdin.read()
+signal.pause()
 """
 """A page of its own process, whose helper program has a given checksum and asks no server for its link."""
 
-NO_NETWORK = {
-    **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:1"),
-    **dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:1"),
-    **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
+CLOSED = {f"{kind}_proxy": "http://127.0.0.1:1" for kind in ("http", "https", "all")} | {
+    "no_proxy": "127.0.0.1,localhost"
 }
+NO_NETWORK = CLOSED | {name.upper(): value for name, value in CLOSED.items()}
 """Environment variables that close the way out by a proxy that is not there, whatever this machine's network is."""
 
 
 @contextmanager
-def start_page(folder: Path, script: str | None, *, checksum: str = "") -> Iterator["subprocess.Popen[str]"]:
-    """A page whose helper program is a shell script; None: there is none."""
+def start_page(folder: Path, script: str | None, *, checksum: str = "") -> Iterator[tuple[Server, str, str]]:
+    """A page whose helper program is a shell script (None: there is none), its own address and its link."""
     content = f"#!/bin/sh\n{script}\n".encode()
     helper = folder / "gradio" / "frpc" / BINARY_FILENAME
     if script is not None:
         helper.parent.mkdir(parents=True)
         helper.write_bytes(content)
         helper.chmod(0o755)
-    with subprocess.Popen(
-        [sys.executable, "-c", PAGE, checksum or hashlib.sha256(content).hexdigest()],
-        cwd=folder,
-        env=os.environ | NO_NETWORK | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def read_until_launched(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """What the page printed until it said "launched", and its own address."""
-    assert process.stdout is not None
-    printed = ""
-    while not (found := re.search("^launched .*$", printed, flags=re.MULTILINE)):
-        line = process.stdout.readline()
-        assert line, printed
-        printed += line
-    assert found[0].endswith(" False")  # its JavaScript comes from the page, not from Amazon's servers
-    return printed, found[0].split()[1]
+    environment = NO_NETWORK | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder)}
+    flags = [checksum or hashlib.sha256(content).hexdigest()]
+    with serve(flags, folder, environment, program=("-c", PAGE)) as page:
+        # False: its JavaScript comes from the page, not from Amazon's servers.
+        url, link = page.wait_for(r"^launched (\S+) (\S+) False$").groups()
+        yield page, url, link
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_link_is_shown_and_ends_however_the_page_ends(how: signal.Signals, tmp_path: Path) -> None:
-    with start_page(tmp_path, SHOWS_LINK) as process:
-        printed, url = read_until_launched(process)
-        assert f"* Running on public URL: {LINK}\n" in printed
-        assert f"launched {url} {LINK} " in printed
+    with start_page(tmp_path, SHOWS_LINK) as (page, url, link):
+        assert f"* Running on public URL: {LINK}\n" in page.output
+        assert link == LINK
         shown = values_on_load(url, {"Host": LINK.removeprefix("https://")})
         assert shown["share-link"] == LINK
         assert f'aria-label="QR code of {LINK}"' in shown["share-qr"]
@@ -103,8 +80,7 @@ def test_a_link_is_shown_and_ends_however_the_page_ends(how: signal.Signals, tmp
         assert "127.0.0.1" in (tmp_path / "arguments").read_text().split()
         helper = int((tmp_path / "pid").read_text())
         assert exists(helper)
-        process.send_signal(how)
-        process.wait(timeout=60)
+        page.stop(how)
         wait_until_gone(helper)
 
 
@@ -121,68 +97,39 @@ def test_a_link_is_shown_and_ends_however_the_page_ends(how: signal.Signals, tmp
         ("touch ran; " + SHOWS_LINK, "0" * 64, "Missing file: "),
     ],
 )
-def test_without_a_link_gradio_says_why_and_the_page_goes_on(
-    script: str | None, checksum: str, words: str, tmp_path: Path
-) -> None:
-    with start_page(tmp_path, script, checksum=checksum) as process:
-        printed, url = read_until_launched(process)
-        assert "Could not create share link. " + words in printed
-        assert f"launched {url} None" in printed
+def test_without_a_link_gradio_says_why(script: str | None, checksum: str, words: str, tmp_path: Path) -> None:
+    with start_page(tmp_path, script, checksum=checksum) as (page, url, link):
+        assert "Could not create share link. " + words in page.output
+        assert link == "None"
         shown = values_on_load(url)
         assert shown["share-note"].startswith("There is no public link. Gradio printed the reason")
         assert not shown["share-link"]
         assert not (tmp_path / "ran").exists()
-        assert process.poll() is None
+        assert exists(page.pid)
 
 
-def test_the_demo_without_a_link_is_served_and_warns_about_strangers(
-    adapter: Folders, bundle: Folders, tmp_path: Path
-) -> None:
+def test_the_demo_without_a_link_warns_about_strangers(flags: list[str], tmp_path: Path) -> None:
     environment = NO_NETWORK | {"HF_HOME": str(tmp_path / "hub")}  # where Gradio keeps its helper program
-    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert")), "--share"]
-    with serve_cleanly(flags, tmp_path, environment) as server:
+    with serve_cleanly([*flags, "--share"], tmp_path, environment) as server:
         with connect(server.wait_for_url()) as client:
             assert client.predict("word1", "word2", api_name="/compare")["runs"] > 0
         assert "warning: --share without --auth or --auth-file" in server.output
         assert "Could not create share link. " in server.output
 
 
-SPACE = [sys.executable, str(ROOT / "demo" / "space.py")]
-
-
-def test_a_space_listens_on_every_address_at_the_port_that_it_is_given(tmp_path: Path) -> None:
-    """From another folder, as nothing may depend on the current one; a port in use says all of it at once."""
+def test_a_space_serves_the_page_at_the_port_that_it_is_given(flags: list[str], tmp_path: Path) -> None:
+    """From another folder; a port in use is told at once. The engines start by importing the file that was run."""
+    space = str(ROOT / "demo" / "space.py")
     with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 -- as a Space does
-        port = taken.getsockname()[1]
-        environment = os.environ | {"GRADIO_SERVER_PORT": str(port)}
-        result = subprocess.run(SPACE, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --port {port} is in use on 0.0.0.0.")
-
-
-def test_a_space_serves_the_page_with_its_engines(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
-    """The engines are processes that start by importing the file that was run."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with subprocess.Popen(
-        [*SPACE, "--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))],
-        cwd=tmp_path,
-        env=os.environ | {"GRADIO_SERVER_PORT": str(port), "XDG_CACHE_HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        printed = ""
-        try:
-            while "the page is at" not in printed and (line := process.stdout.readline()):
-                printed += line
-            with connect(f"http://127.0.0.1:{port}/") as client:
-                answer = client.predict("word1 word2", "word2 word1", api_name="/compare")
-        except Exception as error:
-            raise AssertionError(printed) from error
-        finally:
-            process.terminate()
-            printed += process.stdout.read()
+        port = {"GRADIO_SERVER_PORT": str(taken.getsockname()[1])}
+        environment = os.environ | port
+        result = subprocess.run(
+            [sys.executable, space], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert result.returncode == 2
+        assert result.stderr.startswith(b"error: --port %s is in use on 0.0.0.0." % port["GRADIO_SERVER_PORT"].encode())
+    with serve_cleanly(flags, tmp_path, port, program=[space]) as page:
+        page.wait_for("the page is at")
+        with connect(f"http://127.0.0.1:{port['GRADIO_SERVER_PORT']}/") as client:
+            answer = client.predict("word1 word2", "word2 word1", api_name="/compare")
     assert answer["onnx"]["label"] == answer["pytorch"]["label"]
-    assert "Traceback" not in printed

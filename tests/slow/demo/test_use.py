@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -21,18 +20,10 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from demo.page.tab_use import EXAMPLE, pipeline_snippet
-from tests.conftest import ON_CPU, Folders
+from tests.conftest import ON_CPU
 from tests.demo.engines import PAIR
 from tests.demo.page_client import call_mcp, check_answer, run_python, run_shell, values_on_load
 from tests.demo.server import serve_cleanly
-
-
-@pytest.fixture(scope="module")
-def target(adapter: Folders, bundle: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a page that is meant to stand behind a proxy under a prefix."""
-    flags = ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert")), "--root-path", "/promptfold"]
-    with serve_cleanly(flags, tmp_path_factory.mktemp("cache"), ON_CPU) as server:
-        yield server.wait_for_url().rstrip("/")
 
 
 def test_the_pipeline_code_runs_on_a_bundle(bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -48,28 +39,21 @@ def prefix_proxy(target: str, prefix: str, *, strips: bool) -> Iterator[str]:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with httpx.AsyncClient(timeout=60) as app.state.client:
+        async with httpx.AsyncClient(base_url=target, timeout=60) as app.state.client:
             yield
 
     async def forward(request: Request) -> StreamingResponse:
         path = request.url.path.removeprefix(prefix) if strips else request.url.path
-        headers = {
-            "X-Forwarded-Host": request.headers["host"],
-            "X-Forwarded-Proto": "http",
-            "Content-Type": request.headers.get("content-type", "text/plain"),
-            "Accept": request.headers.get("accept", "*/*"),
-        }
-        asked = request.app.state.client.build_request(
-            request.method,
-            f"{target}{path or '/'}",
-            params=request.url.query,
-            content=await request.body(),
-            headers=headers,
+        kept = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}
+        headers = kept | {"X-Forwarded-Host": request.headers["host"], "X-Forwarded-Proto": "http"}
+        client, content = request.app.state.client, await request.body()
+        asked = client.build_request(
+            request.method, path or "/", params=request.url.query, content=content, headers=headers
         )
-        answer = await request.app.state.client.send(asked, stream=True)
-        kept = {"content-type": answer.headers.get("content-type", "text/plain")}
+        answer = await client.send(asked, stream=True)
+        kind = {"content-type": answer.headers.get("content-type", "text/plain")}
         return StreamingResponse(
-            answer.aiter_bytes(), answer.status_code, kept, background=BackgroundTask(answer.aclose)
+            answer.aiter_bytes(), answer.status_code, kind, background=BackgroundTask(answer.aclose)
         )
 
     route = Route(f"{prefix}{{path:path}}", forward, methods=["GET", "POST", "HEAD"])
@@ -86,21 +70,24 @@ def prefix_proxy(target: str, prefix: str, *, strips: bool) -> Iterator[str]:
             thread.join()
 
 
-def test_behind_a_reverse_proxy_with_a_prefix_the_page_loads_and_its_code_runs(target: str, tmp_path: Path) -> None:
+def test_behind_a_reverse_proxy_with_a_prefix_the_page_loads_and_its_code_runs(
+    flags: list[str], tmp_path: Path
+) -> None:
     """Whether the proxy strips the prefix, as nginx does with a slash behind `proxy_pass`'s host, or keeps it."""
-    for strips in (True, False):
-        with prefix_proxy(target, "/promptfold", strips=strips) as url:
-            page = httpx.get(f"{url}/").raise_for_status().text
-            assert json.loads(re.findall(r"window\.gradio_config = (\{.*?\});", page)[0])["root"] == url
-            assets = re.findall(r'(?:src|href)="\./(assets/[^"]+)"', page)
-            assert assets
-            for asset in assets:
-                assert httpx.get(f"{url}/{asset}").status_code == 200
-            shown = values_on_load(url)
-            assert f'Client("{url}/")' in shown["use-python"]
-            check_answer(ast.literal_eval(run_python(shown["use-python"]).splitlines()[-1]))
-            if shutil.which("curl"):
-                check_answer(run_shell(shown["use-curl"], tmp_path)[0])
-            (server,) = json.loads(shown["use-mcp"])["mcpServers"].values()
-            assert server["url"] == f"{url}/gradio_api/mcp/"
-            assert "compare" in asyncio.run(call_mcp(server["url"], *PAIR))[0]
+    with serve_cleanly([*flags, "--root-path", "/promptfold"], tmp_path / "cache", ON_CPU) as page:
+        for strips in (True, False):
+            with prefix_proxy(page.url, "/promptfold", strips=strips) as url:
+                html = httpx.get(f"{url}/").raise_for_status().text
+                assert json.loads(re.findall(r"window\.gradio_config = (\{.*?\});", html)[0])["root"] == url
+                assets = re.findall(r'(?:src|href)="\./(assets/[^"]+)"', html)
+                assert assets
+                for asset in assets:
+                    assert httpx.get(f"{url}/{asset}").status_code == 200
+                shown = values_on_load(url)
+                assert f'Client("{url}/")' in shown["use-python"]
+                check_answer(ast.literal_eval(run_python(shown["use-python"]).splitlines()[-1]))
+                if shutil.which("curl"):
+                    check_answer(run_shell(shown["use-curl"], tmp_path)[0])
+                (server,) = json.loads(shown["use-mcp"])["mcpServers"].values()
+                assert server["url"] == f"{url}/gradio_api/mcp/"
+                assert "compare" in asyncio.run(call_mcp(server["url"], *PAIR))[0]
