@@ -13,7 +13,7 @@ from export.bundle.folder import load_bundle
 from tests.conftest import ROOT, Folders, flip_bit
 from train.adapter.folder import load_adapter
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "export" / "README.md").read_text(encoding="utf-8")
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
