@@ -23,8 +23,8 @@ def wait_in_a_grandchild() -> None:
 
 
 def wait() -> None:
-    print("waiting", flush=True)
     try:
+        print("waiting", flush=True)  # within the block: the signal may come at once
         time.sleep(3600)
     finally:
         print("cleaned up", flush=True)
