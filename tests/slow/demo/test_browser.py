@@ -101,6 +101,7 @@ def test_the_page_can_be_used_by_keyboard_alone(page: Page) -> None:
 def test_a_visitor_chooses_another_precision_and_the_other_adapter(page: Page) -> None:
     choose(page, "ONNX Runtime", "int8")
     expect(page.locator("#onnx-facts")).to_contain_text(re.compile(r"Precision\s*int8"))
+    choose(page, "ONNX Runtime", "fp32")
     choose(page, "Adapter", "minilm-mrpc$")
     # It is exported first.
     expect(page.locator("#model")).to_contain_text(re.compile(r"Method\s*P-Tuning, 20"))
