@@ -40,7 +40,7 @@ KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
 """Every family with every method that it takes; "-v2" marks P-Tuning v2. For the slow tests."""
 
 MAIN_KINDS = ("bert", "roberta-v2", "gpt2", "llama-v2")
-"""Of encoders and decoders each method once: enough for the tests that run by default."""
+"""An encoder and a decoder with each method: enough for the tests that run by default."""
 TOKEN_TYPES = ("bert", "electra")
 """Families whose tiny tokenizer tells the two sentences apart."""
 CLUSTERS = ("test_growth", "test_score_ray", "test_serving")

@@ -15,7 +15,7 @@ from tests.conftest import DECODERS, ENCODERS, TOKEN_TYPES, family_of, random_ba
 from train.common.folder_record import seal
 
 N_LAYERS = 2
-"""Of every tiny model."""
+"""The same for every tiny model."""
 
 
 def parametrize_kinds(metafunc: pytest.Metafunc, kinds: Sequence[str]) -> None:

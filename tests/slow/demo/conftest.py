@@ -17,5 +17,5 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def flags(adapter: Folders, bundle: Folders) -> list[str]:
-    """Of a page with both engines."""
+    """Flags of a page with both engines."""
     return ["--adapter", str(adapter("bert")), "--bundle", str(bundle("bert"))]

@@ -69,7 +69,7 @@ class Seen:
 
     @property
     def growth(self) -> float:
-        """Of the memory: the median of the last tenth over that of the first third's last tenth, less one."""
+        """Growth of the memory: the median of the last tenth over that of the first third's last tenth, less one."""
         part, third = max(len(self.memory_bytes) // 10, 1), len(self.memory_bytes) // 3
         before = float(np.median(self.memory_bytes[max(third - part, 0) : third] or self.memory_bytes[:1]))
         return float(np.median(self.memory_bytes[-part:])) / before - 1
