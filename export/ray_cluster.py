@@ -89,6 +89,8 @@ def ray_cluster(
             # "local": without it, RAY_ADDRESS could name another cluster.
             options |= {"address": "local", "num_cpus": num_cpus or usable_cores(), "include_dashboard": False}
             options |= {"object_store_memory": OBJECT_STORE_MIB * MIB, "_temp_dir": folder}
+            # Ray's default is 15: beside other busy programs its processes would hardly run, and not start in time.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             message = "Ray cannot be started on this machine ({})."
         else:
             options["address"] = address

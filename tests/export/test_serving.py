@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, AsyncMock, Mock
@@ -192,12 +193,12 @@ def service(models: Models) -> Iterator[Service]:
     from ray import serve
     from ray.exceptions import ActorDiedError
 
-    start = Mock(wraps=serve.start, side_effect=[ActorDiedError(), DEFAULT])
+    start = Mock(wraps=serve.start, side_effect=chain([ActorDiedError()], repeat(DEFAULT)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "start", start)
         made = Service(CONFIG)
     with closing(made):
-        assert start.call_count == 2
+        assert start.call_count >= 2
         made.deploy(models.bert.bundle)
         yield made
 
