@@ -13,7 +13,6 @@ import numpy as np
 from demo.engines.pytorch import COMPILED
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.measure.upload import AGREE, SIDES, Upload
-from demo.measure.weights import is_decoder
 from export.runtime.batches import Classified, count_pairs, in_batches, score_counts
 from export.score.label import PREDICTION, PROBABILITY
 from export.score.write_rows import encode_rows
@@ -169,7 +168,7 @@ def _batch_rows(opened: OpenedEngines, side: str) -> int:
         return BATCH_ROWS
     # A decoder takes one row (`train.adapter.peft.load_peft_model`). What torch.compile made of a batch of one serves
     # others only once it is compiled again, which takes longer than a request may.
-    return 1 if is_decoder(opened.choice.adapter) or opened.setup.pytorch == COMPILED else BATCH_ROWS
+    return 1 if opened.bundle.is_decoder or opened.setup.pytorch == COMPILED else BATCH_ROWS
 
 
 def _finite_logits(opened: OpenedEngines, side: str, arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -13,7 +13,6 @@ import numpy as np
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.engines.timing import Burst, BurstPlan, join_bursts
 from demo.measure.compare import PAUSE_SECONDS, is_disturbed
-from demo.measure.weights import is_decoder
 from export.runtime.batches import random_batch
 from export.runtime.classifier import Execution
 from train.common.errors import EngineError, PromptfoldError, UsageError
@@ -233,7 +232,7 @@ def sweep(stage: Stage, setup: Setup, cells: Sequence[Cell], *, stop: threading.
 def _engines(opened: OpenedEngines, cell: Cell) -> tuple[AnyEngine, ...]:
     """The engines that take this batch, ONNX Runtime last."""
     # See `train.adapter.peft.load_peft_model`: a larger batch would end PyTorch's process.
-    if opened.pytorch is None or (cell.batch_size > 1 and is_decoder(opened.choice.adapter)):
+    if opened.pytorch is None or (cell.batch_size > 1 and opened.bundle.is_decoder):
         return (opened.onnx,)
     return opened.pytorch, opened.onnx
 

@@ -73,7 +73,10 @@ def adapter_tensors(adapter: Adapter) -> dict[str, StoredTensor]:
 
 
 def is_decoder(adapter: Adapter) -> bool:
-    """Whether the base model is causal: transformers calls a decoder's head "score", an encoder's "classifier"."""
+    """Whether the base model is causal, for an adapter that has no bundle yet; later `Bundle.is_decoder` says it.
+
+    transformers calls a decoder's head "score", an encoder's "classifier".
+    """
     return any(name.startswith("base_model.score.") for name in adapter_tensors(adapter))
 
 

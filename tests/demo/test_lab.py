@@ -153,7 +153,8 @@ def test_a_decoder_in_pytorch_is_measured_one_text_at_a_time(stage: Stage, monke
     assert two.record() | {"pytorch_median_ms": None, "speedup": None} == two.record()
     charts_svg(last)
     # PEFT cannot take the larger batch, so here PyTorch's process dies; what was measured before is kept.
-    monkeypatch.setattr("demo.measure.sweep.is_decoder", lambda _: False)
+    encoder = replace(stage.bundle("llama-v2"), is_decoder=False)
+    monkeypatch.setitem(stage._bundles, "llama-v2", encoder)
     taken: list[Sweep] = []
     with pytest.raises(EngineError, match=r"In cell 2 of 2 \(batch 2, 8 tokens\): The PyTorch engine's process"):
         taken.extend(sweep(stage, Setup("llama-v2"), cells, stop=threading.Event()))
