@@ -120,7 +120,7 @@ def test_the_figures_are_those_of_the_adapters_that_ship(name: str) -> None:
 
 def test_the_map_is_the_tree_on_disk() -> None:
     """Each file of the stages is named in its folder's lines, and nothing else is."""
-    (block,) = re.findall(r"## The map\n+((?:    .*\n|\n)+)", README.read_text("utf-8"))
+    (block,) = re.findall(r"## The map\n+```text\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
     named: dict[str, set[str]] = {}
     folders: list[tuple[int, str]] = []
     for line in block.splitlines():
