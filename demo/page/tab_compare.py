@@ -23,6 +23,7 @@ from demo.page.controls import (
     task_updates,
 )
 from demo.page.html import render, render_text
+from train.common.machine import core_limit
 from train.data.tasks import Task
 
 HISTOGRAM_BINS = 24
@@ -156,6 +157,7 @@ def _engine_facts(opened: OpenedEngines, answers: Sequence[Answer] = (), *, is_o
             answer=answer,
             served=answer.served if answer else engine.served,
             is_over=is_over,
+            core_limit=core_limit(),
         )
         for engine, answer in zip_longest(_engines(opened), answers)
     ]

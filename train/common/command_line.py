@@ -11,6 +11,7 @@ from cyclopts import App, ArgumentCollection, Parameter, Token, convert, excepti
 from cyclopts.config import Dict
 
 from train.common.errors import PromptfoldError, UsageError
+from train.common.machine import give_libraries_usable_cores
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class Command(Generic[T]):
         0 when it finished, 2 with one line on standard error where the user can put right what went wrong, 130 after
         Ctrl-C. Anything else is a bug of ours and keeps its traceback.
         """
+        give_libraries_usable_cores()
         try:
             self.run(self.parse(sys.argv[1:] if argv is None else argv))
         except PromptfoldError as error:

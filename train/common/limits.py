@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from train.common.errors import PromptfoldError
+from train.common.machine import usable_memory_bytes
 
 MIB = 2**20
 
@@ -51,4 +52,10 @@ def _check_state(path: Path, state: os.stat_result, max_bytes: int, error: type[
     if state.st_size > max_bytes:
         raise error(
             f"{path} has {state.st_size / MIB:,.0f} MiB; no such file has more than {max_bytes / MIB:,.0f}. {remedy}"
+        )
+    memory = usable_memory_bytes()
+    if memory is not None and state.st_size > memory:
+        raise error(
+            f"{path} has {state.st_size / MIB:,.0f} MiB, and this process may use {memory / MIB:,.0f} MiB of memory. Give "
+            "it more, or take a smaller file."
         )

@@ -1,10 +1,14 @@
-"""This machine: its name, how many cores may be used, and how much memory is taken."""
+"""This machine: its name, how many cores and how much memory may be used, and how much memory is taken."""
 
 import ctypes
+import math
 import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -21,11 +25,89 @@ def describe_machine() -> str:
     return f"{threads} {'core' if threads == 1 else 'cores'} of {name}"
 
 
+@dataclass(frozen=True)
+class CoreLimit:
+    """How many cores this process may use, and what says so."""
+
+    cores: int
+    reason: str
+
+
+def core_limit(proc: Path = Path("/proc/self")) -> CoreLimit:
+    """The least of the processors that this process may run on, its container's CPU quota and OMP_NUM_THREADS.
+
+    A quota is rounded up: 1.5 processors are kept busy by two threads. ``proc`` is what Linux says of the process.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [CoreLimit(available, "the processors that it may run on")]
+    limits += [
+        CoreLimit(max(1, math.ceil(quota / period)), "the container's CPU quota") for quota, period in _cpu_quotas(proc)
+    ]
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if threads.isdecimal() and int(threads):
+        limits.append(CoreLimit(int(threads), "OMP_NUM_THREADS"))
+    return min(limits, key=lambda limit: limit.cores)  # the first of equal ones
+
+
 def usable_cores() -> int:
-    """How many processors this process may use: the thread count of both engines, so that neither has more."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores of `core_limit`: the thread count of both engines, so that neither has more."""
+    return core_limit().cores
+
+
+def give_libraries_usable_cores() -> None:
+    """Tell libraries that are loaded later, and child processes, how many threads to start: none of them reads a quota."""
+    limit = core_limit()
+    if "quota" in limit.reason:
+        for variable in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+            os.environ[variable] = str(limit.cores)
+
+
+def usable_memory_bytes(proc: Path = Path("/proc/self")) -> int | None:
+    """The least of this machine's memory and the limit of this process's container; None where neither is known."""
+    limits = []
+    for folder, is_v2 in _cgroup_folders(proc, "memory"):
+        with suppress(OSError, ValueError):  # "max", or the top group, which has no such file
+            limits.append(int((folder / ("memory.max" if is_v2 else "memory.limit_in_bytes")).read_text("ascii")))
+    with suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=None)
+
+
+def _cpu_quotas(proc: Path) -> Iterator[tuple[int, int]]:
+    """Microseconds of processor time, and the period in which they may be used, of each group that has such a limit."""
+    for folder, is_v2 in _cgroup_folders(proc, "cpu"):
+        with suppress(OSError, ValueError):  # "max" and missing files: no limit
+            if is_v2:
+                quota, period = map(int, (folder / "cpu.max").read_text("ascii").split())
+            else:
+                quota, period = (
+                    int((folder / f"cpu.cfs_{name}_us").read_text("ascii")) for name in ("quota", "period")
+                )
+            if quota > 0 and period > 0:  # version 1 writes -1 for no limit
+                yield quota, period
+
+
+def _cgroup_folders(proc: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control group and of those around it, and whether they are of version 2.
+
+    Source: cgroups(7) and proc_pid_mountinfo(5). A container often sees its own group mounted as the top one, while
+    /proc/self/cgroup names it by the host's path.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text("utf-8").splitlines()]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text("utf-8").splitlines()]
+    except OSError:  # not Linux
+        return
+    for words in mounts:
+        kind, options = words[words.index("-") + 1], words[-1].split(",")
+        is_v2 = kind == "cgroup2"
+        if not is_v2 and not (kind == "cgroup" and controller in options):
+            continue
+        top, mount = words[3], Path(words[4])
+        own = next((path for _, names, path in groups if (not names if is_v2 else controller in names.split(","))), top)
+        inside = Path(own).relative_to(top) if Path(own).is_relative_to(top) else Path()
+        if ".." not in inside.parts:
+            yield from ((mount / folder, is_v2) for folder in (inside, *inside.parents))
 
 
 def peak_memory_mib() -> float:
