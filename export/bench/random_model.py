@@ -16,6 +16,7 @@ from train.common.folder_record import write_record
 from train.config import P_TUNING, TrainConfig
 from train.data.tasks import custom_task
 from train.model.find import ENCODERS
+from train.model.plain_data import refuse_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,7 +53,8 @@ def make_random_bundle(shape_of: str, work: Path, *, device: str) -> tuple[Path,
     if shape_of in SHAPES:
         settings = AutoConfig.for_model(**SHAPES[shape_of])
     else:
-        settings = AutoConfig.from_pretrained(shape_of, local_files_only=True)
+        refuse_settings(Path(shape_of), ModelError, who=f"--shape-of {shape_of}: ")
+        settings = AutoConfig.from_pretrained(shape_of, local_files_only=True, trust_remote_code=False)
     kind = settings.model_type
     if kind not in ENCODERS:
         raise ModelError(f"--shape-of {shape_of} is of type {kind!r}. Give an encoder's: {', '.join(ENCODERS)}.")

@@ -19,6 +19,7 @@ from train.common.limits import MAX_TOKENS
 from train.common.records import parse_record
 from train.data.tasks import METRICS, Task
 from train.model.find import DECODERS
+from train.model.plain_data import refuse_settings
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ def load_bundle(folder: Path) -> Bundle:
     """Read a bundle folder and check it file by file, without loading the graph.
 
     Raises:
-        BundleError: it is not there, is no bundle, is of another format, or a file of it was changed.
+        BundleError: it is not there, is no bundle, is of another format, a file of it was changed, or its settings,
+            which transformers and optimum would read, hold anything but plain data.
     """
     content: dict[str, Any] = read_record(folder, BUNDLE)
     where = folder / FILES.manifest
@@ -242,4 +244,5 @@ def load_bundle(folder: Path) -> Bundle:
         if GRAPH_FILES[graph.precision] not in content["sha256"]:
             raise BundleError(f"{where} has no SHA-256 of {GRAPH_FILES[graph.precision]}. {BUNDLE.remedy}")
     check_seal(folder, content, BUNDLE)
+    refuse_settings(folder, BundleError)
     return replace(bundle, folder=folder)

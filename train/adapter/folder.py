@@ -15,6 +15,7 @@ from train.common.folder_record import check_seal, read_record, reading, write_r
 from train.common.records import parse_record
 from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
+from train.model.plain_data import refuse_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,6 +73,7 @@ def load_adapter(folder: Path) -> Adapter:
     # Everything that changes predictions; not the scores or the card.
     parts = [training[name] for name in ("sha256", "model", "task", "method", "virtual_tokens", "max_length")]
     check_peft_config(folder, record.method, record.virtual_tokens)
+    refuse_settings(folder, AdapterError)
     return Adapter(
         folder=folder,
         model=record.model.name,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from train.common.console import quiet_transformers
 from train.common.errors import HubError, ModelError, first_line
 from train.common.folder_record import read_json_object, sha256_of_file, sha256_of_files
-from train.common.limits import MAX_BASE_BYTES, check_file
 from train.config import MINILM, SMOLLM2
 from train.model.untrusted import refuse_detours
 
@@ -170,7 +169,7 @@ def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None
         raise ModelError(f"Base model {name}: reading GGUF needs a package. Run: pip install gguf==0.19.0")
     if not file.is_file():
         raise ModelError(f"Base model {name}: {file} is not there. Run: {_SMOLLM2_INSTALL}")
-    check_file(file, MAX_BASE_BYTES, ModelError, "Take another one.")
+    refuse_detours(name, file.parent, {}, [file])
     sha256 = sha256_of_file(file)
     _check_sha256(name, file, sha256, expected_sha256, _SMOLLM2_INSTALL)
     settings = _load_settings(f"Base model {name}: {file} cannot be read as GGUF", file.parent, file.name)
