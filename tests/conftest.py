@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 import train  # noqa: F401  -- switches telemetry off before anything below it is imported
+from tests.families import GENERIC, PADDED, POSITIONS
 
 Folders = Callable[[str], Path]
 """Fixtures that make something of a kind: `base_model`, `adapter`, `bundle`."""
@@ -37,11 +38,13 @@ FAMILIES = ENCODERS + DECODERS
 P_TUNED_V2 = ("bert", "electra", "gpt2", "llama", "opt", "roberta", "xlm-roberta")
 """Families that take learned keys and values (P-Tuning v2)."""
 KINDS = (*FAMILIES, *(f"{family}-v2" for family in P_TUNED_V2))
-"""Every family with every method that it takes; "-v2" marks P-Tuning v2. For the slow tests."""
+"""Every known family with every method that it takes; "-v2" marks P-Tuning v2. For the slow tests."""
+GENERIC_KINDS = (*GENERIC, *(f"{name}-v2" for name, family in GENERIC.items() if family.takes_v2))
+"""The same of the families that take the generic way (its "deberta-v2" is a model type)."""
 
-MAIN_KINDS = ("bert", "roberta-v2", "gpt2", "llama-v2")
-"""An encoder and a decoder with each method: enough for the tests that run by default."""
-TOKEN_TYPES = ("bert", "electra")
+MAIN_KINDS = ("bert", "roberta-v2", "gpt2", "llama-v2", "qwen3")
+"""An encoder and a decoder with each method, and the generic way: enough for the tests that run by default."""
+TOKEN_TYPES = ("albert", "bert", "electra", "ernie", "funnel", "nezha", "rembert", "squeezebert")
 """Families whose tiny tokenizer tells the two sentences apart."""
 CLUSTERS = ("test_growth", "test_score_ray", "test_serving")
 """Test files that start Ray."""
@@ -49,13 +52,17 @@ CLUSTERS = ("test_growth", "test_score_ray", "test_serving")
 
 def family_of(kind: str) -> str:
     """ "bert" of "bert-v2"."""
-    return kind.removesuffix("-v2")
+    return kind if kind in GENERIC else kind.removesuffix("-v2")
+
+
+def is_decoder(kind: str) -> bool:
+    """Whether a kind's base model is causal."""
+    family = family_of(kind)
+    return family in DECODERS or (family in GENERIC and GENERIC[family].is_decoder)
 
 
 WORDS = tuple(f"word{number}" for number in range(90))
 VIRTUAL_TOKENS = 5
-POSITIONS = 48
-"""How many tokens every tiny model can number, prompt included."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -144,12 +151,13 @@ def make_base_model(folder: Path, family: str) -> Path:
         "opt": usual | {"ffn_dim": 64, "word_embed_proj_dim": 16},  # as opt-350m, which embeds in another width
         "roberta": from_2 | {"type_vocab_size": 1},
         "xlm-roberta": from_2 | {"type_vocab_size": 1},
+        **{name: generic.sizes for name, generic in (GENERIC | PADDED).items()},
     }[family]
-    # As the real one, GPT-2 has no padding token of its own.
-    common = {"bos_token_id": 0, "eos_token_id": 2} if family == "gpt2" else {"pad_token_id": 1}
+    # As the real ones, GPT-2 and Qwen3 have no padding token of their own.
+    common = {"bos_token_id": 0, "eos_token_id": 2} if family in {"gpt2", "qwen3"} else {"pad_token_id": 1}
     torch.manual_seed(1)
     std = "init_std" if family == "opt" else "initializer_range"
-    config = AutoConfig.for_model(family, vocab_size=len(WORDS) + 4, **common, **sizes, **{std: 0.2})
+    config = AutoConfig.for_model(family, vocab_size=len(WORDS) + 4, **(common | sizes | {std: 0.2}))
     model = AutoModel.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -237,7 +245,7 @@ def train_kind(kind: str, base: Path, folder: Path, flags: str, files: list[str]
     """``python -m train`` for a tiny model."""
     from train.__main__ import main
 
-    method = "p-tuning-v2" if kind.endswith("-v2") else "p-tuning"
+    method = "p-tuning-v2" if kind != family_of(kind) else "p-tuning"
     words = f"--method {method} --virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16 {flags}"
     assert main(["--model", str(base), "--out", str(folder), *words.split(), *files]) == 0
 

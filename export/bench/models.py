@@ -13,7 +13,7 @@ from export.bench.engines import OURS, PEFT, Batch
 from train.adapter.peft import load_peft_model, load_prompted_classifier
 from train.adapter.record import Adapter
 from train.common.errors import first_line
-from train.model.find import BaseModel
+from train.model.find import ENCODERS, BaseModel
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def _export_plain(adapter: Adapter, base: BaseModel, path: Path) -> None:
     """
     from optimum.exporters.onnx.convert import export_pytorch
 
-    from export.fold.trace import describe_architecture
+    from export.fold.graphs.with_optimum import describe_architecture
 
     classifier = plain_classifier(adapter, base)
     settings = describe_architecture(classifier.config)
@@ -122,7 +122,7 @@ def family_module(family: str, adapter: Adapter, base: BaseModel, pad_token_id: 
     if family == PEFT:
         return peft_for_batches(adapter, base, pad_token_id)
     classifier = (load_prompted_classifier if family == OURS else plain_classifier)(adapter, base)
-    if family == OURS and not base.is_decoder and has_absolute_positions(classifier.config):
+    if family == OURS and base.model_type in ENCODERS and has_absolute_positions(classifier.config):
         return CpuEncoder(classifier).eval()
     classifier.freeze_prompt()  # ONNX Runtime computes once what depends on constants alone
     return classifier

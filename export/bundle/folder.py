@@ -158,6 +158,10 @@ class Bundle:
     """One for each precision; fp32 first."""
     is_decoder: bool
     """Whether the base model is causal: PEFT runs such a model one text at a time."""
+    exporter: str | None = None
+    """Which exporter wrote its fp32 graph; None in bundles from before the manifest said so, as for ``rewrites``."""
+    rewrites: tuple[str, ...] | None = None
+    """What was folded into the graph; empty if every request puts the prompt's embeddings before its text."""
     folder: Path = Path()
 
     @property

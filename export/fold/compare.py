@@ -63,13 +63,13 @@ def compare_with_peft(
     for task in tasks:
         adapter = task.adapter
         peft_model = load_peft_model(adapter.folder, base, adapter.labels)
-        vocabulary_size = peft_model.config.vocab_size
+        vocabulary_size = peft_model.config.get_text_config().vocab_size
         generator = np.random.default_rng(0)
         rows = []
         for batch_size, wanted_length in SHAPES:
             shape = (batch_size, min(wanted_length, adapter.max_length))
             batch = random_batch(generator, shape, inputs=inputs, vocabulary_size=vocabulary_size, padded=True)
-            expected = _logits_of_peft(peft_model, batch, one_by_one=base.is_decoder)
+            expected = _logits_of_peft(peft_model, batch)
             actual = run_for_task(session, batch, task.number)[:, : len(adapter.labels)]
             difference = _difference(actual, expected, f"at batch size {batch_size} and length {shape[1]}")
             rows.append(ParityRow(*shape, int((batch["attention_mask"] == 0).sum()), difference))
@@ -79,18 +79,17 @@ def compare_with_peft(
     return session.get_providers(), reports
 
 
-def _logits_of_peft(peft_model: PeftModel, batch: Mapping[str, np.ndarray], *, one_by_one: bool) -> np.ndarray:
+def _logits_of_peft(peft_model: PeftModel, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """The reference's logits, shape = (n_batch, n_labels)
 
-    With ``one_by_one`` each text runs alone, without its padding: PEFT takes a decoder's last row, even if it is padding.
+    Each text runs alone, without its padding: PEFT takes a decoder's last row, even if it is padding, and what a model says
+    of a text must not depend on the texts beside it.
     """
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-    batches = [tensors]
-    if one_by_one:
-        lengths = enumerate(batch["attention_mask"].sum(axis=1))
-        batches = [{name: rows[i : i + 1, :length] for name, rows in tensors.items()} for i, length in lengths]
+    lengths = batch["attention_mask"].sum(axis=1)
+    texts = [{name: rows[i : i + 1, :length] for name, rows in tensors.items()} for i, length in enumerate(lengths)]
     with torch.inference_mode():
-        return torch.cat([peft_model(**one).logits for one in batches]).float().cpu().numpy()
+        return torch.cat([peft_model(**text).logits for text in texts]).float().cpu().numpy()
 
 
 def _difference(actual: np.ndarray, expected: np.ndarray, where: str) -> float:

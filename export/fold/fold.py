@@ -10,8 +10,13 @@ from export.fold.rewrites.many_tasks import MultiTaskClassifier, load_constants,
 from train.adapter.peft import load_prompted_classifier
 from train.adapter.record import Adapter
 from train.common.errors import UsageError
-from train.model.find import BaseModel
-from train.model.prompted import has_absolute_positions
+from train.model.find import DECODERS, ENCODERS, BaseModel
+from train.model.prompted import KeyValuePrompt, has_absolute_positions
+
+CONSTANT_ROWS, CONSTANT_KEYS_VALUES = "constant prompt rows", "constant keys and values"
+ENCODER_FOR_CPU, ENCODER_FOR_GPU = "encoder for CPUs", "encoder for GPUs"
+REWRITES = (CONSTANT_ROWS, CONSTANT_KEYS_VALUES, ENCODER_FOR_CPU, ENCODER_FOR_GPU)
+"""What a manifest names: `export.fold.rewrites.encoder` explains each, and export/README.md has the table."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,13 @@ class FoldedModel:
     virtual_tokens: int
     for_gpu: bool
     """Whether the graph gets the operators that a GPU wants."""
+    rewrites: tuple[str, ...]
+    """What was folded, by the names of `REWRITES`; empty if the prompt's embeddings are put before every text."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its type is one whose layers and attention were rewritten or tried for all its graphs."""
+        return self.base.model_type in ENCODERS + DECODERS
 
 
 def fold_adapters(adapters: Sequence[Adapter], base: BaseModel, *, for_gpu: bool = False) -> FoldedModel:
@@ -34,17 +46,17 @@ def fold_adapters(adapters: Sequence[Adapter], base: BaseModel, *, for_gpu: bool
     Raises:
         UsageError: no graph of ours serves several adapters of this base model.
     """
-    # All operators of an encoder's attention are written in `export.fold.rewrites`. BLOOM's has no other form than eager.
-    attention = "sdpa" if for_gpu and base.is_decoder and base.model_type != "bloom" else "eager"
-    classifier = load_prompted_classifier(adapters[0], base, attention=attention)
+    classifier = load_prompted_classifier(adapters[0], base, attention=_attention(base, for_gpu=for_gpu))
     settings = classifier.config
-    is_rewritten = not base.is_decoder and has_absolute_positions(settings)
+    is_rewritten = base.model_type in ENCODERS and has_absolute_positions(settings)
     module: Any = classifier
     if len(adapters) > 1:
         if not (is_rewritten or base.is_decoder):
+            why = f"is of type {base.model_type}, whose head we do not know"
+            if base.model_type in ENCODERS:
+                why = f"has relative positions ({settings.position_embedding_type})"
             raise UsageError(
-                f"{base.name} has relative positions ({settings.position_embedding_type}), and no graph of ours "
-                "serves several of its adapters. Export each alone."
+                f"{base.name} {why}, and no graph of ours serves several of its adapters. Export each alone."
             )
         first, backbone, activation = take_constants(classifier, is_decoder=base.is_decoder, for_gpu=for_gpu)
         others = [load_constants(adapter, base) for adapter in adapters[1:]]
@@ -55,4 +67,21 @@ def fold_adapters(adapters: Sequence[Adapter], base: BaseModel, *, for_gpu: bool
         names = module.prompt_names
     else:
         names = classifier.freeze_prompt()
-    return FoldedModel(module.eval(), base, names, adapters[0].virtual_tokens, for_gpu)
+    rewrites = [CONSTANT_KEYS_VALUES if isinstance(classifier, KeyValuePrompt) else CONSTANT_ROWS]
+    if is_rewritten:
+        rewrites.append(ENCODER_FOR_GPU if for_gpu else ENCODER_FOR_CPU)
+    elif not isinstance(classifier, KeyValuePrompt):
+        rewrites = []
+    return FoldedModel(module.eval(), base, names, adapters[0].virtual_tokens, for_gpu, tuple(rewrites))
+
+
+def _attention(base: BaseModel, *, for_gpu: bool) -> str | None:
+    """The implementation of attention that is traced.
+
+    All operators of a known encoder's attention are written in `export.fold.rewrites`. BLOOM's has no other form than
+    eager. Other types keep transformers' own choice, which PEFT runs: the forms are not always equal, as Gemma 2 limits
+    its scores in the eager one alone.
+    """
+    if base.model_type not in ENCODERS + DECODERS:
+        return None
+    return "sdpa" if for_gpu and base.is_decoder and base.model_type != "bloom" else "eager"

@@ -44,12 +44,13 @@ def _trace(sources: Sources, folder: Path) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     from export.fold.fold import fold_adapters
-    from export.fold.trace import OPSET, TRACED_SHAPE, write_graph
+    from export.fold.graphs.description import OPSET, TRACED_SHAPE
+    from export.fold.trace import write_graph
 
     adapter, base, tokenizer = sources.adapters[0], sources.base, sources.tokenizer
     say(f"[2/5] folding {adapter.virtual_tokens} virtual tokens and tracing the graph")
     model = fold_adapters(sources.adapters, base)
-    inputs, outputs = write_graph(model, folder / FILES.model)
+    graph = write_graph(model, folder / FILES.model)
     settings = model.module.config
     # The name of the classifier's class: serving engines read it, and a base model's own is another.
     settings.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[settings.model_type]]
@@ -61,11 +62,13 @@ def _trace(sources: Sources, folder: Path) -> dict[str, Any]:
         "method": adapter.method,
         "virtual_tokens": adapter.virtual_tokens,
         "max_length": adapter.max_length,
-        "vocabulary_size": settings.vocab_size,
+        "vocabulary_size": settings.get_text_config().vocab_size,
         "pad_token_id": tokenizer.pad_token_id,
         "token_types": sources.has_token_types,
-        "inputs": inputs,
-        "outputs": outputs,
+        "inputs": graph.inputs,
+        "outputs": graph.outputs,
+        "exporter": graph.exporter,
+        "rewrites": model.rewrites,
         "prompt_initializers": model.prompt_names,
         "opset": OPSET,
         "traced_shape": TRACED_SHAPE,

@@ -1,44 +1,35 @@
 """Step 3, trace: a folded model → one ONNX graph with dynamic batch and sequence, the prompts in its initializers."""
 
-import copy
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-# Registers the architectures that optimum can export; the TasksManager knows none before.
-import optimum.exporters.onnx.model_configs  # noqa: F401
 import torch
-from optimum.exporters.onnx.base import OnnxConfig
-from optimum.exporters.onnx.convert import export_pytorch
-from optimum.exporters.tasks import TasksManager
 
-from export.bundle.folder import TASK_IDS
 from export.fold.fold import FoldedModel
+from export.fold.graphs.description import OPSET, OUTPUTS
+from export.fold.graphs.exporter import write_by_an_exporter
 from export.fold.rewrites.gpu_operators import exporting_fused_attention, fuse_operators
-from export.fold.rewrites.many_tasks import MultiTaskClassifier
 from train.common.errors import ModelError
 from train.common.limits import MAX_MODEL_BYTES
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-OPSET = 18
-TRACED_SHAPE = {"batch_size": 2, "sequence_length": 16}
-"""The one shape that is traced; parity is measured on others."""
+@dataclass(frozen=True)
+class WrittenGraph:
+    """What was written, for the manifest."""
+
+    inputs: tuple[str, ...]
+    """Names, in order."""
+    outputs: tuple[str, ...]
+    exporter: str
 
 
-def write_graph(model: FoldedModel, path: Path) -> tuple[list[str], list[str]]:
+def write_graph(model: FoldedModel, path: Path) -> WrittenGraph:
     """Trace a model and write it as ONNX into one file, weights and prompts included.
 
-    optimum says which inputs the architecture takes and patches what cannot be traced. It uses
-    PyTorch's TorchScript exporter, whose graph of a decoder's eager attention ONNX Runtime's optimizer knows.
-
-    Returns:
-        names of the inputs and of the outputs, in order
-
     Raises:
-        ModelError: the weights do not fit into an ONNX file.
+        ModelError: the weights do not fit into an ONNX file, or no exporter can write the model.
     """
     n_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
     if n_bytes >= MAX_MODEL_BYTES:
@@ -47,48 +38,20 @@ def write_graph(model: FoldedModel, path: Path) -> tuple[list[str], list[str]]:
             f"{MAX_MODEL_BYTES / 1e9:.1f} GB. Take a smaller base model."
         )
     settings = model.module.config
-    description = describe_architecture(settings)
-    if isinstance(model.module, MultiTaskClassifier):
-        description.__class__ = _with_task_ids(type(description))
-    heads = settings.num_attention_heads
+    heads = getattr(settings, "num_attention_heads", 1)
     attention = exporting_fused_attention(OPSET, heads=heads, virtual_tokens=model.virtual_tokens)
+    fuses = model.for_gpu and model.is_known
     with warnings.catch_warnings():
-        # optimum uses the deprecated exporter, and parity is measured on shapes that were not traced.
+        # The exporters call parts of PyTorch that go away; parity is measured on shapes that were not traced.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         # It warns of negative indices. Here they count rows and positions: transformers' in masks, ours of last tokens.
         warnings.filterwarnings("ignore", message="Exporting aten::index operator of advanced indexing")
         # How many rows of the position table a text takes is no constant, and need not be one.
         warnings.filterwarnings("ignore", message="Constant folding - Only steps=1 can be constant folded")
-        with attention if model.for_gpu else nullcontext():
-            shapes = dict(TRACED_SHAPE)
-            names = export_pytorch(model.module, description, opset=OPSET, output=path, input_shapes=shapes)
-        if model.for_gpu:
+        with attention if fuses else nullcontext():
+            description, exporter = write_by_an_exporter(model, path)
+        if fuses:
             fuse_operators(path, heads=heads, hidden_size=settings.hidden_size)
-    inputs, outputs = map(list, names)
-    return inputs, outputs
-
-
-def describe_architecture(settings: "PretrainedConfig") -> OnnxConfig:
-    """What optimum knows of an architecture with a head for classification: its inputs, and how to trace it."""
-    return TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=settings.model_type, task="text-classification", library_name="transformers"
-    )(settings)
-
-
-def _with_task_ids(description: type[OnnxConfig]) -> type[OnnxConfig]:
-    """optimum's description of an architecture with one more input, the number of each row's task."""
-
-    class WithTaskIds(description):
-        @property
-        def inputs(self) -> dict[str, dict[int, str]]:
-            return {**super().inputs, TASK_IDS: {0: "batch_size"}}
-
-        def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, torch.Tensor]:
-            # The plain description makes an input for each name that it knows; it does not know ours.
-            plain = copy.copy(self)
-            plain.__class__ = description
-            others: dict[str, torch.Tensor] = plain.generate_dummy_inputs(framework, **shapes)
-            return {**others, TASK_IDS: torch.zeros(len(others["input_ids"]), dtype=torch.long)}
-
-    return WithTaskIds
+    return WrittenGraph(description.inputs, OUTPUTS, exporter)

@@ -11,7 +11,7 @@ import pytest
 
 from export.__main__ import main
 from export.bundle.folder import BUNDLE
-from tests.conftest import DECODERS, ENCODERS, TOKEN_TYPES, family_of, random_batch
+from tests.conftest import ENCODERS, TOKEN_TYPES, family_of, is_decoder, random_batch
 from train.common.folder_record import seal
 
 N_LAYERS = 2
@@ -50,7 +50,7 @@ def padded_batch(kind: str, n_batch: int, n_text: int, seed: int = 1) -> dict[st
 def peft_batch(kind: str, n_batch: int, n_text: int, seed: int = 3) -> dict[str, np.ndarray]:
     """A random batch that PEFT reads as well: padded on the right, but for a decoder, of which it reads the last row."""
     batch = padded_batch(kind, n_batch, n_text, seed)
-    if family_of(kind) in DECODERS:
+    if is_decoder(kind):
         batch["attention_mask"][:] = 1
         # transformers takes a last padding token for padding.
         batch["input_ids"][:, -1] = 7

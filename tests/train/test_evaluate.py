@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from tests.conftest import DECODERS, Data, Folders, family_of, make_pairs, peft_logits, write_jsonl
+from tests.conftest import Data, Folders, family_of, is_decoder, make_pairs, peft_logits, write_jsonl
 from train.evaluate import main
 
 Capture = pytest.CaptureFixture[str]
@@ -36,7 +36,7 @@ def peft_predictions(
 def check_scores(scores: dict[str, float], kind: str, adapter: Folders, base_model: Folders, file: Path) -> None:
     """Compare with the metrics of scikit-learn on what PEFT alone predicts for an MRPC file."""
     rows, family = [json.loads(line) for line in file.read_text().splitlines()], family_of(kind)
-    columns, alone = ("sentence1", "sentence2"), family in DECODERS
+    columns, alone = ("sentence1", "sentence2"), is_decoder(kind)
     predicted = peft_predictions(adapter(kind), base_model(family), rows, columns, alone=alone)
     expected = [row["label"] for row in rows]
     metrics = {"accuracy": accuracy_score(expected, predicted), "f1": f1_score(expected, predicted)}

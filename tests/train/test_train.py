@@ -261,8 +261,11 @@ def test_what_the_flags_alone_do_not_show_is_refused_too(
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     (tmp_path / "model.safetensors").write_bytes(b"x")
     error = refusal([*words, str(tmp_path)], capsys)
-    assert "is of type 't5', which is not supported. Supported are encoders of type bert" in error
-    assert "and decoders of type bloom, gpt2, llama, opt." in error
+    assert "is of type 't5', which is not supported: it is an encoder with a decoder" in error
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    error = refusal([*words, str(tmp_path)], capsys)
+    assert "is of type 'clip', which is not supported: transformers has no text classifier of this type." in error
+    assert "Take an encoder (bert, roberta, modernbert …) or a decoder (gpt2, llama, qwen3 …)." in error
     for family in ("bloom", "distilbert", "mpnet"):  # where PEFT cannot do it
         error = refusal([*words, str(base_model(family)), "--method", "p-tuning-v2"], capsys)
         start = f"error: --method p-tuning-v2 does not work with .*models of type '{family}'.*"

@@ -1,12 +1,13 @@
 """Loads a base model as a classifier, and puts a prompt before its text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.common.console import quiet_transformers
 from train.common.errors import ModelError, first_line
 from train.config import P_TUNING_V2
-from train.model.find import BERT_LIKE, MALFORMED, BaseModel
+from train.model.architecture import head_modules
+from train.model.find import BERT_LIKE, DECODERS, MALFORMED, BaseModel
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,9 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
 
     try:
         with quiet_transformers():
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 **base.source,
+                output_loading_info=True,
                 num_labels=len(labels),
                 id2label=dict(enumerate(labels)),
                 label2id={label: index for index, label in enumerate(labels)},
@@ -39,10 +41,25 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
             f"Base model {base.name}: the weights in {base.folder} cannot be loaded ({first_line(cause)}). "
             "Take an unbroken copy."
         ) from cause
+    _check_whole(base, model, loaded)
     if model.config.pad_token_id is None:
         # transformers' own forward, which PEFT calls, takes no batch without one.
-        model.config.pad_token_id = model.config.eos_token_id
+        end = model.config.eos_token_id
+        model.config.pad_token_id = end[0] if isinstance(end, list) else end
     return model
+
+
+def _check_whole(base: BaseModel, model: "PreTrainedModel", loaded: Mapping[str, Any]) -> None:
+    """Refuse weights that lack a part of the backbone, or hold it in another shape: it would stay random."""
+    heads = {f".{name}." for name in head_modules(model)}
+    wrong = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
+    backbone = f"{model.base_model_prefix}."
+    random = [name for name in wrong if not any(part in f".{name.removeprefix(backbone)}" for part in heads)]
+    if random:
+        raise ModelError(
+            f"Base model {base.name}: the weights in {base.folder} lack {len(random)} tensors of a model of type "
+            f"{base.model_type!r}, or hold them in another shape, such as {min(random)}. Take an unbroken copy."
+        )
 
 
 def put_prompt_before(
@@ -61,9 +78,9 @@ def put_prompt_before(
         if not isinstance(layers[-1], PooledRowLayer):
             layers[-1] = PooledRowLayer(layers[-1])
     in_every_layer = method == P_TUNING_V2
-    if base.is_decoder or in_every_layer:
+    if base.model_type in DECODERS or in_every_layer:
         return KeyValuePrompt(model, prompt, is_decoder=base.is_decoder, in_every_layer=in_every_layer)
-    return EmbeddingPrompt(model, prompt)
+    return EmbeddingPrompt(model, prompt, is_decoder=base.is_decoder)
 
 
 def prompted_classifier(

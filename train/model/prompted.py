@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from train.model.keys_values import key_value_heads
+
 
 class PromptedClassifier(torch.nn.Module):
     """A frozen transformer with a learned prompt and head."""
@@ -67,15 +69,39 @@ class PromptedClassifier(torch.nn.Module):
 
 
 class EmbeddingPrompt(PromptedClassifier):
-    """A frozen encoder under P-Tuning: the prompt's embeddings stand before the text's.
+    """A frozen transformer under P-Tuning: the prompt's embeddings stand before the text's.
 
     As in `peft.PeftModelForSequenceClassification.forward`, positions run through both, the prompt has token
-    type 0 and is never masked, and the pooled row is virtual token 0. With any right padding the logits equal PEFT's.
+    type 0 and is never masked. An encoder pools as it always does, most of them row 0, which is virtual token 0; with any
+    right padding the logits equal PEFT's. A decoder pools the last real token, see `KeyValuePrompt`.
     """
 
+    def __init__(
+        self, model: PreTrainedModel, prompt: torch.Tensor | torch.nn.Module, *, is_decoder: bool = False
+    ) -> None:
+        super().__init__(model, prompt)
+        self._is_decoder = is_decoder
+
     def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        table = self.prompt_table()
-        n_virtual, n_batch = table.shape[0], inputs["input_ids"].shape[0]
+        longer = self._with_prompt(inputs, self.prompt_table())
+        if not self._is_decoder:
+            logits: torch.Tensor = self.model(**longer).logits
+            return logits
+        head_logits: torch.Tensor = self.model.score(self._last_rows(longer))
+        return head_logits
+
+    def pooled(self, inputs: Mapping[str, torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+        """The row of a decoder's last real tokens, shape = (n_batch, n_hidden), for a prompt of
+        shape = (n_batch or 1, n_virtual, n_width)."""
+        return self._last_rows(self._with_prompt(inputs, table))
+
+    def _last_rows(self, longer: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        mask = longer["attention_mask"]
+        rows: torch.Tensor = self.model.base_model(**longer, use_cache=False).last_hidden_state
+        return rows[torch.arange(mask.shape[0], device=mask.device), mask.sum(dim=1) - 1]
+
+    def _with_prompt(self, inputs: Mapping[str, torch.Tensor], table: torch.Tensor) -> dict[str, torch.Tensor]:
+        n_virtual, n_batch = table.shape[-2], inputs["input_ids"].shape[0]
         text = self.model.get_input_embeddings()(inputs["input_ids"])
         # An unsqueeze or a cast without effect would be folded into the table, which then loses its name in the graph.
         prompt = (table if table.dtype == text.dtype else table.to(text.dtype)).expand(n_batch, -1, -1)
@@ -87,8 +113,7 @@ class EmbeddingPrompt(PromptedClassifier):
         types = inputs.get("token_type_ids")
         if types is not None:
             longer["token_type_ids"] = torch.cat([types.new_zeros(n_batch, n_virtual), types], dim=1)
-        logits: torch.Tensor = self.model(**longer).logits
-        return logits
+        return longer
 
 
 class KeyValuePrompt(PromptedClassifier):
@@ -109,6 +134,7 @@ class KeyValuePrompt(PromptedClassifier):
         n_layers · 2 · n_key_value_heads · n_head), else embeddings, shape = (n_virtual, n_hidden)."""
         super().__init__(model, prompt)
         self._is_decoder, self._in_every_layer = is_decoder, in_every_layer
+        self._heads = key_value_heads(model, is_decoder=is_decoder) if in_every_layer else 0
         self._frozen: list[tuple[str, str]] = []
 
     def keys_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,10 +146,9 @@ class KeyValuePrompt(PromptedClassifier):
             mask = torch.ones(1, len(table), dtype=torch.long, device=table.device)
             outputs = self.model.base_model(inputs_embeds=table[None], attention_mask=mask, use_cache=True)
             return [(layer.keys, layer.values) for layer in outputs.past_key_values.layers]
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        n_layers = self.config.num_hidden_layers
+        n_layers = self.config.get_text_config().num_hidden_layers
         # shape = (n_layers, 2, 1, n_key_value_heads, n_virtual, n_head)
-        stacked = table.view(len(table), n_layers, 2, heads, -1).permute(1, 2, 3, 0, 4).unsqueeze(2)
+        stacked = table.view(len(table), n_layers, 2, self._heads, -1).permute(1, 2, 3, 0, 4).unsqueeze(2)
         return [(layer[0], layer[1]) for layer in stacked]
 
     def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -48,6 +48,8 @@ def base_tokenizer(base: BaseModel, max_length: int) -> "PreTrainedTokenizerFast
     """
     tokenizer = load_tokenizer(base.folder, max_length, gguf_file=base.gguf_file)
     if not base.is_decoder:
+        if not base.takes_token_types:
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         return tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast

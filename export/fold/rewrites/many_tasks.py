@@ -20,7 +20,7 @@ from export.fold.rewrites.gpu_encoder import GpuEncoder
 from train.adapter.peft import load_prompted_classifier
 from train.adapter.record import Adapter
 from train.model.find import BaseModel
-from train.model.prompted import KeyValuePrompt, PromptedClassifier
+from train.model.prompted import EmbeddingPrompt, KeyValuePrompt, PromptedClassifier
 
 NO_LABEL = float(np.finfo(np.float32).min)
 """The logit of a label that a task does not have, where another has more."""
@@ -44,7 +44,9 @@ def take_constants(
     else:
         backbone = (GpuEncoder if for_gpu else CpuEncoder)(classifier).eval()
         names = backbone.prompt_names
-    tensors = {name: getattr(backbone, name)[0] for name in names}
+    # An embedding prompt is a table; all other constants have an axis for the batch.
+    embeds = isinstance(backbone, EmbeddingPrompt)
+    tensors = {name: getattr(backbone, name) if embeds else getattr(backbone, name)[0] for name in names}
     dense, activation, out = _head(classifier.model)
     if dense is not None:
         tensors |= {"head_dense_weight": dense.weight.detach().T.contiguous(), "head_dense_bias": dense.bias.detach()}
@@ -104,7 +106,10 @@ class MultiTaskClassifier(torch.nn.Module):
         assert task_ids is not None
         own = {name: getattr(self, name).index_select(0, task_ids) for name in self.names}
         prompt = {name: own[name] for name in self._prompt_names}
-        if isinstance(self.backbone, KeyValuePrompt):
+        if isinstance(self.backbone, EmbeddingPrompt):
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            row = self.backbone.pooled(inputs, prompt["prompt_embeddings"])
+        elif isinstance(self.backbone, KeyValuePrompt):
             layers = range(len(prompt) // 2)
             row = self.backbone.pooled(
                 {"input_ids": input_ids, "attention_mask": attention_mask},
