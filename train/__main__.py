@@ -32,14 +32,15 @@ def _run(config: TrainConfig) -> None:
         return
     adapter = result.adapter
     say(f"{config.out}: seed {result.seed}, epoch {result.best_epoch} of {result.n_epochs}, on validation:")
-    rows = {"this adapter": str(adapter.scores)}
+    rows = {"this adapter": adapter.scores.with_recalls()}
+    rows |= {f"this adapter on {name}": str(scores) for name, scores in adapter.more_scores.items()}
     if len(result.seed_scores) > 1:
         for seed, scores in result.seed_scores.items():
             say(f"  seed {seed}: {scores}")
         rows[f"mean of {len(result.seed_scores)} seeds"] = ", ".join(
             f"{METRICS[name]} {100 * item.mean:.1f} ± {100 * item.std:.1f}" for name, item in result.spread.items()
         )
-    rows |= {name: str(scores) for name, scores in adapter.baselines.items()}
+    rows |= {name: scores.with_recalls() for name, scores in adapter.baselines.items()}
     for name, scores_text in rows.items():
         say(f"  {name}: {scores_text}")
 

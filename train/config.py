@@ -18,6 +18,10 @@ METHODS = (P_TUNING, P_TUNING_V2)
 REPARAMETERIZATIONS = ("mlp", "lstm", "residual", "none")
 PRECISIONS = ("fp32", "bf16", "fp16")
 REPORTERS = ("none", "tensorboard", "trackio")
+CLASS_WEIGHTS = ("none", "balanced")
+CLASSIFICATION, REGRESSION, MULTI_LABEL = "classification", "regression", "multi_label"
+KINDS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
+"""Kinds of task: exactly one class a text; a number; any number of labels."""
 
 _DATA, _METHOD, _OPTIMISER, _RUN = (
     Parameter(group=Group.create_ordered(name)) for name in ("Data", "Method", "Optimiser", "Run")
@@ -41,7 +45,7 @@ class TrainConfig:
     folder"""
 
     task: Annotated[str | None, _DATA] = None
-    """a GLUE task: mrpc, qqp, rte, qnli, wnli, mnli, sst2 or cola (default: mrpc, or your own columns where
+    """a GLUE task: mrpc, qqp, rte, qnli, wnli, mnli, sst2, cola or stsb (default: mrpc, or your own columns where
     --text-columns names them)"""
     train_file: Annotated[Path | None, _DATA] = None
     """training data (.csv, .jsonl or .parquet) in place of the hub's"""
@@ -53,6 +57,11 @@ class TrainConfig:
     """label column of your own files (default: label)"""
     labels: Annotated[Words, _DATA] = ()
     """labels of your own files in the order you want (default: those of the training file, sorted)"""
+    kind: Annotated[str | None, _DATA, Parameter(choices=KINDS)] = None
+    """of your own files: classification, one label a row; regression, a number; multi_label, any number of labels: a list,
+    or names with a comma between (default: classification)"""
+    threshold: Annotated[float | None, _DATA] = None
+    """with --kind multi_label: the probability from which a label is predicted (default: 0.5)"""
     max_length: Annotated[int | None, _DATA] = None
     """longest text in tokens (default: the model's positions less the prompt)"""
     swap_sentences: Annotated[bool, _DATA] = False
@@ -84,6 +93,8 @@ class TrainConfig:
     """learning rate of the prompt alone (default: the same as --learning-rate)"""
     weight_decay: Annotated[float, _OPTIMISER] = 0.01
     """AdamW's weight decay"""
+    class_weights: Annotated[str, _OPTIMISER, Parameter(choices=CLASS_WEIGHTS)] = "none"
+    """balanced: the loss weighs each class by n / (k · its rows), of n rows and k classes, so that rare ones count"""
     average: Annotated[float, _OPTIMISER] = 0.0
     """decay per step of a running average of what is learned, which is then what is scored and kept; 0: none"""
     precision: Annotated[str, _OPTIMISER, Parameter(choices=PRECISIONS)] = "fp32"
@@ -137,7 +148,7 @@ class TrainConfig:
                 given, missing = missing, given
             raise UsageError(f"{given} was given without {missing}. Give both, or neither for the hub's data.")
         if not self.text_columns:
-            for name in ("label_column", "labels"):
+            for name in ("label_column", "labels", "kind", "threshold"):
                 if getattr(self, name):
                     raise UsageError(f"{flag(name)} needs --text-columns, which says that the columns are your own.")
             return
@@ -150,8 +161,17 @@ class TrainConfig:
             )
         if self.task is not None:
             raise UsageError(f"--task {self.task} has its own columns. Leave --task or --text-columns out.")
+        self._check_kind()
         if self.train_file is None:
             raise UsageError("--text-columns names columns of your own files. Give --train-file and --validation-file.")
+
+    def _check_kind(self) -> None:
+        if self.kind == REGRESSION and self.labels:
+            raise UsageError(f"--labels {','.join(self.labels):.80}: a regression has a number. Leave --labels out.")
+        if self.threshold is not None and self.kind != MULTI_LABEL:
+            raise UsageError(f"--threshold {self.threshold} is for --kind {MULTI_LABEL}. Add that, or leave it out.")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise UsageError(f"--threshold {self.threshold}: give a number above 0 and below 1, such as 0.5.")
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

@@ -54,9 +54,10 @@ def _run(config: EvaluateConfig) -> None:
     if encoded.texts_cut:
         say(f"{encoded.texts_cut} texts are longer than {adapter.max_length} tokens and lost their end")
     for name, values in {"this adapter": scores, **baselines}.items():
-        say(f"  {name}: {values}")
+        say(f"  {name}: {values.with_recalls()}")
     document = {"adapter": str(config.adapter), "file": str(config.file), "rows": len(encoded.rows)}
     results = {"scores": scores.values, "baselines": {name: values.values for name, values in baselines.items()}}
+    results["recalls"] = scores.recalls
     say(json.dumps(document | {"texts_cut": encoded.texts_cut} | results))
 
 

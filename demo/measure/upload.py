@@ -1,8 +1,9 @@
 """A visitor's file, read within limits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from demo.access.limits import MAX_BYTES
 from export.runtime.check_text import MAX_CHARACTERS
@@ -44,8 +45,8 @@ class Upload:
     """What the adapter learned, with the file's columns."""
     sentences: list[tuple[str, ...]]
     """The one or two sentences of each row."""
-    expected: list[int] | None
-    """The class index of each row, where the file has labels."""
+    expected: Sequence[Any] | None
+    """The label of each row, as `train.data.labels.parse_label` gives it, where the file has labels."""
     schema: "pyarrow.Schema"
     """As from `merge_schema`."""
 

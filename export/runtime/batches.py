@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -153,7 +154,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def count_pairs(task: Task, expected: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray) -> np.ndarray:
+def count_pairs(task: Task, expected: Sequence[Any] | np.ndarray, predicted: Sequence[int] | np.ndarray) -> np.ndarray:
     """The confusion matrix of class indices, shapes = (n_rows,); int64, shape = (n_labels expected, n_labels predicted)"""
     counts = np.zeros((len(task.labels), len(task.labels)), np.int64)
     np.add.at(counts, (np.asarray(expected, np.int64), np.asarray(predicted, np.int64)), 1)

@@ -14,6 +14,7 @@ from export.score.options import Opened, ScoreOptions
 from export.score.write_rows import encode_rows
 from train.common.errors import DataError
 from train.data.check_rows import check_columns, read_labels, read_sentences
+from train.data.labels import Label
 from train.data.read_rows import Chunk
 from train.data.tasks import Scores, Task
 
@@ -45,10 +46,11 @@ def _added_columns(task: Task, options: ScoreOptions) -> list[str]:
     return [PREDICTION, PROBABILITY, *each]
 
 
-def read_checked(chunk: Chunk, task: Task, *, is_labelled: bool) -> tuple[list[tuple[str, ...]], list[int]]:
+def read_checked(chunk: Chunk, task: Task, *, is_labelled: bool) -> tuple[list[tuple[str, ...]], list[Label]]:
     """The sentences and the class index of each row (none where no labels are read); the first bad row is refused."""
     sentences = read_sentences(chunk, task)
-    return sentences, read_labels(chunk, task, or_else=NO_LABELS) if is_labelled else []
+    labels = read_labels(chunk, task, or_else=NO_LABELS) if is_labelled else []
+    return sentences, labels
 
 
 def describe_run(

@@ -88,8 +88,8 @@ def test_a_glue_task_is_the_one_on_the_hub(name: str, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     splits = load_splits(TrainConfig(out=tmp_path / "a", task=name))
-    validation = "validation_matched" if name == "mnli" else "validation"
-    assert asked == [("nyu-mll/glue", name, "train"), ("nyu-mll/glue", name, validation)]
+    validation = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+    assert asked == [("nyu-mll/glue", name, split) for split in ("train", *validation)]
     task = splits.task
     assert list(task.labels) == labels
     # A file may hold names in the place of indices.

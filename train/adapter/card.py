@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from train.adapter.record import FILES
-from train.config import P_TUNING, P_TUNING_V2
-from train.data.tasks import METRICS
+from train.config import CLASSIFICATION, P_TUNING, P_TUNING_V2
+from train.data.tasks import METRICS, Scores
 
 _DESCRIPTIONS = {
     P_TUNING: "learned embeddings before the text (P-Tuning, arXiv 2103.10385)",
@@ -22,11 +22,16 @@ def model_card(training: dict[str, Any]) -> str:
         base_model=training["model"]["hub_name"], library_name="peft", pipeline_tag="text-classification"
     )
     source = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    recalls = training.get("recalls", {"validation": {}, "baselines": {}})
     return Template(source, undefined=StrictUndefined, keep_trailing_newline=True).render(
         training,
         front_matter=data.to_yaml(),
         description=_DESCRIPTIONS[training["method"]],
         metric_names=METRICS,
+        recall_words=lambda found: Scores({}, found).recall_words,
+        recalls=recalls,
+        more_validation=training.get("more_validation", {}),
+        kind=training["task"].get("kind", CLASSIFICATION),
         percent=lambda value: f"{100 * value:.1f}",
         curves=FILES.curves,
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,14 @@ class _SettingsRecord:
 
 
 @dataclass(frozen=True)
+class _RecallsRecord:
+    """By label; adapters of earlier versions have none."""
+
+    validation: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _TrainingRecord:
     """The entries of training.json that `Adapter` is made of; the others are for people."""
 
@@ -48,6 +57,8 @@ class _TrainingRecord:
     n_validation: int
     config: _SettingsRecord
     data_sha256: dict[str, str]
+    recalls: _RecallsRecord = field(default_factory=_RecallsRecord)
+    more_validation: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def save_weights(folder: Path, peft_model: "PeftModel", tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -82,8 +93,12 @@ def load_adapter(folder: Path) -> Adapter:
         method=record.method,
         virtual_tokens=record.virtual_tokens,
         max_length=record.max_length,
-        scores=_scores(task, record.validation),
-        baselines={name: _scores(task, values) for name, values in record.baselines.items()},
+        scores=_scores(task, record.validation, record.recalls.validation),
+        baselines={
+            name: _scores(task, values, record.recalls.baselines.get(name, {}))
+            for name, values in record.baselines.items()
+        },
+        more_scores={name: _scores(task, values, {}) for name, values in record.more_validation.items()},
         baseline_rules=record.baseline_rules,
         n_validation=record.n_validation,
         validation_file=record.config.validation_file,
@@ -92,5 +107,5 @@ def load_adapter(folder: Path) -> Adapter:
     )
 
 
-def _scores(task: Task, values: dict[str, float]) -> Scores:
-    return Scores({name: values[name] for name in task.metrics if name in values})
+def _scores(task: Task, values: dict[str, float], recalls: dict[str, float]) -> Scores:
+    return Scores({name: values[name] for name in task.metrics if name in values}, recalls)

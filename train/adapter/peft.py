@@ -93,7 +93,7 @@ def load_prompted_classifier(
     adapter: Adapter, base: BaseModel, *, attention: str | None = None
 ) -> "PromptedClassifier":
     """An adapter on its base model, in evaluation mode, for scoring and export; ``attention`` as for `load_classifier`."""
-    model = load_classifier(base, adapter.labels, attention=attention)
+    model = load_classifier(base, adapter.labels, kind=adapter.task.kind, attention=attention)
     return prompted_classifier(model, base, adapter.method, read_weights(adapter.folder, adapter.virtual_tokens))
 
 

@@ -64,6 +64,8 @@ class Adapter:
     scores: Scores
     """On the validation rows, as are ``baselines``, whose names are for people."""
     baselines: dict[str, Scores]
+    more_scores: dict[str, Scores]
+    """On further splits of the hub, by their names; of mnli the mismatched one."""
     baseline_rules: Baselines
     n_validation: int
     validation_file: Path | None

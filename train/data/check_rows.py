@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from train.common.errors import DataError
+from train.data.labels import Label, parse_label
 from train.data.read_rows import Chunk
 from train.data.tasks import Task
 
@@ -32,20 +33,16 @@ def read_sentences(chunk: Chunk, task: Task, *, max_characters: int | None = Non
     return rows
 
 
-def read_labels(chunk: Chunk, task: Task, *, or_else: str = "") -> list[int]:
-    """The class index of each row; the first row whose label is not one of the task's is refused.
+def read_labels(chunk: Chunk, task: Task, *, or_else: str = "") -> list[Label]:
+    """The label of each row (`parse_label`); the first row whose label is none of the task is refused.
 
     ``or_else`` is how to leave labels unread, for the message; empty where they are needed.
     """
-    known = task.known_labels
-    indices: list[int] = []
-    for row, label in enumerate(chunk.column(task.label_column)):
-        index = None if label is None else known.get(str(label))
-        if index is None:
+    labels: list[Label] = []
+    for row, value in enumerate(chunk.column(task.label_column)):
+        try:
+            labels.append(parse_label(task, value))
+        except DataError as cause:
             otherwise = f", or {or_else} to leave labels unread" if or_else else ""
-            raise DataError(
-                f"{chunk.place(row)}: label {label!r:.80} in column {task.label_column!r} is none of task "
-                f"{task.name}'s ({task.label_choices}). {FIX_ROW}{otherwise}."
-            )
-        indices.append(index)
-    return indices
+            raise DataError(f"{chunk.place(row)}: {cause}. {FIX_ROW}{otherwise}.") from cause
+    return labels

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
-from train.data.tasks import METRICS, Scores
+from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from train.data.tasks import METRICS, Scores, Task
 from train.fit.checkpoint import EpochScores
 
+_LOSS_NAMES = {CLASSIFICATION: "cross entropy", REGRESSION: "squared error", MULTI_LABEL: "binary cross entropy"}
+_LOWEST_PERCENT = -100
 
-def draw_curves(path: Path, epochs: list[EpochScores], best_epoch: int, baselines: dict[str, Scores]) -> None:
+
+def draw_curves(
+    path: Path, task: Task, epochs: list[EpochScores], best_epoch: int, baselines: dict[str, Scores]
+) -> None:
     """Draw loss and scores per epoch as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no window system is touched
 
@@ -16,7 +22,7 @@ def draw_curves(path: Path, epochs: list[EpochScores], best_epoch: int, baseline
     marker = "o" if len(epochs) < 30 else ""
     left.plot(numbers, [epoch.train_loss for epoch in epochs], marker=marker, label="training")
     left.plot(numbers, [epoch.validation_loss for epoch in epochs], marker=marker, label="validation")
-    left.set(xlabel="epoch", ylabel="cross entropy", title="loss")
+    left.set(xlabel="epoch", ylabel=_LOSS_NAMES[task.kind], title="loss")
     for index, name in enumerate(epochs[0].scores):
         color = f"C{index}"
         values = [100 * epoch.scores[name] for epoch in epochs]
@@ -24,6 +30,8 @@ def draw_curves(path: Path, epochs: list[EpochScores], best_epoch: int, baseline
         best = max(scores.values[name] for scores in baselines.values())
         right.axhline(100 * best, color=color, linestyle=":", label=f"{METRICS[name]}, best baseline")
     right.set(xlabel="epoch", ylabel="percent", title="validation")
+    if right.get_ylim()[0] < _LOWEST_PERCENT:  # R² has no lower bound, and one bad epoch would flatten all others
+        right.set_ylim(bottom=_LOWEST_PERCENT)
     for axes in (left, right):
         axes.axvline(best_epoch, color="gray", linewidth=0.8, linestyle="--", label="kept")
         axes.xaxis.get_major_locator().set_params(integer=True)

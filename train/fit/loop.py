@@ -11,7 +11,7 @@ from train.common.console import say
 from train.common.errors import UsageError
 from train.common.processes import from_main_process, is_main_process, process_count
 from train.config import TrainConfig
-from train.data.load import Splits, load_splits
+from train.data.load import Splits, class_weights, load_splits
 from train.data.tasks import Scores, Task, score
 from train.data.token_ids import Encoded, LengthGroupedSampler, encode
 from train.fit.checkpoint import Progress, newest_checkpoint, read_progress, saving
@@ -63,6 +63,8 @@ class Prepared:
     tokenizer: "PreTrainedTokenizerFast"
     train: Encoded
     validation: Encoded
+    class_weights: tuple[float, ...]
+    """Of the loss; empty where all classes weigh the same."""
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -79,7 +81,8 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = base_tokenizer(base, config.max_length or limit)
     train = encode(splits.train, splits.task, tokenizer, swap=config.swap_sentences)
     validation = encode(splits.validation, splits.task, tokenizer)
-    return Prepared(config, splits, base, config.max_length or limit, tokenizer, train, validation)
+    weights = class_weights(splits.task, splits.train) if config.class_weights != "none" else ()
+    return Prepared(config, splits, base, config.max_length or limit, tokenizer, train, validation, tuple(weights))
 
 
 def fit(run: Prepared, *, seed: int, checkpoints: Path, log_folder: Path) -> "tuple[PeftModel, Progress]":
@@ -87,6 +90,7 @@ def fit(run: Prepared, *, seed: int, checkpoints: Path, log_folder: Path) -> "tu
 
     The best epoch's state is in place in the model, which is in evaluation mode.
     """
+    import torch
     from transformers import DataCollatorWithPadding, set_seed
 
     from train.fit.trainer import PromptTrainer
@@ -100,6 +104,8 @@ def fit(run: Prepared, *, seed: int, checkpoints: Path, log_folder: Path) -> "tu
     special = set(tokenizer.all_special_ids)
     text_ids = [token for row in train.rows[:100] for token in row["input_ids"] if token not in special]
     peft_model, classifier = _new_classifier(config, task, base, text_ids)
+    if run.class_weights:
+        classifier.class_weights = torch.tensor(run.class_weights)
     if is_main_process():
         trainable, frozen = (
             sum(tensor.numel() for tensor in classifier.parameters() if tensor.requires_grad is learned)
@@ -140,7 +146,7 @@ def _new_classifier(
     # On a CPU the backward pass of PyTorch's fused attention takes ten times as long in bf16 as in fp32 (PyTorch 2.14:
     # 327 against 28 ms for six layers of minilm), which outweighs the faster matrix products.
     attention = "eager" if config.precision == "bf16" and not torch.cuda.is_available() else None
-    model = load_classifier(base, task.labels, attention=attention)
+    model = load_classifier(base, task.labels, kind=task.kind, attention=attention)
     peft_model: Any = add_prompt(model, base, config, text_ids=text_ids)
     prompt_encoder = peft_model.prompt_encoder[peft_model.active_adapter]
     classifier = put_prompt_before(peft_model.base_model, base, config.method, prompt_encoder)
@@ -229,10 +235,10 @@ def evaluate(
     classifier.to(device).eval()
     collate: Any = DataCollatorWithPadding(tokenizer)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    predicted: list[int] = []
+    logits: list[torch.Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
             batch = collate(ordered[start : start + batch_size]).to(device)
             del batch["labels"]
-            predicted += classifier(**batch)["logits"].argmax(dim=-1).tolist()
-    return score(task, predicted, [row["labels"] for row in ordered])
+            logits.append(classifier(**batch)["logits"].float().cpu())
+    return score(task, task.predict(torch.cat(logits).numpy()), [row["labels"] for row in ordered])

@@ -113,7 +113,10 @@ def train(config: TrainConfig, *, command: str) -> TrainResult | None:
 def _announce(run: _Run) -> None:
     say(f"{len(run.train.rows)} training and {len(run.validation.rows)} validation rows on {run.base.name}")
     for name, scores in run.baseline_scores.items():
-        say(f"to beat on validation: {name}: {scores}")
+        say(f"to beat on validation: {name}: {scores.with_recalls()}")
+    if run.class_weights:
+        weights = zip(run.splits.task.labels, run.class_weights, strict=True)
+        say(f"weights of the classes: {', '.join(f'{name} {weight:.2f}' for name, weight in weights)}")
     for name, split in (("train", run.train), ("validation", run.validation)):
         if split.texts_cut:
             say(f"{split.texts_cut} {name} texts are longer than {run.max_length} tokens and lose their end")
@@ -146,12 +149,18 @@ def _write_adapter(folder: Path, run: _Run, peft_model: "PeftModel", progress: P
     config, task, base = run.config, run.splits.task, run.base
     save_weights(folder, peft_model, base_tokenizer(base, run.max_length))
     state = read_weights(folder, config.virtual_tokens)
-    written = prompted_classifier(load_classifier(base, task.labels), base, config.method, state)
+    written = prompted_classifier(load_classifier(base, task.labels, kind=task.kind), base, config.method, state)
     # The tokenizer as others will load it, which may differ from the one in memory.
     tokenizer = load_tokenizer(folder, run.max_length)
-    scores = evaluate(written, task, tokenizer, encode(run.splits.validation, task, tokenizer).rows)
-    draw_curves(folder / FILES.curves, progress.epochs, progress.best_epoch, run.baseline_scores)
-    finish_adapter(folder, _training_record(run, progress, seed, scores))
+    scores, *more = (
+        evaluate(written, task, tokenizer, encode(split, task, tokenizer).rows)
+        for split in (run.splits.validation, *run.splits.more.values())
+    )
+    draw_curves(folder / FILES.curves, task, progress.epochs, progress.best_epoch, run.baseline_scores)
+    record = _training_record(run, progress, seed, scores)
+    if more:
+        record["more_validation"] = {name: part.values for name, part in zip(run.splits.more, more, strict=True)}
+    finish_adapter(folder, record)
 
 
 def _training_record(run: _Run, progress: Progress, seed: int, scores: Scores) -> dict[str, Any]:
@@ -167,6 +176,10 @@ def _training_record(run: _Run, progress: Progress, seed: int, scores: Scores) -
         "max_length": run.max_length,
         "validation": scores.values,
         "baselines": {name: baseline.values for name, baseline in run.baseline_scores.items()},
+        "recalls": {
+            "validation": scores.recalls,
+            "baselines": {name: baseline.recalls for name, baseline in run.baseline_scores.items()},
+        },
         "baseline_rules": asdict(run.baselines),
         "best_epoch": progress.best_epoch,
         "epochs": [asdict(epoch) for epoch in progress.epochs],

@@ -16,6 +16,7 @@ from train.config import TrainConfig
 from train.data.tasks import Scores, Task, score
 from train.data.token_ids import LengthGroupedSampler
 from train.fit.checkpoint import EpochScores, Progress, State, complete_checkpoint, read_trainable, write_progress
+from train.model.loss import mean_loss
 
 
 class PromptTrainer(Trainer):
@@ -86,8 +87,10 @@ class PromptTrainer(Trainer):
     def _metrics(self, output: Any) -> dict[str, float]:
         # With several processes the Trainer's own loss counts some rows twice: those that fill up the last batch.
         logits, labels = torch.from_numpy(output.predictions).float(), torch.from_numpy(output.label_ids)
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        scores = score(self._task, output.predictions.argmax(axis=-1), output.label_ids)
+        classifier = self.accelerator.unwrap_model(self.model)
+        weights = None if classifier.class_weights is None else classifier.class_weights.cpu()
+        loss = mean_loss(classifier.config.problem_type, logits, labels, weights)
+        scores = score(self._task, self._task.predict(output.predictions), output.label_ids)
         return scores.values | {"loss": float(loss)}
 
     def _mean_over_processes(self, value: float | torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 
 from train.common.console import quiet_transformers
 from train.common.processes import is_main_process
+from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import Scores, Task, score
 from train.model.find import BaseModel
 from train.model.tokenizer import load_tokenizer
@@ -41,19 +42,47 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """Two classifiers that need no prompt, fitted on training data."""
+class Line:
+    """Predicts a number as an affine function of another one."""
 
-    constant: int
-    """The class that is always predicted."""
-    cosine: Threshold | None
+    slope: float
+    intercept: float
+
+    @staticmethod
+    def fit(values: np.ndarray, labels: np.ndarray) -> "Line":
+        """The line with the least squared error, for values and numbers, both of shape = (n_rows,)."""
+        slope = 0.0
+        if values.min() < values.max():
+            slope = float(np.cov(values, labels, bias=True)[0, 1] / values.var())
+        return Line(slope, float(labels.mean() - slope * values.mean()))
+
+    def predict(self, values: np.ndarray) -> np.ndarray:
+        """Values → numbers, both of shape = (n_rows,)."""
+        return self.slope * values + self.intercept
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Predictions that need no prompt, fitted on training data."""
+
+    constant: int | float | tuple[int, ...]
+    """What is always predicted: a class; the mean of the numbers; the most frequent set of labels, as their indices."""
+    cosine: Threshold | Line | None
     """On the cosine of the mean-pooled embeddings of both sentences, by the same frozen base model; None for tasks
-    that are not pairs with two labels."""
+    that are not pairs with two classes or a number."""
+    frequent: tuple[int, ...] = ()
+    """Where it is multi-label, the other constant: the most frequent labels, as many as make the best micro F1."""
 
     @staticmethod
     def fit(task: Task, base: BaseModel, train: "Dataset") -> "Baselines":
-        """Fit both on training data, as from `train.data.load.load_split`."""
+        """Fit all on training data, as from `train.data.load.load_split`."""
         labels = np.array(train[task.label_column])
+        if task.kind == MULTI_LABEL:
+            sets, counts = np.unique(labels, axis=0, return_counts=True)
+            return Baselines(_indices(sets[counts.argmax()]), None, _most_frequent(labels))
+        if task.kind == REGRESSION:
+            line = Line.fit(_cosines(base, task, train), labels) if task.is_pair else None
+            return Baselines(float(labels.mean()), line)
         constant = int(np.bincount(labels, minlength=len(task.labels)).argmax())
         if task.positive_label is not None:  # always predicting the other class has an F1 of 0
             constant = task.labels.index(task.positive_label)
@@ -63,16 +92,45 @@ class Baselines:
         return Baselines(constant, cosine)
 
     def score(self, task: Task, base: BaseModel, dataset: "Dataset") -> dict[str, Scores]:
-        """The scores of both on other rows, by a name for people."""
+        """The scores of all on other rows, by a name for people."""
         expected = np.array(dataset[task.label_column])
-        predicted = {f"always `{task.labels[self.constant]}`": np.full(len(expected), self.constant)}
+        predicted = {}
+        for constant in (self.constant, *([self.frequent] if self.frequent not in {(), self.constant} else [])):
+            name, answer = _constant_answer(task, constant)
+            predicted[f"always {name}"] = np.repeat(answer[None], len(expected), axis=0)
         if self.cosine is not None:
             predicted["cosine of the frozen model's embeddings"] = self.cosine.predict(_cosines(base, task, dataset))
-        return {name: score(task, indices, expected) for name, indices in predicted.items()}
+        return {name: score(task, answers, expected) for name, answers in predicted.items()}
 
     def as_json(self) -> dict[str, Any]:
         """For training.json."""
         return asdict(self)
+
+
+def _constant_answer(task: Task, constant: int | float | tuple[int, ...]) -> tuple[str, np.ndarray]:
+    """What is predicted for one row, for people and as `score` takes it."""
+    if isinstance(constant, tuple):
+        is_predicted = np.isin(np.arange(len(task.labels)), constant)
+        return (f"`{task.join_labels(is_predicted)}`" if constant else "no label"), is_predicted
+    if task.kind == REGRESSION:
+        return f"the mean, {constant:.4g}", np.array(constant)
+    return f"`{task.labels[int(constant)]}`", np.array(constant)
+
+
+def _indices(is_present: np.ndarray) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(is_present).tolist())
+
+
+def _most_frequent(labels: np.ndarray) -> tuple[int, ...]:
+    """The constant set of labels with the best micro F1, for labels of shape = (n_rows, n_labels): the most frequent ones.
+
+    Of sets of one size, that of the most frequent labels is the best, so only their number has to be tried.
+    """
+    order = np.argsort(-labels.sum(axis=0), kind="stable")
+    hits = labels.sum(axis=0)[order].cumsum()
+    n_labels = np.arange(1, len(order) + 1)
+    f1 = 2 * hits / (n_labels * len(labels) + labels.sum())
+    return tuple(sorted(order[: f1.argmax() + 1].tolist()))
 
 
 def _cosines(base: BaseModel, task: Task, dataset: "Dataset", *, batch_size: int = 64) -> np.ndarray:

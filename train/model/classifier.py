@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from train.common.console import quiet_transformers
 from train.common.errors import ModelError, first_line
-from train.config import P_TUNING_V2
+from train.config import CLASSIFICATION, P_TUNING_V2
 from train.model.architecture import head_modules
 from train.model.find import BERT_LIKE, DECODERS, MALFORMED, BaseModel
+from train.model.loss import PROBLEM_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from train.model.prompted import PromptedClassifier
 
 
-def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | None = None) -> "PreTrainedModel":
-    """Load the base model with a new classification head, whose weights come from torch's global generator.
+def load_classifier(
+    base: BaseModel, labels: Sequence[str], *, kind: str = CLASSIFICATION, attention: str | None = None
+) -> "PreTrainedModel":
+    """Load the base model with a new head for a kind of task, whose weights come from torch's global generator.
 
     ``attention`` is the implementation of attention; by default transformers chooses.
     """
@@ -30,6 +33,7 @@ def load_classifier(base: BaseModel, labels: Sequence[str], *, attention: str | 
                 **base.source,
                 output_loading_info=True,
                 num_labels=len(labels),
+                problem_type=PROBLEM_TYPES[kind],
                 id2label=dict(enumerate(labels)),
                 label2id={label: index for index, label in enumerate(labels)},
                 ignore_mismatched_sizes=True,  # replaces a head for another number of labels

@@ -10,12 +10,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from train.model.keys_values import key_value_heads
+from train.model.loss import mean_loss
 
 
 class PromptedClassifier(torch.nn.Module):
     """A frozen transformer with a learned prompt and head."""
 
     prompt_embeddings: torch.Tensor
+    class_weights: torch.Tensor | None
     model: Any  # torch types every attribute of a module as Tensor | Module
     prompt_encoder: Any
 
@@ -23,6 +25,7 @@ class PromptedClassifier(torch.nn.Module):
         """The prompt is a table, shape = (n_virtual, n_width), or PEFT's prompt encoder, which computes it."""
         super().__init__()
         self.config, self.model, self.prompt_encoder = model.config, model, None
+        self.register_buffer("class_weights", None, persistent=False)
         if isinstance(prompt, torch.Tensor):
             self.register_buffer("prompt_embeddings", prompt)
         else:
@@ -50,7 +53,7 @@ class PromptedClassifier(torch.nn.Module):
         labels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Token ids, mask (1 for text) and sentence numbers, each of shape = (n_batch, n_text), padded on the right →
-        ``logits``, shape = (n_batch, n_labels), and with ``labels``, shape = (n_batch,), the mean cross entropy ``loss``.
+        ``logits``, shape = (n_batch, n_labels), and with ``labels``, as in `mean_loss`, the mean ``loss``.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
@@ -58,7 +61,7 @@ class PromptedClassifier(torch.nn.Module):
         logits = self._logits(inputs)
         if labels is None:
             return {"logits": logits}
-        return {"loss": torch.nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
+        return {"loss": mean_loss(self.config.problem_type, logits, labels, self.class_weights), "logits": logits}
 
     def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError
