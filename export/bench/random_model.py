@@ -16,7 +16,7 @@ from train.common.folder_record import write_record
 from train.config import P_TUNING, TrainConfig
 from train.data.tasks import custom_task
 from train.model.find import ENCODERS
-from train.model.plain_data import refuse_settings
+from train.untrusted.settings import refuse_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

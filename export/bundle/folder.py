@@ -19,7 +19,7 @@ from train.common.limits import MAX_TOKENS
 from train.common.records import parse_record
 from train.data.tasks import METRICS, Task
 from train.model.find import DECODERS
-from train.model.plain_data import refuse_settings
+from train.untrusted.settings import refuse_settings
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from train.adapter.folder import load_adapter
 from train.adapter.record import ADAPTER
 from train.common.errors import AdapterError, ModelError, PromptfoldError
 from train.model.find import find_base_model, minilm_folder
-from train.model.plain_data import SETTINGS_FILES, find_complaint, read_plain_object
 from train.model.tokenizer import load_tokenizer
+from train.untrusted.settings import SETTINGS_FILES, find_complaint, read_plain_object
 
 # What files on the hub hold beside what transformers writes today.
 OLD_BERT = {

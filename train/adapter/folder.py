@@ -16,7 +16,7 @@ from train.common.folder_record import check_seal, read_record, reading, write_r
 from train.common.records import parse_record
 from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
-from train.model.plain_data import refuse_settings
+from train.untrusted.settings import refuse_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel

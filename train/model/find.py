@@ -10,7 +10,7 @@ from train.common.errors import HubError, ModelError, first_line
 from train.common.folder_record import read_json_object, sha256_of_file, sha256_of_files
 from train.config import MINILM, SMOLLM2
 from train.model.architecture import check_type, read_architecture
-from train.model.untrusted import refuse_detours
+from train.untrusted.base_model import refuse_detours
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from train.common.console import quiet_transformers
 from train.common.errors import ModelError, first_line, is_of_tokenizers
 from train.model.find import MALFORMED, BaseModel
-from train.model.untrusted import refuse_tokenizer_detours
+from train.untrusted.base_model import refuse_tokenizer_detours
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

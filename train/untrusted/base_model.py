@@ -7,7 +7,7 @@ from typing import Any
 from train.common.errors import ModelError
 from train.common.folder_record import read_json_object
 from train.common.limits import MAX_BASE_BYTES, MAX_TEXT_BYTES, check_file
-from train.model.plain_data import REMEDY, read_plain_object, refuse_settings
+from train.untrusted.settings import REMEDY, read_plain_object, refuse_settings
 
 
 def refuse_detours(name: str, folder: Path, config: Mapping[str, Any], weights: Sequence[Path]) -> None:
