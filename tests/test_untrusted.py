@@ -271,8 +271,8 @@ def test_a_manifest_of_nonsense_with_hashes_that_fit_is_refused(field: str, valu
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"labels": [str(number) for number in range(100_000)]}, "from 2 to 100 labels"),
-        ({"labels": ["one"]}, "from 2 to 100 labels"),
+        ({"labels": [str(number) for number in range(100_000)]}, "from 2 to 1000 labels"),
+        ({"labels": ["one"]}, "from 2 to 1000 labels"),
         ({"text_columns": ["a", "b", "c"]}, "one or two text columns"),
         ({"metrics": ["profit"]}, "metrics among"),
         ({"unknown": 1}, "wrong form"),

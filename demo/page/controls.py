@@ -23,7 +23,7 @@ AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
 """For events that must not wait in the queue, where the event that they stop may be waiting."""
 
 LABELS_SHOWN = 10
-"""A task may have a hundred labels."""
+"""The most probable ones; a task may have a thousand."""
 
 
 @dataclass(frozen=True)

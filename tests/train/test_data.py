@@ -127,7 +127,7 @@ def test_own_labels_are_scored_by_accuracy_and_macro_f1(base_model: Folders, tmp
     assert training["best_epoch"] == 1 + keys.index(max(keys))
     # A single text is no pair of embeddings.
     assert list(training["baselines"]) == ["always `none`"]
-    assert len(custom_task(("said",), "gold", [str(number) for number in range(100)]).labels) == 100
+    assert len(custom_task(("said",), "gold", [str(number) for number in range(1000)]).labels) == 1000
 
 
 def test_numbers_are_labels_by_their_value_in_columns_of_any_name(base_model: Folders, tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_numbers_are_labels_by_their_value_in_columns_of_any_name(base_model: Fo
     [
         ("--text-columns a,c", "train.csv has no column 'c'; it has a, b, label, one, many, gap."),
         ("--text-columns a,b --label-column gold", "train.csv has no column 'gold'"),
-        ("--text-columns a,b --label-column one", "Column 'one': between 2 and 100 labels can be told apart, not 1."),
-        ("--text-columns a,b --label-column many", "between 2 and 100 labels can be told apart, not 101."),
+        ("--text-columns a,b --label-column one", "Column 'one': between 2 and 1000 labels can be told apart, not 1."),
+        ("--text-columns a,b --label-column many", "between 2 and 1000 labels can be told apart, not 1001."),
         ("--text-columns a,b --label-column gap", "train.csv, row 3 (line 4): column 'gap' holds no label."),
         ("--text-columns a,b --labels x,y,x", "--labels x,y,x: a label is named twice"),
         ("--text-columns a,b --labels x,z", "row 2 (line 3): label 'y' in column 'label' is none of task custom's"),
@@ -169,9 +169,9 @@ def test_numbers_are_labels_by_their_value_in_columns_of_any_name(base_model: Fo
     ],
 )
 def test_wrong_columns_and_labels_are_named(flags: str, words: str, tmp_path: Path, capsys: Capture) -> None:
-    rows = make_rows(["a", "b"], ["x", "y"] * 51)
+    rows = make_rows(["a", "b"], ["x", "y"] * 501)
     for index, row in enumerate(rows):
-        row |= {"one": "same", "many": f"m{min(index, 100)}", "gap": ["x", "y", " "][index % 3]}
+        row |= {"one": "same", "many": f"m{min(index, 1000)}", "gap": ["x", "y", " "][index % 3]}
     data = write_splits(tmp_path, rows, [*rows[:3], {**rows[3], "label": "w"}], ".csv")
     assert main(["--model", "minilm", *data.flags, *flags.split(), "--out", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err

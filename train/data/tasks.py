@@ -23,7 +23,7 @@ METRICS_OF = {
 """By kind of task: names in files → names for people."""
 METRICS = {name: words for metrics in METRICS_OF.values() for name, words in metrics.items()}
 """Those of every kind."""
-MAX_LABELS = 100
+MAX_LABELS = 1000
 NUMBER = "value"
 """The name of a regression's only logit."""
 SEPARATOR = ","
