@@ -1,11 +1,14 @@
 """The tab "Score a file": a file in, both engines' labels out. View only; see `demo.measure.label_file`."""
 
+import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 from markupsafe import Markup
@@ -22,6 +25,9 @@ from train.data.tasks import METRICS
 
 SCORE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "score"}
 """One file at a time, in a queue of its own: a file takes minutes, during which others can measure."""
+
+MAX_NAME_BYTES = 255
+"""Of a file, on the file systems in use."""
 
 NAMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime"}
 """Names of the engines for people."""
@@ -211,8 +217,18 @@ def _read(stage: Stage, setup: Setup, file: str | None, text_columns: str | None
 
 
 def _write(scored: Scored, served: gr.DownloadButton | gr.File) -> str:
-    """Write the labelled file into a folder of its own, so that its name can be chosen freely."""
-    return str(write_labelled(scored, Path(tempfile.mkdtemp(prefix="labelled-", dir=served_folder(served)))))
+    """Write the labelled file into a folder of its own, so that its name can be chosen freely; the path for Gradio.
+
+    Gradio puts a path into an address as it stands, where "#" and "?" end it and "%" begins a code. The path that it gets
+    is a second name of the file: as an address it means the first one, under which the file is sent.
+    """
+    path = write_labelled(scored, Path(tempfile.mkdtemp(prefix="labelled-", dir=served_folder(served))))
+    coded = path.with_name(re.sub("[%#?]", lambda found: quote(found[0], safe=""), path.name))
+    if len(os.fsencode(coded.name)) > MAX_NAME_BYTES:
+        return str(path.rename(path.with_name(re.sub("[%#?]", "_", path.name))))
+    if coded != path:
+        os.link(path, coded)
+    return str(coded)
 
 
 def _refused(error: PromptfoldError) -> Markup:

@@ -7,8 +7,11 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
+from email.message import Message
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from gradio_client import Client, handle_file
@@ -117,6 +120,36 @@ def test_compare_answers_each_visitor_as_peft_does(client: Client, adapter: Fold
     for bad, words in ((("", "x"), "Sentence 1 is empty"), (("x" * 100_000, "y"), "100,000 characters")):
         with pytest.raises(AppError, match=words):
             client.predict(*bad, api_name="/compare")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hash #1.jsonl",
+        "50% off.jsonl",
+        "a?b&c=d;e.jsonl",
+        'it\'s "x" [1].jsonl',
+        "данные 你好.jsonl",
+        "a%23b%2Fc.jsonl",
+        "x" * 194 + ".jsonl",
+    ],
+)
+def test_a_file_of_any_name_comes_back(running_page: Server, name: str) -> None:
+    """Upload, label, download, as a browser does it."""
+    rows = "".join(f"{json.dumps(row)}\n" for row in make_pairs(2, seed=8)).encode()
+    client = Client(running_page.url, verbose=False, download_files=False)
+    with closing(client), httpx.Client(base_url=running_page.url, timeout=120) as visitor:
+        sent = visitor.post("/gradio_api/upload", files={"files": (name, rows)})
+        file = {"path": sent.json()[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+        _, labelled = client.predict(file, *[""] * 5, api_name="/score_file")
+        got = visitor.get(labelled["url"])
+    assert got.status_code == 200
+    assert got.text.count("prediction_onnx") == 2
+    assert len(got.text.splitlines()) == 2
+    header = Message()
+    header["Content-Disposition"] = got.headers["Content-Disposition"]
+    kept = Path(sent.json()[0]).stem  # Gradio takes out what no file system allows
+    assert header.get_filename() == f"{kept}-labelled.jsonl"
 
 
 def test_every_other_endpoint_answers(client: Client, adapter: Folders, base_model: Folders, tmp_path: Path) -> None:
