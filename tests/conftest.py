@@ -7,6 +7,7 @@ label can be learned: "equivalent" pairs share their words.
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,10 @@ def make_base_model(folder: Path, family: str) -> Path:
     torch.manual_seed(1)
     std = "init_std" if family == "opt" else "initializer_range"
     config = AutoConfig.for_model(family, vocab_size=len(WORDS) + 4, **(common | sizes | {std: 0.2}))
-    model = AutoModel.from_config(config)
+    with warnings.catch_warnings():
+        # DeBERTa's file calls torch.jit.script, which goes away.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = AutoModel.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -44,7 +44,8 @@ GENERIC = {
     ),
     "ernie": Family(_ENCODER | {"use_task_id": True}, takes_v2=True),
     "funnel": Family(
-        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1}
+        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1},
+        positions=2048,
     ),
     "modernbert": Family(
         _USUAL
@@ -52,7 +53,7 @@ GENERIC = {
         | {"cls_token_id": 0, "bos_token_id": 0, "eos_token_id": 2, "sep_token_id": 2},
         ignored={"local_attention": 4 * POSITIONS},
     ),
-    "nezha": Family(_ENCODER | {"max_relative_position": 8}, takes_v2=True, ignored={"max_relative_position": 7}),
+    "nezha": Family(_ENCODER | {"max_relative_position": 8}, ignored={"max_relative_position": 7}),
     "rembert": Family(_ENCODER | {"input_embedding_size": 16, "output_embedding_size": 24}, takes_v2=True),
     "squeezebert": Family(_ENCODER | {"embedding_size": 32, "q_groups": 2, "intermediate_groups": 2}),
     "xlm-roberta-xl": Family(_FROM_2, takes_v2=True),

@@ -62,7 +62,8 @@ def learned_prompt(kind: str, adapter_folder: Path, base_folder: Path) -> dict[s
             return {"prompt_rows": getattr(model, "embeddings_project", torch.nn.Identity())(rows).numpy()}
     if kind.endswith("-v2"):
         # PEFT's order: each virtual token's row holds, layer by layer, its keys and then its values, head by head.
-        layers = table.reshape(VIRTUAL_TOKENS, N_LAYERS, 2, -1, 8).transpose(1, 2, 3, 0, 4)[:, :, None].copy()
+        width = GENERIC[family_of(kind)].sizes.get("head_dim", 8) if family_of(kind) in GENERIC else 8
+        layers = table.reshape(VIRTUAL_TOKENS, N_LAYERS, 2, -1, width).transpose(1, 2, 3, 0, 4)[:, :, None].copy()
         if family_of(kind) in ENCODERS:
             # There the last layer adds its biases after the sum over the keys.
             attention = model.encoder.layer[-1].attention.self
@@ -97,7 +98,7 @@ def test_the_graph_takes_any_batch_and_holds_the_learned_prompt_under_the_names_
     for name, array in expected.items():
         assert initializers[name].shape == array.shape
         assert np.abs(initializers[name] - array).max() < 1e-5
-    if family_of(kind) not in {"llama", "opt", "qwen3"}:  # whose keys, values or embeddings are 16 wide
+    if family_of(kind) not in {"llama", "opt", *GENERIC}:  # whose keys, values or embeddings may be 16 wide
         # The prompt encoder, whose hidden size is 16, is gone, and so is the length that was traced.
         assert not [name for name, array in initializers.items() if 16 in array.shape]
 

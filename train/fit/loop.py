@@ -15,7 +15,7 @@ from train.data.load import Splits, class_weights, load_splits
 from train.data.tasks import Scores, Task, score
 from train.data.token_ids import Encoded, LengthGroupedSampler, encode
 from train.fit.checkpoint import Progress, newest_checkpoint, read_progress, saving
-from train.model.add_prompt import add_prompt, check_method
+from train.model.add_prompt import add_prompt, check_method, try_prompt
 from train.model.classifier import load_classifier, put_prompt_before
 from train.model.find import BaseModel, find_base_model, text_limit
 from train.model.tokenizer import base_tokenizer
@@ -82,6 +82,7 @@ def prepare(config: TrainConfig) -> Prepared:
     train = encode(splits.train, splits.task, tokenizer, swap=config.swap_sentences)
     validation = encode(splits.validation, splits.task, tokenizer)
     weights = class_weights(splits.task, splits.train) if config.class_weights != "none" else ()
+    try_prompt(base, config, splits.task.labels, train.rows[0]["input_ids"])
     return Prepared(config, splits, base, config.max_length or limit, tokenizer, train, validation, tuple(weights))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from train.common.errors import ModelError, UsageError, first_line
 from train.config import P_TUNING, P_TUNING_V2, TrainConfig
 from train.model.architecture import head_modules
-from train.model.classifier import put_prompt_before
+from train.model.classifier import load_classifier, put_prompt_before
 from train.model.find import DECODERS, ENCODERS, BaseModel
 from train.model.keys_values import key_value_heads, keys_values_of
 from train.model.tokenizer import load_tokenizer
@@ -78,8 +78,6 @@ def add_prompt(
             peft_model.prompt_encoder["default"] = ResidualPromptEncoder(table, hidden_size)
     # PEFT would write the folder it was loaded from, which means nothing on another machine.
     peft_model.active_peft_config.base_model_name_or_path = base.hub_name
-    if base.model_type not in ENCODERS + DECODERS:
-        _check_prompt(peft_model, base, config, text_ids)
     return peft_model
 
 
@@ -91,7 +89,7 @@ def _more_to_save(model: "PreTrainedModel") -> list[str] | None:
 
 
 def check_method(base: BaseModel, method: str) -> None:
-    """Refuse a method that PEFT cannot put on a base model, as far as its configuration tells; `add_prompt` tries it."""
+    """Refuse a method that PEFT cannot put on a base model, as far as its type tells; `try_prompt` tries it."""
     if method == P_TUNING_V2 and not base.takes_keys_values:
         raise no_keys_and_values(base)
 
@@ -104,13 +102,23 @@ def no_keys_and_values(base: BaseModel) -> UsageError:
     )
 
 
-def _check_prompt(peft_model: Any, base: BaseModel, config: TrainConfig, ids: Sequence[int]) -> None:
-    """Try a prompt on a model that is not known: PEFT's logits of each text alone, against ours of both, padded.
+def try_prompt(base: BaseModel, config: TrainConfig, labels: Sequence[str], ids: Sequence[int]) -> None:
+    """Try a prompt on a model of a type that is not known, before a run costs anything.
+
+    PEFT runs each of two texts, made of the token ``ids``, alone. Ours runs both together, one of them padded.
 
     Raises:
         UsageError: the model takes no learned keys and values.
-        ModelError: its predictions depend on the padding of a text.
+        ModelError: it runs with no prompt, or its predictions depend on the padding of a text.
     """
+    if base.model_type in ENCODERS + DECODERS:
+        return
+    peft_model = add_prompt(load_classifier(base, labels), base, config, text_ids=ids)
+    _check_prompt(peft_model, base, config, ids)
+
+
+def _check_prompt(peft_model: Any, base: BaseModel, config: TrainConfig, ids: Sequence[int]) -> None:
+    """See `try_prompt`."""
     import torch
 
     settings = peft_model.config.get_text_config()

@@ -1,5 +1,6 @@
 """What a classifier of a configuration is made of, found by building it without its weights and without memory for them."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ def read_architecture(name: str, settings: "PretrainedConfig", max_numbers: int)
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with quiet_transformers(), torch.device("meta"), _counting(name, max_numbers):
+        with quiet_transformers(), torch.device("meta"), _counting(name, max_numbers), warnings.catch_warnings():
+            # DeBERTa's file is imported here, and torch.jit.script, which it calls, goes away.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=False)
     except _BUILDING as cause:
         raise ModelError(f"Base model {name}: its config.json cannot be used ({first_line(cause)}).") from cause

@@ -64,7 +64,7 @@ class BaseModel:
     takes_token_types: bool
     """Whether it tells two sentences apart by token types."""
     takes_keys_values: bool
-    """Whether it may take P-Tuning v2's learned keys and values; `train.model.keys_values` tries it."""
+    """Whether it may take P-Tuning v2's learned keys and values; `train.model.add_prompt.try_prompt` tries it."""
     sha256: str
     """The hash of the weights."""
     gguf_file: str | None = None

@@ -10,7 +10,16 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import GENERIC_KINDS, Data, Folders, Precisions, family_of, make_base_model, peft_logits
+from tests.conftest import (
+    GENERIC_KINDS,
+    VIRTUAL_TOKENS,
+    Data,
+    Folders,
+    Precisions,
+    family_of,
+    make_base_model,
+    peft_logits,
+)
 from tests.export.graphs import manifest_of, padded_batch, parametrize_kinds, peft_batch, refusal, run_file
 from tests.export.test_export import (  # noqa: F401
     test_a_prediction_of_the_graph_does_not_depend_on_its_batch,
@@ -18,26 +27,25 @@ from tests.export.test_export import (  # noqa: F401
     test_the_graph_takes_any_batch_and_holds_the_learned_prompt_under_the_names_of_the_manifest,
 )
 from tests.families import GENERIC, PADDED
-from tests.train.test_model import (
-    test_a_prediction_does_not_depend_on_its_batch,
-    test_the_logits_equal_pefts,
-    test_the_text_limit_is_the_longest_text_that_the_positions_allow,
-)
+from tests.train import test_model
 from train.__main__ import main as train_main
+from train.adapter.folder import load_adapter
 
 Capture = pytest.CaptureFixture[str]
 NO_GRAPH = {"funnel"}
 """Types of which no exporter writes a graph: training and PyTorch take them."""
-ONLY_TORCH = (
-    test_a_prediction_does_not_depend_on_its_batch,
-    test_the_logits_equal_pefts,
-    test_the_text_limit_is_the_longest_text_that_the_positions_allow,
-)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    kinds = [kind for kind in GENERIC_KINDS if kind not in NO_GRAPH or metafunc.function in ONLY_TORCH]
+    kinds = [kind for kind in GENERIC_KINDS if kind not in NO_GRAPH or metafunc.function is test_pytorch_gives_the_same]
     parametrize_kinds(metafunc, kinds)
+
+
+def test_pytorch_gives_the_same(kind: str, adapter: Folders, base_model: Folders) -> None:
+    """What training and the page run."""
+    test_model.test_the_logits_equal_pefts(kind, adapter, base_model)
+    test_model.test_a_prediction_does_not_depend_on_its_batch(kind, adapter)
+    assert load_adapter(adapter(kind)).max_length == GENERIC[family_of(kind)].positions - VIRTUAL_TOKENS
 
 
 def test_the_manifest_says_that_nothing_was_folded_but_keys_and_values(kind: str, bundle: Folders) -> None:
