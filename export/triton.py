@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from export.bundle.folder import FILES, FP16, INT8, Bundle, load_bundle
+from export.bundle.folder import FILES, FP16, INT8, Bundle, data_path, load_bundle
 from export.bundle.graph_outline import check_graph
 from export.runtime.classifier import best_precision
 from train.common.atomic_folder import check_target, new_folder
@@ -86,11 +86,14 @@ def write_triton_repository(config: TritonConfig) -> Path:
         for file in (MODEL, ONES):
             (folder / file).parent.mkdir()
         shutil.copyfile(graph, folder / MODEL)
+        if data_path(graph).exists():
+            # The graph names it, so its name stays.
+            shutil.copyfile(data_path(graph), (folder / MODEL).with_name(data_path(graph).name))
         np.ones(_warm_up_tokens(bundle), dtype="<i8").tofile(folder / ONES)
         _write_labels(bundle, folder)
         for path in bundle.folder.iterdir():
             # The tokenizer's files: neither graphs nor the manifest, which has the hashes of the bundle's own files.
-            if path.is_file() and path.suffix != ".onnx" and path.name != FILES.manifest:
+            if path.is_file() and path.suffix not in {".onnx", ".onnx_data"} and path.name != FILES.manifest:
                 shutil.copyfile(path, folder / path.name)
     return config.out / name
 

@@ -44,7 +44,8 @@ GENERIC = {
     ),
     "ernie": Family(_ENCODER | {"use_task_id": True}, takes_v2=True),
     "funnel": Family(
-        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1},
+        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1}
+        | {"architectures": ["FunnelBaseModel"]},  # of its two backbones, the one that its classifier has
         positions=2048,
     ),
     "modernbert": Family(

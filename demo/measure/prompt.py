@@ -254,7 +254,7 @@ def measure_sizes(adapter: Adapter, bundle: Bundle | None) -> Sizes:
     if bundle is not None:
         owner = f" of {len(bundle.tasks)} tasks" if bundle.has_many_tasks else ""
         for graph in bundle.graphs:
-            size = bundle.graph_path(graph.precision).stat().st_size
+            size = bundle.graph_bytes(graph.precision)
             files.append(FileSize(f"ONNX graph{owner}, {graph.precision}, everything inside", size))
     return Sizes(tuple(files), prompt_numbers, sum(learned.values()), frozen_numbers, why_unknown)
 

@@ -43,6 +43,12 @@ FP32, FP16, INT8 = "fp32", "fp16", "int8"
 GRAPH_FILES = {FP32: FILES.model, FP16: "model_fp16.onnx", INT8: "model_int8.onnx"}
 """The file that holds the graph, by precision."""
 
+
+def data_path(graph: Path) -> Path:
+    """The file beside a graph that holds the numbers of its tensors, where they are too many for one ONNX file."""
+    return graph.with_name(f"{graph.name}_data")
+
+
 BUNDLE = FolderKind(
     name="bundle",
     record=FILES.manifest,
@@ -223,6 +229,11 @@ class Bundle:
             f"--precision {precision}."
         )
 
+    def graph_bytes(self, precision: str) -> int:
+        """The size of a graph with the numbers of its tensors, whether they are in one file or in two."""
+        path = self.graph_path(precision)
+        return sum(file.stat().st_size for file in (path, data_path(path)) if file.exists())
+
 
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle folder and check it file by file, without loading the graph.
@@ -243,10 +254,13 @@ def load_bundle(folder: Path) -> Bundle:
             config = read_json_object(folder / FILES.config, BundleError, BUNDLE.remedy)
             base["is_decoder"] = config.get("model_type") in DECODERS
         bundle = parse_record(Bundle, {**content, **base, "tasks": tasks}, BundleError, str(where), BUNDLE.remedy)
-    # Only the files of GRAPH_FILES are ever opened, and only with a hash that was compared.
+    # Only the files of GRAPH_FILES and their data are ever opened, and only with a hash that was compared.
     for graph in bundle.graphs:
         if GRAPH_FILES[graph.precision] not in content["sha256"]:
             raise BundleError(f"{where} has no SHA-256 of {GRAPH_FILES[graph.precision]}. {BUNDLE.remedy}")
+        data = data_path(folder / GRAPH_FILES[graph.precision])
+        if data.exists() and data.name not in content["sha256"]:
+            raise BundleError(f"{where} has no SHA-256 of {data.name}. {BUNDLE.remedy}")
     check_seal(folder, content, BUNDLE)
     refuse_settings(folder, BundleError)
     return replace(bundle, folder=folder)

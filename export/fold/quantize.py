@@ -15,6 +15,7 @@ from export.fold.compare import compare_with_peft
 from export.fold.config import AUTO, ExportConfig
 from export.fold.fold import fold_adapters
 from export.fold.gate import LabelledBatches, label_batches, logits_of, measure_gates
+from export.fold.graphs.files import save_graph
 from export.fold.int8 import layers_of, write_int8
 from export.fold.read import Sources
 from export.fold.trace import write_graph
@@ -100,7 +101,7 @@ def _make_fp16(folder: Path, rows: Sequence[LabelledBatches], sources: Sources) 
         # The mask's fp32 minimum becomes fp16's, which hides as well, and numbers below fp16's smallest become 0.
         warnings.simplefilter("ignore", UserWarning)
         model.convert_float_to_float16(keep_io_types=True)
-    model.save_model_to_file(str(path))
+    save_graph(model.model, path)
     return measure_gates(folder, FP16, rows)
 
 

@@ -11,8 +11,6 @@ from export.fold.fold import FoldedModel
 from export.fold.graphs.description import OPSET, OUTPUTS
 from export.fold.graphs.exporter import write_by_an_exporter
 from export.fold.rewrites.gpu_operators import exporting_fused_attention, fuse_operators
-from train.common.errors import ModelError
-from train.common.limits import MAX_MODEL_BYTES
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,11 @@ class WrittenGraph:
 
 
 def write_graph(model: FoldedModel, path: Path) -> WrittenGraph:
-    """Trace a model and write it as ONNX into one file, weights and prompts included.
+    """Trace a model and write it as ONNX, weights and prompts included, beyond 2 GB in a second file.
 
     Raises:
-        ModelError: the weights do not fit into an ONNX file, or no exporter can write the model.
+        ModelError: no exporter can write the model.
     """
-    n_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
-    if n_bytes >= MAX_MODEL_BYTES:
-        raise ModelError(
-            f"{model.base.name} has {n_bytes / 1e9:.1f} GB of fp32 weights; one ONNX file holds "
-            f"{MAX_MODEL_BYTES / 1e9:.1f} GB. Take a smaller base model."
-        )
     settings = model.module.config
     heads = getattr(settings, "num_attention_heads", 1)
     attention = exporting_fused_attention(OPSET, heads=heads, virtual_tokens=model.virtual_tokens)

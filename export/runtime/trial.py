@@ -34,7 +34,7 @@ def try_bundle(bundle: Bundle, *, memory_mib: int | None = None, seconds: float 
         BundleError: a graph cannot be opened or gives no logits within the limits.
     """
     if memory_mib is None:
-        largest = max(bundle.graph_path(name).stat().st_size for name in bundle.precisions if name != FP16)
+        largest = max(bundle.graph_bytes(name) for name in bundle.precisions if name != FP16)
         memory_mib = BASE_MIB + int(TIMES_THE_GRAPH * largest / MIB)
     remedy = (
         f"It had a process of its own, {memory_mib} MiB of memory and {seconds:g} s. If you trust who made it, open it "

@@ -17,6 +17,7 @@ MAX_TEXT_BYTES = 64 * MIB  # any other file that is no model; the largest tokeni
 MAX_MODEL_BYTES = 2**31  # an ONNX graph, which is one protobuf message, and an adapter's weights
 MAX_BASE_BYTES = 2**36  # a file with a base model's weights: 64 GiB
 MAX_TOKENS = 2**24  # any token count: text, prompt or vocabulary
+_MAX_BYTES = {".onnx": MAX_MODEL_BYTES, ".safetensors": MAX_MODEL_BYTES, ".onnx_data": MAX_BASE_BYTES}
 MAX_ENTRIES = 1000  # files and folders in an adapter or a bundle, which have about ten
 
 
@@ -42,7 +43,7 @@ def check_entries(folder: Path, error: type[PromptfoldError], remedy: str) -> No
                     f"copy without links: cp -rL {folder} COPY"
                 )
             if not entry.is_dir(follow_symlinks=False):  # nothing in a folder is ever read
-                max_bytes = MAX_MODEL_BYTES if path.suffix in {".onnx", ".safetensors"} else MAX_TEXT_BYTES
+                max_bytes = _MAX_BYTES.get(path.suffix, MAX_TEXT_BYTES)
                 _check_state(path, entry.stat(follow_symlinks=False), max_bytes, error, remedy)
 
 

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from train.common.errors import ModelError, UsageError, first_line
 from train.config import P_TUNING, P_TUNING_V2, TrainConfig
-from train.model.architecture import head_modules
+from train.model.architecture import head_modules, key_value_heads, keys_values_of
 from train.model.classifier import load_classifier, put_prompt_before
 from train.model.find import DECODERS, ENCODERS, BaseModel
-from train.model.keys_values import key_value_heads, keys_values_of
 from train.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""What a classifier of a configuration is made of, found by building it without its weights and without memory for them."""
+"""What a classifier is made of: found from its configuration, by building it without weights, and from the model itself."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -12,6 +12,7 @@ from train.common.errors import ModelError, first_line
 from train.common.limits import MAX_TOKENS
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 _DEFAULT_POSITIONS = 2048  # for models that state no number (BLOOM)
@@ -105,6 +106,53 @@ def head_modules(model: "PreTrainedModel") -> list[str]:
     ]
     pooler = getattr(model.base_model, "pooler", None)
     return [*beside, *(["pooler"] if pooler is not None and _has_weights(pooler) else [])]
+
+
+def keys_values_of(
+    model: "PreTrainedModel", ids: Sequence[int], *, is_decoder: bool
+) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    """Every layer's keys and values for a text of n_ids tokens, each of shape = (1, n_key_value_heads, n_ids, n_head).
+
+    A decoder's are those of its cache; an encoder's are computed by the modules that BERT and its copies have. The list is
+    empty for a model with neither.
+    """
+    import torch
+
+    backbone: Any = model.base_model
+    batch = torch.tensor([list(ids)], device=model.device)
+    model.eval()  # as `PromptedClassifier` keeps it
+    if is_decoder:
+        with torch.no_grad():
+            cache = backbone(batch, use_cache=True).past_key_values
+        return [(layer.keys, layer.values) for layer in getattr(cache, "layers", [])]
+    seen: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
+    hooks = [
+        module.register_forward_hook(lambda _, __, states, kind=kind: seen[kind].append(states))
+        for kind in seen
+        for name, module in backbone.named_modules()
+        if name.endswith(f".attention.self.{kind}")
+    ]
+    try:
+        with torch.no_grad():
+            backbone(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = getattr(model.config, "num_attention_heads", 1)
+
+    def split(states: torch.Tensor) -> torch.Tensor:
+        return states.view(1, len(ids), heads, -1).transpose(1, 2)
+
+    return [(split(key), split(value)) for key, value in zip(seen["key"], seen["value"], strict=True)]
+
+
+def key_value_heads(model: "PreTrainedModel", *, is_decoder: bool) -> int:
+    """The number of heads that keys and values have, which is lower than that of queries in grouped-query attention."""
+    settings: Any = model.config.get_text_config()
+    if not is_decoder:
+        return settings.num_attention_heads
+    states = keys_values_of(model, [0], is_decoder=True)
+    return states[0][0].shape[1]
 
 
 def _has_weights(module: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from train.model.keys_values import key_value_heads
+from train.model.architecture import key_value_heads
 from train.model.loss import mean_loss
 
 

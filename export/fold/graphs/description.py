@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.bundle.folder import TASK_IDS
 from export.fold.fold import FoldedModel
+from export.fold.graphs import files
 from export.fold.rewrites.many_tasks import MultiTaskClassifier
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ class Description:
         if isinstance(model.module, MultiTaskClassifier):
             names.append(TASK_IDS)
         return Description(model.module, tuple(names))
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its numbers are too many for one ONNX file."""
+        n_bytes: int = sum(tensor.nbytes for tensor in self.module.state_dict().values())
+        return n_bytes >= files.LARGEST_FILE_BYTES
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:

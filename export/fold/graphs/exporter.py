@@ -5,16 +5,19 @@ exporters are tried in turn, and the first one is taken whose graph gives the mo
 traced. Where optimum is not installed, PyTorch's exporters write everything.
 """
 
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 
 from export.bundle.folder import TASK_IDS
 from export.fold.fold import FoldedModel
 from export.fold.graphs.description import Description
+from export.fold.graphs.files import save_graph
 from export.fold.graphs.with_torch import write_with_dynamo, write_with_torchscript
 from export.runtime.batches import random_batch
 from export.runtime.session import open_session, run_session
@@ -25,6 +28,7 @@ HAS_OPTIMUM = find_spec("optimum") is not None and find_spec("optimum.exporters.
 OPTIMUM, TORCHSCRIPT, DYNAMO = "optimum", "torchscript", "dynamo"
 """Names of the exporters in a manifest: TorchScript under optimum's patches, TorchScript alone, torch.export."""
 
+Exporter = Callable[[Description, Path], None]
 TOLERANCE = 1e-4
 """Largest difference of a logit between a graph and the module that it was made of."""
 SHAPES = ((1, 1), (3, 21), (2, 40))
@@ -44,13 +48,13 @@ def write_by_an_exporter(model: FoldedModel, path: Path) -> tuple[Description, s
     exporters = _exporters()
     if model.is_known and HAS_OPTIMUM:
         # Tried for every kind in the tests; `export.fold.compare` follows.
-        exporters[OPTIMUM](description, path)
+        _write(exporters[OPTIMUM], description, path)
         return description, OPTIMUM
     reasons = []
     for name, write in exporters.items():
         # Any error of the other libraries is a reason to try the next exporter.
         try:
-            write(description, path)
+            _write(write, description, path)
             difference = _difference(description, model, path)
         except Exception as cause:
             reasons.append(f"{name}: {type(cause).__name__}, {first_line(cause)[:200]}")
@@ -64,9 +68,23 @@ def write_by_an_exporter(model: FoldedModel, path: Path) -> tuple[Description, s
     )
 
 
-def _exporters() -> dict[str, Callable[[Description, Path], None]]:
+def _write(write: Exporter, description: Description, path: Path) -> None:
+    """Write a graph, with the numbers of its tensors in a second file where they are too many for one ONNX file.
+
+    Exporters write such a model as a file for each tensor, or under names of their own.
+    """
+    if not description.is_large:
+        write(description, path)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        written = Path(scratch) / path.name
+        write(description, written)
+        save_graph(onnx.load(written), path)
+
+
+def _exporters() -> dict[str, Exporter]:
     """The exporters that are installed, by name, in the order in which they are tried."""
-    exporters: dict[str, Callable[[Description, Path], None]] = {}
+    exporters: dict[str, Exporter] = {}
     if HAS_OPTIMUM:
         from export.fold.graphs.with_optimum import write_with_optimum
 

@@ -74,4 +74,4 @@ def write_with_dynamo(description: Description, path: Path) -> None:
     for value in program.model.graph.inputs:
         # As the other exporters name them; torch.export numbers them.
         value.shape = onnx_ir.Shape(description.dynamic_axes[str(value.name)].values())
-    program.save(str(path), external_data=False)
+    program.save(str(path), external_data=description.is_large)

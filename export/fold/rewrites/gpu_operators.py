@@ -17,6 +17,8 @@ import torch
 from torch.onnx import register_custom_op_symbolic, symbolic_helper, unregister_custom_op_symbolic
 from torch.onnx._internal.torchscript_exporter import _type_utils
 
+from export.fold.graphs.files import save_graph
+
 ATTENTION = "aten::scaled_dot_product_attention"
 LOWEST = float(torch.finfo(torch.float32).min)
 """Added to the score of a masked key."""
@@ -97,7 +99,7 @@ def fuse_operators(path: Path, *, heads: int, hidden_size: int) -> None:
     sizes = {"num_heads": heads, "hidden_size": hidden_size}
     optimized = optimize_model(str(path), model_type="bert", **sizes, optimization_options=options, opt_level=0)
     _keep_on_device(optimized.model.graph)
-    optimized.save_model_to_file(str(path))
+    save_graph(optimized.model, path)
 
 
 ARITHMETIC = frozenset({"Add", "Div", "Mod", "Mul", "Sub"})

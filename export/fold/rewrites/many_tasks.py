@@ -146,7 +146,7 @@ def append_tasks(paths: Sequence[Path], adapters: Sequence[Adapter], base: BaseM
     for path in paths:
         model = onnx.load(path, load_external_data=False)
         stored = {item.name: item for item in model.graph.initializer if item.name in constants[0]}
-        arrays = {name: numpy_helper.to_array(item) for name, item in stored.items()}
+        arrays = {name: numpy_helper.to_array(item, str(path.parent)) for name, item in stored.items()}
         tables = {name: torch.from_numpy(array.copy()).float() for name, array in arrays.items()}
         n_tasks = len(tables["head_out_bias"])
         present = [{name: table[task] for name, table in tables.items()} for task in range(n_tasks)]
