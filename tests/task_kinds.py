@@ -113,3 +113,16 @@ def read_rows(file: Path) -> Rows:
 
 def is_decoder(kind: str) -> bool:
     return family_of(kind) in DECODERS
+
+
+def kind_bundle(made_once: MadeOnce, base_model: Folders, kind: str, task_kind: str, precision: str = "auto") -> Path:
+    """A bundle of `kind_adapter`; with "auto", int8 was judged on its validation rows."""
+    from export.__main__ import main
+
+    adapter, file = kind_adapter(made_once, base_model, kind, task_kind), validation_file(made_once)
+
+    def make(folder: Path) -> None:
+        rows = [] if precision == "fp32" else ["--validation-file", str(file)]
+        assert main([str(adapter), "--out", str(folder), "--precision", precision, *rows]) == 0
+
+    return made_once(f"{precision}-{task_kind}/{kind}", make)

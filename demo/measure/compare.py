@@ -9,8 +9,9 @@ import numpy as np
 
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.engines.timing import Burst, BurstPlan, Served, join_bursts
-from export.runtime.batches import softmax
 from export.runtime.check_text import check_text
+from train.config import MULTI_LABEL, REGRESSION
+from train.data.tasks import SEPARATOR, Task
 
 PAUSE_SECONDS = 0.4
 """Idle time before each burst: after 0.3 s no thread pool of the other engine spins any more."""
@@ -38,17 +39,50 @@ def is_disturbed(round_speedups: Sequence[float]) -> bool:
 class Answer:
     """One engine's prediction for a text."""
 
-    label: str
-    probabilities: dict[str, float]
-    """One for every label, in the order of the logits."""
+    task: Task
     logits: tuple[float, ...]
     latency: Burst | None = None
     """All bursts so far, at batch size 1; None until there is one."""
     served: Served | None = None
     """Which of several replicas answered; None for an engine in one process."""
 
+    @property
+    def _row(self) -> np.ndarray:
+        return np.array([self.logits])
+
+    @property
+    def predicted(self) -> int | float | tuple[str, ...]:
+        """A class index, a number, or the labels of a text that may have several."""
+        (found,) = self.task.predict(self._row)
+        if self.task.kind == MULTI_LABEL:
+            return tuple(name for name, is_one in zip(self.task.labels, found, strict=True) if is_one)
+        return float(found) if self.task.kind == REGRESSION else int(found)
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """One for every label, in the order of the logits; of a regression its number."""
+        return dict(zip(self.task.labels, self.task.probabilities(self._row)[0].tolist(), strict=True))
+
+    @property
+    def label(self) -> str:
+        """The prediction in words: a class, labels with commas between, or a number."""
+        predicted = self.predicted
+        if isinstance(predicted, tuple):
+            return SEPARATOR.join(predicted)
+        return f"{predicted:.4f}" if isinstance(predicted, float) else self.task.labels[predicted]
+
+    @property
+    def prediction_json(self) -> dict[str, Any]:
+        """As `export.serve` answers: label, labels or value, and the probabilities."""
+        predicted = self.predicted
+        if isinstance(predicted, float):
+            return {"value": predicted}
+        if isinstance(predicted, tuple):
+            return {"labels": list(predicted), "probabilities": self.probabilities}
+        return {"label": self.task.labels[predicted], "probabilities": self.probabilities}
+
     def as_json(self) -> dict[str, Any]:
-        value: dict[str, Any] = {"label": self.label, "probabilities": self.probabilities}
+        value = self.prediction_json
         if self.served is not None:
             value |= asdict(self.served)
         if self.latency is not None:
@@ -83,6 +117,13 @@ class Comparison:
         if self.pytorch is None:
             return None
         return float(np.abs(np.subtract(self.pytorch.logits, self.onnx.logits)).max())
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether both engines predict the same label or labels; None for numbers, whose difference says it."""
+        if self.pytorch is None or self.onnx.task.kind == REGRESSION:
+            return None
+        return self.pytorch.predicted == self.onnx.predicted
 
     @property
     def speedup(self) -> float | None:
@@ -129,10 +170,10 @@ def compare(
     """
     sentences = check_text(opened.task, sentence1, sentence2)
     encoded = opened.tokenize([sentences])
-    arrays, labels = encoded.arrays, opened.task.labels
+    arrays, task = encoded.arrays, opened.task
     with stage.measuring:
-        onnx = replace(_answer(labels, opened.onnx.logits(arrays)[0]), served=opened.onnx.served)
-        pytorch = _answer(labels, opened.pytorch.logits(arrays)[0]) if opened.pytorch else None
+        onnx = replace(Answer(task, tuple(opened.onnx.logits(arrays)[0].tolist())), served=opened.onnx.served)
+        pytorch = Answer(task, tuple(opened.pytorch.logits(arrays)[0].tolist())) if opened.pytorch else None
     cut = _cut(opened, sentences) if encoded.cut[0] else ""
     comparison = Comparison(opened.setup, onnx, pytorch, int(arrays["input_ids"].shape[1]), cut)
     yield comparison
@@ -165,11 +206,6 @@ def _burst(engine: AnyEngine, arrays: dict[str, np.ndarray], *, runs: int | None
 
 def _with_burst(answer: Answer, burst: Burst) -> Answer:
     return replace(answer, latency=join_bursts([answer.latency, burst]) if answer.latency else burst)
-
-
-def _answer(labels: tuple[str, ...], logits: np.ndarray) -> Answer:
-    probabilities = dict(zip(labels, softmax(logits).tolist(), strict=True))
-    return Answer(labels[int(np.argmax(logits))], probabilities, tuple(logits.tolist()))
 
 
 def _cut(opened: OpenedEngines, sentences: tuple[str, ...]) -> str:

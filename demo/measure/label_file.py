@@ -13,11 +13,12 @@ import numpy as np
 from demo.engines.pytorch import COMPILED
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.measure.upload import AGREE, SIDES, Upload
-from export.runtime.batches import Classified, count_pairs, in_batches, score_counts
+from export.runtime.batches import Classified, count_pairs, differ, in_batches, score_counts
 from export.score.label import PREDICTION, PROBABILITY
 from export.score.write_rows import encode_rows
 from train.common.errors import EngineError
-from train.data.tasks import Scores
+from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from train.data.tasks import Scores, score_numbers
 
 BATCH_ROWS = 8
 """Rows in one run. On a CPU more are no faster, and a cancelled file ends the sooner."""
@@ -53,38 +54,61 @@ class Scored:
 
     @property
     def differs(self) -> np.ndarray:
-        """Whether the engines give a row different labels; bool, shape = (n_rows,)"""
-        predicted = [classified.indices for classified in self.sides.values()]
-        return np.asarray(predicted[0] != predicted[-1])
+        """Whether the engines give a row different labels; bool, shape = (n_rows,); False for numbers"""
+        predicted = [classified.predicted for classified in self.sides.values()]
+        return differ(self.upload.task, predicted[0], predicted[-1])
+
+    @property
+    def is_regression(self) -> bool:
+        return self.upload.task.kind == REGRESSION
+
+    @property
+    def differences(self) -> np.ndarray:
+        """How far the engines' numbers of a row are apart; float64, shape = (n_rows,); of a regression alone"""
+        predicted = [classified.predicted for classified in self.sides.values()]
+        return np.asarray(np.abs(predicted[0] - predicted[-1]))
 
     @property
     def wrong(self) -> np.ndarray:
         """Whether an engine's label differs from the file's; bool, shape = (n_rows,); False where the file has none"""
         if self.upload.expected is None:
             return np.zeros(len(self.upload.rows), bool)
-        predicted = np.stack([classified.indices for classified in self.sides.values()])
-        return np.asarray((predicted != np.array(self.upload.expected)).any(axis=0))
+        expected = np.array(self.upload.expected)
+        wrong = [differ(self.upload.task, classified.predicted, expected) for classified in self.sides.values()]
+        return np.asarray(np.stack(wrong).any(axis=0))
 
     def counts(self, side: str) -> dict[str, int]:
-        """How many rows were given each label."""
-        labels = self.upload.task.labels
-        return dict(zip(labels, np.bincount(self.sides[side].indices, minlength=len(labels)).tolist(), strict=True))
+        """How many rows were given each label; empty for a regression."""
+        task, predicted = self.upload.task, self.sides[side].predicted
+        if self.is_regression:
+            return {}
+        n_rows = predicted.sum(axis=0) if predicted.ndim > 1 else np.bincount(predicted, minlength=len(task.labels))
+        return dict(zip(task.labels, n_rows.tolist(), strict=True))
 
     def confusion(self, side: str) -> np.ndarray | None:
-        """The confusion matrix, as from `count_pairs`; None where the file has no labels."""
-        if self.upload.expected is None:
+        """As from `count_pairs`, a classification's confusion matrix; None where the file has no labels, or numbers."""
+        if self.upload.expected is None or self.is_regression:
             return None
-        return count_pairs(self.upload.task, self.upload.expected, self.sides[side].indices)
+        return count_pairs(self.upload.task, self.upload.expected, self.sides[side].predicted)
 
     def scores(self, side: str) -> Scores | None:
-        """The task's metrics; None where the file has no labels."""
-        confusion = self.confusion(side)
-        return None if confusion is None else score_counts(self.upload.task, confusion)
+        """The task's metrics; None where the file has no labels, or has the same number in every row."""
+        confusion, expected = self.confusion(side), self.upload.expected
+        if confusion is not None:
+            return score_counts(self.upload.task, confusion)
+        if expected is None or self.upload.has_equal_numbers:
+            return None
+        return score_numbers(self.sides[side].predicted, expected)
 
     @property
     def preview(self) -> list[int]:
-        """Numbers of rows worth a look: first where the engines differ, then where one is wrong, then the others."""
+        """Numbers of rows worth a look: first where the engines differ, then where one is wrong, then the others.
+
+        Of a regression first those whose numbers are furthest apart.
+        """
         differs, wrong = self.differs, self.wrong
+        if self.is_regression:
+            return np.argsort(-self.differences, kind="stable")[:MAX_PREVIEW_ROWS].tolist()
         return sorted(range(len(differs)), key=lambda row: (not differs[row], not wrong[row]))[:MAX_PREVIEW_ROWS]
 
     def as_json(self) -> dict[str, Any]:
@@ -94,11 +118,15 @@ class Scored:
         value |= {"rows": len(self.upload.rows), "texts_cut": self.texts_cut, "labels": labels}
         if self.pytorch is not None:
             value |= {"pytorch_mode": self.setup.pytorch, "disagreements": int(self.differs.sum())}
+            if self.is_regression:
+                value["largest_difference"] = float(self.differences.max())
         for side in self.sides:
             scores, confusion = self.scores(side), self.confusion(side)
             value[side] = {"counts": self.counts(side), "scores": None, "confusion": None}
-            if scores is not None and confusion is not None:
-                value[side] |= {"scores": scores.values, "confusion": confusion.tolist()}
+            if scores is not None:
+                value[side] |= {"scores": scores.values, "recalls": scores.recalls}
+            if confusion is not None:
+                value[side]["confusion"] = confusion.tolist()
         return value
 
 
@@ -151,7 +179,7 @@ def label_upload(stage: Stage, setup: Setup, upload: Upload, *, cancelled: threa
             fraction = (number + done / len(sentences)) / len(sides)
             yield Progress(_engine(opened, side).name, done, len(sentences), fraction)
             time.sleep(GIVE_WAY_SECONDS)
-        predictions[side] = Classified.of(upload.task.labels, logits, cut)
+        predictions[side] = Classified.of(upload.task, logits, cut)
     scored = Scored(upload, setup, predictions["onnx"], predictions.get("pytorch"), opened.bundle.max_length)
     yield Progress(_engine(opened, side).name, len(sentences), len(sentences), 1.0, scored)
 
@@ -185,8 +213,12 @@ def write_labelled(scored: Scored, folder: Path) -> Path:
     upload, added = scored.upload, {}
     for side, classified in scored.sides.items():
         added[f"{PREDICTION}_{side}"] = classified.predictions
-        added[f"{PROBABILITY}_{side}"] = classified.best_probabilities.tolist()
-    if scored.pytorch is not None:
+        if upload.task.kind == CLASSIFICATION:
+            added[f"{PROBABILITY}_{side}"] = classified.best_probabilities.tolist()
+        if upload.task.kind == MULTI_LABEL:
+            columns = zip(upload.task.labels, classified.probabilities.T.tolist(), strict=True)
+            added |= {f"{PROBABILITY}_{label}_{side}": values for label, values in columns}
+    if scored.pytorch is not None and not scored.is_regression:
         added[AGREE] = (~scored.differs).tolist()
     suffix = Path(upload.name).suffix.lower()
     path = folder / f"{Path(upload.name).stem}-labelled{suffix}"

@@ -22,13 +22,12 @@ from demo.measure.weights import (
     prompt_table,
 )
 from export.bundle.folder import Bundle
-from export.runtime.batches import softmax
 from export.runtime.check_text import check_text
 from train.adapter.record import ADAPTER, FILES, Adapter
 from train.common.errors import AdapterError, ModelError, UsageError, first_line, is_of_tokenizers
 from train.common.folder_record import read_json_object, reading
-from train.config import P_TUNING_V2
-from train.data.tasks import METRICS
+from train.config import MULTI_LABEL, P_TUNING_V2, REGRESSION
+from train.data.tasks import METRICS, Task
 
 NEAREST_WORDS = 5
 """How many are shown for each virtual token."""
@@ -183,7 +182,7 @@ def _vocabulary(key: AdapterKey) -> Vocabulary:
 
 @dataclass(frozen=True)
 class Curves:
-    """A training, epoch by epoch; each sequence has shape = (n_epochs,). Losses are cross-entropy in nats."""
+    """A training, epoch by epoch; each sequence has shape = (n_epochs,). Losses are those of `train.model.loss`."""
 
     epochs: tuple[int, ...]
     train_loss: tuple[float, ...]
@@ -261,9 +260,9 @@ def measure_sizes(adapter: Adapter, bundle: Bundle | None) -> Sizes:
 
 @dataclass(frozen=True)
 class PromptEffect:
-    """Probabilities of one text with the learned prompt, with others in its place, and with none."""
+    """Probabilities of one text, or a regression's number, with the learned prompt, others in its place, and none."""
 
-    labels: tuple[str, ...]
+    task: Task
     learned: tuple[float, ...]
     """Shape = (n_labels,)"""
     random: tuple[tuple[float, ...], ...]
@@ -285,17 +284,27 @@ class PromptEffect:
         label = self.label(self.learned)
         return sum(self.label(probabilities) == label for probabilities in self.random)
 
+    @property
+    def is_number(self) -> bool:
+        return self.task.kind == REGRESSION
+
     def label(self, probabilities: Sequence[float]) -> str:
-        return self.labels[int(np.argmax(probabilities))]
+        """The most probable class, or all labels whose probability reaches the threshold, with commas between."""
+        if self.task.kind == MULTI_LABEL:
+            return self.task.join_labels(self.task.reach_threshold(np.array(probabilities)))
+        return self.task.labels[int(np.argmax(probabilities))]
 
     def as_json(self) -> dict[str, Any]:
         """For the endpoint ``/prompt_effect``."""
 
         def answer(probabilities: tuple[float, ...]) -> dict[str, Any]:
-            named = dict(zip(self.labels, probabilities, strict=True))
+            if self.is_number:
+                return {"value": probabilities[0]}
+            named = dict(zip(self.task.labels, probabilities, strict=True))
             return {"label": self.label(probabilities), "probabilities": named}
 
-        random = answer(self.random_mean) | {"prompts": len(self.random), "label_kept": self.random_kept}
+        random = answer(self.random_mean) | {"prompts": len(self.random)}
+        random |= {} if self.is_number else {"label_kept": self.random_kept}
         value = {"learned": answer(self.learned), "random": random, "none": answer(self.none)}
         return value | {"tokens": self.tokens, "cut": self.cut}
 
@@ -314,10 +323,10 @@ def prompt_effect(stage: Stage, setup: Setup, sentence1: object, sentence2: obje
     with stage.measuring:
         logits = opened.pytorch.prompt_logits(encoded.arrays, RANDOM_PROMPTS, RANDOM_SEED)
     return PromptEffect(
-        labels=opened.task.labels,
-        learned=tuple(softmax(logits.learned[0]).tolist()),
-        random=_tuples(softmax(logits.random[:, 0])),
-        none=tuple(softmax(logits.none[0]).tolist()),
+        task=opened.task,
+        learned=tuple(opened.task.probabilities(logits.learned)[0].tolist()),
+        random=_tuples(opened.task.probabilities(logits.random[:, 0])),
+        none=tuple(opened.task.probabilities(logits.none)[0].tolist()),
         tokens=int(encoded.arrays["input_ids"].shape[1]),
         cut=encoded.cut[0],
     )

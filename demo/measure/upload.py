@@ -11,6 +11,7 @@ from export.score.label import PREDICTION, PROBABILITY, check_added
 from export.score.write_rows import merge_schema
 from train.common.console import names
 from train.common.errors import DataError, UsageError
+from train.config import MULTI_LABEL, REGRESSION
 from train.data.check_rows import check_columns, read_labels, read_sentences
 from train.data.read_rows import FILE_TYPES, Chunk, Limits, check_source, read_chunks
 from train.data.tasks import Task
@@ -50,6 +51,11 @@ class Upload:
     schema: "pyarrow.Schema"
     """As from `merge_schema`."""
 
+    @property
+    def has_equal_numbers(self) -> bool:
+        """Whether it has a regression's labels that are all equal, with which no correlation is defined."""
+        return self.task.kind == REGRESSION and self.expected is not None and len(set(self.expected)) == 1
+
 
 def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_column: str = "") -> Upload:
     """Read a visitor's file for a task; columns are given where they differ from those of the training."""
@@ -65,7 +71,9 @@ def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_
     task = task.with_columns(names(text_columns), label, owner="this model")
     wanted = [*task.text_columns, *([] if label is None else [label])]
     check_columns(name, columns, wanted, "Name its own text columns or label column.")
-    check_added(name, columns, [*(f"{what}_{side}" for side in SIDES for what in (PREDICTION, PROBABILITY)), AGREE])
+    each = [f"{PROBABILITY}_{label}" for label in task.labels] if task.kind == MULTI_LABEL else []
+    added = [f"{what}_{side}" for side in SIDES for what in (PREDICTION, PROBABILITY, *each)]
+    check_added(name, columns, [*added, AGREE])
     sentences = read_sentences(rows, task, max_characters=MAX_CHARACTERS)
     expected = read_labels(rows, task, or_else="rename the column") if task.label_column in columns else None
     return Upload(name, rows, task, sentences, expected, merge_schema(rows, None, path.suffix.lower()))

@@ -24,6 +24,7 @@ from demo.page.controls import (
 )
 from demo.page.html import render, render_text
 from train.common.machine import core_limit
+from train.config import REGRESSION
 from train.data.tasks import Task
 
 HISTOGRAM_BINS = 24
@@ -144,8 +145,13 @@ def _results(comparison: Comparison, opened: OpenedEngines, *, is_over: bool) ->
         same_device=len(on_cuda) == 1,
         is_over=is_over,
     )
-    probabilities = [answer.probabilities for answer in answers]
-    return [speedup, _distribution(comparison), *probabilities, *_engine_facts(opened, answers, is_over=is_over)]
+    shown = [_shown(answer) for answer in answers]
+    return [speedup, _distribution(comparison), *shown, *_engine_facts(opened, answers, is_over=is_over)]
+
+
+def _shown(answer: Answer) -> Any:
+    """Value of a `gr.Label`: a number, or a bar for each label."""
+    return answer.label if answer.task.kind == REGRESSION else answer.probabilities
 
 
 def _engine_facts(opened: OpenedEngines, answers: Sequence[Answer] = (), *, is_over: bool = False) -> list[Markup]:

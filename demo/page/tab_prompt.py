@@ -210,17 +210,21 @@ def effect_html(effect: PromptEffect | None) -> Markup:
     """The probabilities with the learned, random and no prompt; None before the first text."""
     if effect is None:
         return render("prompt_effect.html", effect=None, n_random=RANDOM_PROMPTS)
-    shown = sorted(sorted(range(len(effect.labels)), key=lambda index: -effect.learned[index])[:LABELS_SHOWN])
+    labels = effect.task.labels
+    shown = sorted(sorted(range(len(labels)), key=lambda index: -effect.learned[index])[:LABELS_SHOWN])
     sides = {
         "The learned prompt": effect.learned,
         f"{len(effect.random)} random prompts, mean": effect.random_mean,
         "No prompt": effect.none,
     }
     tables: dict[str, list[Bar]] = {
-        name: [(effect.labels[index], values[index], f"{100 * values[index]:.1f} %") for index in shown]
+        name: [(labels[index], values[index], f"{100 * values[index]:.1f} %") for index in shown]
         for name, values in sides.items()
     }
-    return render("prompt_effect.html", effect=effect, tables=tables, n_hidden=len(effect.labels) - len(shown))
+    number_rows = [(name, f"{values[0]:.4f}") for name, values in sides.items()]
+    return render(
+        "prompt_effect.html", effect=effect, tables=tables, number_rows=number_rows, n_hidden=len(labels) - len(shown)
+    )
 
 
 def about_html(learned: LearnedPrompt, adapter: Adapter, sizes: Sizes, curves: Curves) -> Markup:
@@ -245,7 +249,7 @@ def about_html(learned: LearnedPrompt, adapter: Adapter, sizes: Sizes, curves: C
         numbers=numbers,
         curves=curves,
         series=series,
-        charts=[_lines(curves, losses, "nats"), _lines(curves, curves.scores, "on validation rows")],
+        charts=[_lines(curves, losses, "loss"), _lines(curves, curves.scores, "on validation rows")],
     )
 
 

@@ -4,13 +4,14 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+import numpy as np
 from markupsafe import Markup
 
 from demo.access.limits import MAX_BYTES
@@ -19,9 +20,12 @@ from demo.measure.label_file import Progress, Scored, label_upload, write_labell
 from demo.measure.upload import MAX_ROWS, Upload, read_upload
 from demo.page.controls import AT_ONCE, QUIET, Selectors, errors_shown, run_buttons, served_folder
 from demo.page.html import render, render_text
+from export.runtime.batches import Classified
 from train.common.errors import PromptfoldError
+from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from train.data.labels import Label
 from train.data.read_rows import FILE_TYPES
-from train.data.tasks import METRICS
+from train.data.tasks import METRICS, Task
 
 SCORE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "score"}
 """One file at a time, in a queue of its own: a file takes minutes, during which others can measure."""
@@ -34,6 +38,9 @@ NAMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime"}
 
 MATRIX_LABELS = 20
 """With more labels a confusion matrix cannot be read; the endpoint gives it."""
+
+NO_LABEL = "(none)"
+"""Shown for a text without any label, where several are possible."""
 
 SHOWN_CHARACTERS = 160
 """Length of a text in the preview."""
@@ -257,9 +264,9 @@ class _Table:
 def results_html(scored: Scored) -> Markup:
     """Everything about a labelled file: facts, counts, scores and rows."""
     task = scored.upload.task
-    tables = [_counts(scored)]
-    has_many_labels = len(task.labels) > MATRIX_LABELS
-    if scored.upload.expected is not None:
+    tables = [_numbers(scored) if scored.is_regression else _counts(scored)]
+    has_many_labels = len(task.labels) > MATRIX_LABELS and task.kind == CLASSIFICATION
+    if scored.upload.expected is not None and not scored.upload.has_equal_numbers:
         tables += [_scores(scored), *([] if has_many_labels else _matrices(scored))]
     return render(
         "score_results.html",
@@ -274,17 +281,34 @@ def results_html(scored: Scored) -> Markup:
 
 def _counts(scored: Scored) -> _Table:
     columns = {NAMES[side]: list(scored.counts(side).values()) for side in scored.sides}
-    if (confusion := scored.confusion("onnx")) is not None:
-        columns["In the file"] = confusion.sum(axis=1).tolist()
+    if (counts := scored.confusion("onnx")) is not None:
+        is_classification = scored.upload.task.kind == CLASSIFICATION
+        columns["In the file"] = (counts if is_classification else counts[:, 2:]).sum(axis=1).tolist()
     rows = zip(scored.upload.task.labels, *columns.values(), strict=True)
     return _Table("Rows by label", ["Label", *columns], _with_commas(rows))
 
 
+def _numbers(scored: Scored) -> _Table:
+    columns = {NAMES[side]: classified.predicted for side, classified in scored.sides.items()}
+    if scored.upload.expected is not None:
+        columns["In the file"] = np.array(scored.upload.expected)
+    parts: dict[str, Callable[[np.ndarray], float]] = {"Least": np.min, "Mean": np.mean, "Greatest": np.max}
+    rows = [[name, *(f"{part(values):.4f}" for values in columns.values())] for name, part in parts.items()]
+    return _Table("Numbers", ["", *columns], rows)
+
+
 def _scores(scored: Scored) -> _Table:
-    scores = {NAMES[side]: found.values for side in scored.sides if (found := scored.scores(side)) is not None}
+    """Metrics, and the recall of each label; of many labels the lowest."""
+    scores = {NAMES[side]: found for side in scored.sides if (found := scored.scores(side)) is not None}
     rows = [
-        [METRICS[name], *(f"{100 * values[name]:.1f}" for values in scores.values())]
+        [METRICS[name], *(f"{100 * found.values[name]:.1f}" for found in scores.values())]
         for name in scored.upload.task.metrics
+    ]
+    recalls = [found.recalls for found in scores.values()]
+    labels = list(recalls[0])
+    lowest = sorted(labels, key=lambda name: min(found[name] for found in recalls))[:MATRIX_LABELS]
+    rows += [
+        [f"recall of {name}", *(f"{100 * found[name]:.1f}" for found in recalls)] for name in labels if name in lowest
     ]
     return _Table("Against the file's labels, in percent", ["Metric", *scores], rows)
 
@@ -298,7 +322,7 @@ def _matrices(scored: Scored) -> list[_Table]:
             _with_commas([label, *counts] for label, counts in zip(labels, confusion, strict=True)),
         )
         for side in scored.sides
-        if (confusion := scored.confusion(side)) is not None
+        if scored.upload.task.kind == CLASSIFICATION and (confusion := scored.confusion(side)) is not None
     ]
 
 
@@ -317,17 +341,36 @@ def _preview(scored: Scored) -> _Table:
     for row in scored.preview:
         cells = [f"{row + 1:,}", *map(_shortened, texts[row])]
         for answers in scored.sides.values():
-            cells.append(f"{answers.labels[answers.indices[row]]} {answers.best_probabilities[row]:.3f}")
+            cells.append(_words(answers, row))
         if upload.expected is not None:
-            cells.append(upload.task.labels[upload.expected[row]])
+            cells.append(_label_words(upload.task, upload.expected[row]))
         notes = ["engines differ"] * bool(differs[row]) + ["wrong"] * bool(wrong[row])
         rows.append([*cells, ", ".join(notes)][: len(columns)])
     title = f"{len(rows)} of {len(texts):,} rows" if len(rows) < len(texts) else f"All {len(texts):,} rows"
+    if scored.is_regression:
+        title += ", first those on which the engines are furthest apart" if len(scored.sides) > 1 else ""
+        return _Table(title, columns, rows)
     if len(scored.sides) > 1:
         title += ", first those on which the engines differ"
     if has_labels:
         title += ", then those that are wrong" if len(scored.sides) > 1 else ", first those that are wrong"
     return _Table(title, columns, rows)
+
+
+def _words(answers: Classified, row: int) -> str:
+    """What an engine predicts for a row, and how sure it is."""
+    prediction = answers.predictions[row]
+    if answers.task.kind == REGRESSION:
+        return f"{prediction:.4f}"
+    if answers.task.kind == MULTI_LABEL:
+        return str(prediction) or NO_LABEL
+    return f"{prediction} {answers.best_probabilities[row]:.3f}"
+
+
+def _label_words(task: Task, label: Label) -> str:
+    if isinstance(label, tuple):
+        return task.join_labels(label) or NO_LABEL
+    return f"{label:.4f}" if isinstance(label, float) else task.labels[label]
 
 
 def _shortened(text: str) -> str:

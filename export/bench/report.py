@@ -17,6 +17,7 @@ from export.bench.engines import ENGINES, OURS, REFERENCE, Measured, Peak
 from export.bench.prepare import Prepared
 from train.common.atomic_folder import write_whole
 from train.common.errors import UsageError
+from train.config import CLASSIFICATION
 from train.data.tasks import METRICS, Scores, score
 
 FP32_TOLERANCE = 1e-3
@@ -67,6 +68,8 @@ def _engine_figures(prepared: Prepared, name: str, rounds: Rounds) -> Record:
     if engine.precision == "fp32" and difference > FP32_TOLERANCE:
         status, reason = WRONG, f"a logit differs from PEFT's by {difference:.3g}; {FP32_TOLERANCE:g} is allowed"
     labels, peft_labels = measured[0].predictions.get(FILE), of_peft[0].predictions.get(FILE)
+    if prepared.task.kind != CLASSIFICATION:  # an engine reports class indices alone
+        labels = peft_labels = None
     return {
         "engine": name,
         "what": engine.what,

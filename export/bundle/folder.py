@@ -17,7 +17,8 @@ from train.common.errors import BundleError, UsageError
 from train.common.folder_record import FolderKind, check_seal, read_json_object, read_record, reading, sha256_of_file
 from train.common.limits import MAX_TOKENS
 from train.common.records import parse_record
-from train.data.tasks import METRICS, Task
+from train.config import REGRESSION
+from train.data.tasks import METRICS, METRICS_OF, Task
 from train.model.find import DECODERS
 from train.untrusted.settings import refuse_settings
 
@@ -72,8 +73,9 @@ class Gate:
     scores: dict[str, float]
     """The same metrics of this precision."""
     label_flips: int
-    """Rows whose most probable label changed."""
+    """Rows whose labels changed; 0 for a regression."""
     max_probability_difference: float
+    """Of a regression, of its number."""
     tolerance: float
     """By how much each metric may fall."""
     kept_fp32: tuple[int, ...] = ()
@@ -94,7 +96,10 @@ class Gate:
             f"{METRICS[name]} {100 * value:.1f} (fp32 {100 * self.fp32[name]:.1f})"
             for name, value in self.scores.items()
         ]
-        parts.append(f"{self.label_flips} of {self.n_rows} labels changed")
+        if set(self.scores) <= set(METRICS_OF[REGRESSION]):
+            parts.append(f"numbers at most {self.max_probability_difference:.2g} apart on {self.n_rows} rows")
+        else:
+            parts.append(f"{self.label_flips} of {self.n_rows} labels changed")
         if not self.is_finite:
             parts.append("some logits are no numbers")
         if self.kept_fp32:

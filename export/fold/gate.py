@@ -9,7 +9,7 @@ import numpy as np
 
 from export.bundle.folder import FILES, FP32, GRAPH_FILES, INT8, TEXT_INPUTS, Gate
 from export.fold.read import Sources
-from export.runtime.batches import in_batches, softmax
+from export.runtime.batches import differ, in_batches
 from export.runtime.classifier import with_task
 from export.runtime.session import open_session, run_session
 from export.runtime.tokenizer import TextTokenizer
@@ -100,16 +100,17 @@ def measure_gates(
     gates = []
     for rows, reference, logits in zip(tasks, references, found, strict=True):
         expected = np.concatenate(rows.expected)
-        before, after = reference.argmax(axis=1), logits.argmax(axis=1)
         is_finite = bool(np.isfinite(logits).all())
-        difference = float(np.abs(softmax(logits) - softmax(reference)).max()) if is_finite else 1.0
+        before, after = (rows.task.predict(np.nan_to_num(found)) for found in (reference, logits))
+        probabilities, before_them = rows.task.probabilities(logits), rows.task.probabilities(reference)
+        difference = float(np.abs(probabilities - before_them).max()) if is_finite else 1.0
         gates.append(
             Gate(
                 file=rows.file,
                 n_rows=len(expected),
                 fp32=score(rows.task, before, expected).values,
                 scores=score(rows.task, after, expected).values,
-                label_flips=int((before != after).sum()),
+                label_flips=int(differ(rows.task, before, after).sum()),
                 max_probability_difference=difference,
                 tolerance=GATE_TOLERANCE,
                 kept_fp32=tuple(kept_fp32),

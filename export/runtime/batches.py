@@ -8,6 +8,8 @@ import numpy as np
 
 from export.bundle.folder import TASK_IDS
 from export.runtime.classifier import OnnxClassifier
+from train.common.errors import BundleError
+from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import Scores, Task
 
 
@@ -15,29 +17,33 @@ from train.data.tasks import Scores, Task
 class Classified:
     """What a classifier says of texts, in their order."""
 
-    labels: tuple[str, ...]
-    """Names of the classes, in the order of the logits."""
-    indices: np.ndarray
-    """The most probable class of each text; int64, shape = (n_texts,)"""
+    task: Task
+    predicted: np.ndarray
+    """As from `Task.predict`: class indices, numbers, or whether a text has each label; one a text"""
     probabilities: np.ndarray
-    """float64, shape = (n_texts, n_labels)"""
+    """As from `Task.probabilities`; float64, shape = (n_texts, n_labels)"""
     cut: np.ndarray
     """Whether a text was longer than the model reads and lost its end; bool, shape = (n_texts,)"""
 
     @staticmethod
-    def of(labels: tuple[str, ...], logits: np.ndarray, cut: np.ndarray) -> "Classified":
+    def of(task: Task, logits: np.ndarray, cut: np.ndarray) -> "Classified":
         """From logits, shape = (n_texts, n_labels)"""
-        return Classified(labels, logits.argmax(axis=1), softmax(logits), cut)
+        return Classified(task, task.predict(logits), task.probabilities(logits), cut)
 
     @property
-    def predictions(self) -> list[str]:
-        """The name of each text's most probable class."""
-        return [self.labels[index] for index in self.indices]
+    def predictions(self) -> list[Any]:
+        """For each text the name of its most probable class, its number, or its labels in one string."""
+        if self.task.kind == REGRESSION:
+            numbers: list[Any] = self.predicted.tolist()
+            return numbers
+        if self.task.kind == MULTI_LABEL:
+            return [self.task.join_labels(row) for row in self.predicted]
+        return [self.task.labels[index] for index in self.predicted]
 
     @property
     def best_probabilities(self) -> np.ndarray:
-        """The probability of that class; float64, shape = (n_texts,)"""
-        return self.probabilities[np.arange(len(self.indices)), self.indices]
+        """A classification's probability of the class that is predicted; float64, shape = (n_texts,)"""
+        return self.probabilities[np.arange(len(self.predicted)), self.predicted]
 
 
 def classify(
@@ -47,16 +53,25 @@ def classify(
     batch_size: int = 32,
     report: Callable[[int], object] | None = None,
 ) -> Classified:
-    """Classify texts in batches of similar length; ``report`` is called after each with the number of texts in it."""
-    labels = classifier.task.task.labels
-    logits = np.empty((len(texts), len(labels)), np.float64)
+    """Classify texts in batches of similar length; ``report`` is called after each with the number of texts in it.
+
+    Raises:
+        BundleError: as from `OnnxClassifier.logits`, or a logit is no number, of which a label would be made all the same.
+    """
+    task = classifier.task.task
+    logits = np.empty((len(texts), len(task.labels)), np.float64)
     cut = np.zeros(len(texts), bool)
     for rows in in_batches(texts, batch_size):
         encoded = classifier.tokenize([texts[row] for row in rows])
         logits[rows], cut[rows] = classifier.logits(encoded.arrays), encoded.cut
         if report is not None:
             report(len(rows))
-    return Classified.of(labels, logits, cut)
+    if not np.isfinite(logits).all():
+        raise BundleError(
+            f"{classifier.bundle.folder} gave logits that are no numbers, in {classifier.execution.precision}. Export it "
+            "again, and take --precision fp32 if that does not help."
+        )
+    return Classified.of(task, logits, cut)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,22 +162,40 @@ def in_batches(texts: Sequence[tuple[Sized, ...]], batch_size: int) -> Iterator[
         yield order[start : start + batch_size]
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last axis; float64, shape = shape of the logits"""
-    # Without the largest logit exp cannot overflow.
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+def differ(task: Task, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether two predictions of each row, as from `Task.predict`, are different labels; bool, shape = (n_rows,)
+
+    Numbers are never other labels: how far apart they are says more.
+    """
+    if task.kind == REGRESSION:
+        return np.zeros(len(one), bool)
+    return np.asarray((one != other).reshape(len(one), -1).any(axis=1))
 
 
-def count_pairs(task: Task, expected: Sequence[Any] | np.ndarray, predicted: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The confusion matrix of class indices, shapes = (n_rows,); int64, shape = (n_labels expected, n_labels predicted)"""
-    counts = np.zeros((len(task.labels), len(task.labels)), np.int64)
+def count_pairs(task: Task, expected: Sequence[Any] | np.ndarray, predicted: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """How often labels and predictions met; int64.
+
+    The confusion matrix of class indices, shape = (n_labels expected, n_labels predicted). Where it is multi-label, for
+    each label the rows that neither have nor get it, only get it, only have it, and both; shape = (n_labels, 4). Of a
+    regression, whose numbers cannot be counted, nothing; shape = (0, 0).
+    """
+    n_labels = len(task.labels)
+    if task.kind == REGRESSION:
+        return np.zeros((0, 0), np.int64)
+    if task.kind == MULTI_LABEL:
+        codes = 2 * np.array(expected, np.int64).reshape(-1, n_labels) + np.array(predicted, np.int64).reshape(
+            -1, n_labels
+        )
+        return np.stack([(codes == code).sum(axis=0) for code in range(4)], axis=1)
+    counts = np.zeros((n_labels, n_labels), np.int64)
     np.add.at(counts, (np.asarray(expected, np.int64), np.asarray(predicted, np.int64)), 1)
     return counts
 
 
 def score_counts(task: Task, counts: np.ndarray) -> Scores:
-    """The metrics of `train.data.tasks.score` from a confusion matrix (`count_pairs`), whose size the rows do not change."""
+    """The metrics of `train.data.tasks.score` from `count_pairs`, whose size the rows do not change; of no regression."""
+    if task.kind == MULTI_LABEL:
+        return _score_label_counts(task, counts)
     right = np.diag(counts).astype(np.float64)
     expected, predicted = counts.sum(axis=1).astype(np.float64), counts.sum(axis=0).astype(np.float64)
     n_rows = expected.sum()
@@ -177,4 +210,20 @@ def score_counts(task: Task, counts: np.ndarray) -> Scores:
     }
     if task.positive_label is not None:
         values["f1"] = f1[task.labels.index(task.positive_label)]
-    return Scores({name: float(values[name]) for name in task.metrics})
+    return Scores({name: float(values[name]) for name in task.metrics}, _recalls(task, right, expected))
+
+
+def _score_label_counts(task: Task, counts: np.ndarray) -> Scores:
+    only_predicted, missed, right = counts[:, 1:].astype(np.float64).T
+    # The same F1 as above, of each label and of all of them together.
+    values = {
+        "f1_micro": 2 * right.sum() / max((2 * right + only_predicted + missed).sum(), 1),
+        "f1_macro": (2 * right / np.maximum(2 * right + only_predicted + missed, 1)).mean(),
+    }
+    return Scores({name: float(values[name]) for name in task.metrics}, _recalls(task, right, right + missed))
+
+
+def _recalls(task: Task, right: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """By label, from rows that have it and get it, and rows that have it; both float64, shape = (n_labels,)"""
+    rows = zip(task.labels, right.tolist(), expected.tolist(), strict=True)
+    return {name: found / there for name, found, there in rows if there}

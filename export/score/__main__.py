@@ -7,6 +7,9 @@ their columns, then
     probability            its probability
     probability_LABEL      the probability of each label, with --all-probabilities
 
+Of a regression there is only ``prediction``, a number. Where a text may have several labels, ``prediction`` holds them
+with commas between, or nothing, and each has its ``probability_LABEL``.
+
 Where the file holds true labels, the task's metrics are printed too; the last line on standard output is one JSON
 document. Memory does not grow with the file: a first pass reads every row and refuses the first one that cannot be
 used; the second labels chunk after chunk, and keeps each in G.partial until the last is done (``--resume``). Needs
@@ -62,7 +65,9 @@ def _run(command: ScoreCommand) -> None:
     if labelled.texts_cut:
         say(f"{labelled.texts_cut} texts are longer than {labelled.max_length} tokens and lost their end")
     if labelled.scores is not None:
-        say(f"against the file's labels: {labelled.scores}")
+        say(f"against the file's labels: {labelled.scores.with_recalls()}")
+    if labelled.why_unscored:
+        say(f"against the file's labels there is no score. {labelled.why_unscored}")
     say(json.dumps(labelled.document(command.out)))
 
 

@@ -44,9 +44,11 @@ class ChunkRecord:
     texts_cut: int
     """How many rows were longer than the model reads and lost their end."""
     counts: Sequence[Sequence[int]]
-    """``[expected, predicted, n]``: how often two class indices met; empty without labels."""
+    """``[row, column, n]``: what is not 0 in `export.runtime.batches.count_pairs`; empty without labels."""
     n_bytes: int
     sha256: str
+    numbers: Sequence[Sequence[float]] = ()
+    """``[expected, predicted]`` of each row of a regression with labels."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,17 @@ class FinishedChunks:
         return record if is_whole else None
 
     def add(
-        self, number: int, content: bytes, *, rows: int, texts_cut: int, counts: Sequence[Sequence[int]]
+        self,
+        number: int,
+        content: bytes,
+        *,
+        rows: int,
+        texts_cut: int,
+        counts: Sequence[Sequence[int]],
+        numbers: Sequence[Sequence[float]] = (),
     ) -> ChunkRecord:
         """Write a chunk, then the record that says that it is whole."""
-        record = ChunkRecord(rows, texts_cut, counts, len(content), hashlib.sha256(content).hexdigest())
+        record = ChunkRecord(rows, texts_cut, counts, len(content), hashlib.sha256(content).hexdigest(), numbers)
         with self._writing():
             self._put(chunk_name(number, self.suffix), content)
             self._put(self._record_name(number), json.dumps(asdict(record)).encode())

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.runtime.batches import classify, count_pairs, score_counts
+from export.runtime.batches import Classified, classify, count_pairs, score_counts
 from export.runtime.classifier import OnnxClassifier
 from export.score.finished_chunks import ChunkRecord, FinishedChunks
 from export.score.options import Opened, ScoreOptions
 from export.score.write_rows import encode_rows
-from train.common.errors import DataError
+from train.common.errors import DataError, UsageError
+from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from train.data.check_rows import check_columns, read_labels, read_sentences
 from train.data.labels import Label
 from train.data.read_rows import Chunk
-from train.data.tasks import Scores, Task
+from train.data.tasks import Scores, Task, score_numbers
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,12 +43,23 @@ def check_added(file: str, columns: Sequence[str], added: Iterable[str]) -> None
 
 
 def _added_columns(task: Task, options: ScoreOptions) -> list[str]:
-    each = [f"{PROBABILITY}_{label}" for label in task.labels] if options.all_probabilities else []
-    return [PREDICTION, PROBABILITY, *each]
+    return list(added_values(Classified.of(task, np.empty((0, len(task.labels))), np.empty(0, bool)), options))
+
+
+def added_values(classified: Classified, options: ScoreOptions) -> dict[str, list[Any]]:
+    """The columns that are added, with the value of each row; the names depend on the kind of task alone."""
+    task = classified.task
+    added: dict[str, list[Any]] = {PREDICTION: classified.predictions}
+    if task.kind == CLASSIFICATION:
+        added[PROBABILITY] = classified.best_probabilities.tolist()
+    if task.kind == MULTI_LABEL or options.all_probabilities:
+        columns = zip(task.labels, classified.probabilities.T.tolist(), strict=True)
+        added |= {f"{PROBABILITY}_{label}": values for label, values in columns}
+    return added
 
 
 def read_checked(chunk: Chunk, task: Task, *, is_labelled: bool) -> tuple[list[tuple[str, ...]], list[Label]]:
-    """The sentences and the class index of each row (none where no labels are read); the first bad row is refused."""
+    """The sentences and the label of each row (none where no labels are read); the first bad row is refused."""
     sentences = read_sentences(chunk, task)
     labels = read_labels(chunk, task, or_else=NO_LABELS) if is_labelled else []
     return sentences, labels
@@ -86,13 +98,14 @@ class ChunkLabeller:
         """Label a chunk and write it; ``report`` is called after every batch with the number of rows in it."""
         sentences, expected = read_checked(chunk, self.task, is_labelled=self.is_labelled)
         classified = classify(self.classifier, sentences, batch_size=self.options.batch_size, report=report)
-        counts = count_pairs(self.task, expected, classified.indices if expected else [])
-        each = classified.probabilities.T.tolist() if self.options.all_probabilities else []
-        values = [classified.predictions, classified.best_probabilities.tolist(), *each]
-        added = dict(zip(_added_columns(self.task, self.options), values, strict=True))
-        content = encode_rows(chunk, added, self.schema, self.chunks.suffix)
+        counts = count_pairs(self.task, expected, classified.predicted if expected else [])
+        content = encode_rows(chunk, added_values(classified, self.options), self.schema, self.chunks.suffix)
         pairs = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
-        return self.chunks.add(number, content, rows=len(chunk), texts_cut=int(classified.cut.sum()), counts=pairs)
+        numbers = []
+        if self.task.kind == REGRESSION and expected:
+            numbers = np.stack([np.array(expected, np.float64), classified.predicted], axis=1).tolist()
+        n_cut = int(classified.cut.sum())
+        return self.chunks.add(number, content, rows=len(chunk), texts_cut=n_cut, counts=pairs, numbers=numbers)
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,11 @@ class Labelled:
     texts_cut: int
     """How many rows were longer than the model reads and lost their end."""
     scores: Scores | None
-    """Where the input has labels."""
+    """Where the input has labels, and they have scores."""
     max_length: int
     """How many tokens the model reads."""
+    why_unscored: str = ""
+    """Why labels have no scores; empty where they have, and where there are none."""
     cluster: Mapping[str, float] = field(default_factory=dict)
     """What only a run on a cluster reports."""
 
@@ -126,22 +141,37 @@ class Labelled:
             "rows_per_second": self.rows_per_second,
             "texts_cut": self.texts_cut,
             "scores": self.scores.values if self.scores is not None else None,
+            "recalls": self.scores.recalls if self.scores is not None else None,
             "out": out,
             **self.cluster,
         }
 
 
 def add_up(records: Iterable[tuple[ChunkRecord, bool]], task: Task, *, is_labelled: bool, max_length: int) -> Labelled:
-    """The result of a run from the record of each chunk, and whether it was resumed; none of them is kept in memory."""
+    """The result of a run from the record of each chunk, and whether it was resumed.
+
+    Of no record more is kept than a regression's numbers, 16 bytes a row: a correlation of ranks needs all of them.
+    """
     counts = count_pairs(task, [], [])
+    numbers = [np.empty((0, 2))]
     rows = rows_resumed = texts_cut = 0
     start = time.perf_counter()
     for record, is_resumed in records:
         rows += record.rows
         rows_resumed += record.rows * is_resumed
         texts_cut += record.texts_cut
-        for expected, predicted, n in record.counts:
-            counts[expected, predicted] += n
+        for row, column, n in record.counts:
+            counts[row, column] += n
+        if record.numbers:
+            numbers.append(np.array(record.numbers, np.float64))
     seconds = time.perf_counter() - start
-    scores = score_counts(task, counts) if is_labelled else None
-    return Labelled(rows, rows_resumed, seconds, texts_cut, scores, max_length)
+    scores, why_unscored = None, ""
+    if is_labelled and task.kind != REGRESSION:
+        scores = score_counts(task, counts)
+    elif is_labelled:
+        expected, predicted = np.concatenate(numbers).T
+        try:
+            scores = score_numbers(predicted, expected)
+        except UsageError as cause:  # every row is labelled all the same
+            why_unscored = str(cause)
+    return Labelled(rows, rows_resumed, seconds, texts_cut, scores, max_length, why_unscored)

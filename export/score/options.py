@@ -7,6 +7,7 @@ from export.bundle.folder import Bundle, load_bundle
 from export.runtime.trial import try_bundle
 from train.common.command_line import Words, check_counts
 from train.common.errors import UsageError
+from train.config import REGRESSION
 from train.data.tasks import Task
 
 
@@ -52,6 +53,8 @@ class ScoreOptions:
         if self.untrusted:
             try_bundle(bundle)
         task = bundle.find_task(self.task).task
+        if self.all_probabilities and task.kind == REGRESSION:
+            raise UsageError(f"--all-probabilities: {self.bundle} predicts a number. Leave it out.")
         return Opened(bundle, task.with_columns(self.text_columns, self.label_column, owner=self.bundle))
 
 

@@ -266,12 +266,12 @@ class Classifier:
         ]
 
     def _response(self, job: _Job, result: RowLogits, rows: slice) -> LogitsResponse:
-        labels = job.task.task.labels
+        meaning = job.task.task
         return LogitsResponse(
-            logits=result.logits[rows, : len(labels)],
+            logits=result.logits[rows, : len(meaning.labels)],
             cut=job.cut,
             task=job.task.name,
-            labels=labels,
+            meaning=meaning,
             bundle_sha256=self._bundle_sha256,
             batch_size=int(result.batch_sizes[rows].max()),
             replica=self._replica,

@@ -7,11 +7,19 @@
 import json
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Len
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from export.runtime.batches import Classified
@@ -19,6 +27,8 @@ from export.runtime.check_text import check_sentence
 from export.runtime.classifier import Execution
 from train.common.errors import LongTextError, RequestError, TextError
 from train.common.limits import MIB
+from train.config import MULTI_LABEL, REGRESSION
+from train.data.tasks import Task
 
 MAX_TEXTS = 256
 """Texts in one request. Send several requests for more, or label a file with `export.score`."""
@@ -69,14 +79,24 @@ class ClassifyRequest(BaseModel):
 
 
 class Answer(BaseModel):
-    """What a bundle says of one text."""
+    """What a bundle says of one text, by kind of task; what the kind has not is left out of the JSON."""
 
-    label: str
-    probability: float
-    probabilities: dict[str, float]
+    label: str | None = None
+    """A classification's class"""
+    probability: float | None = None
+    """Of that class"""
+    labels: list[str] | None = None
+    """Those of a text that may have several"""
+    value: float | None = None
+    """A regression's number"""
+    probabilities: dict[str, float] | None = None
     """Probability of every label."""
     cut: bool
     """Whether the text was longer than the model reads and lost its end."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 class ClassifyResponse(BaseModel):
@@ -102,8 +122,8 @@ class LogitsResponse:
     """float32, shape = (n_texts, n_labels)"""
     cut: tuple[bool, ...]
     task: str
-    labels: tuple[str, ...]
-    """Labels of the task, in the order of the logits."""
+    meaning: Task
+    """What the logits mean."""
     bundle_sha256: str
     batch_size: int
     replica: str
@@ -113,11 +133,19 @@ class LogitsResponse:
     @property
     def answers(self) -> list[Answer]:
         """What the logits mean, text by text."""
-        scores = Classified.of(self.labels, self.logits, np.array(self.cut, bool))
-        columns = zip(scores.predictions, scores.best_probabilities, scores.probabilities, self.cut, strict=True)
+        found, names = Classified.of(self.meaning, self.logits, np.array(self.cut, bool)), self.meaning.labels
+        if self.meaning.kind == REGRESSION:
+            return [Answer(value=value, cut=cut) for value, cut in zip(found.predictions, self.cut, strict=True)]
+        each = [dict(zip(names, row, strict=True)) for row in found.probabilities.tolist()]
+        if self.meaning.kind == MULTI_LABEL:
+            return [
+                Answer(labels=[names[index] for index in np.flatnonzero(row)], probabilities=probabilities, cut=cut)
+                for row, probabilities, cut in zip(found.predicted, each, self.cut, strict=True)
+            ]
+        columns = zip(found.predictions, found.best_probabilities.tolist(), each, self.cut, strict=True)
         return [
-            Answer(label=label, probability=best, probabilities=dict(zip(self.labels, row, strict=True)), cut=cut)
-            for label, best, row, cut in columns
+            Answer(label=label, probability=best, probabilities=probabilities, cut=cut)
+            for label, best, probabilities, cut in columns
         ]
 
 

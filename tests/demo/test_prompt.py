@@ -43,6 +43,7 @@ from train.adapter.folder import load_adapter
 from train.adapter.record import Adapter
 from train.common.errors import PromptfoldError, TextError
 from train.common.folder_record import sha256_of_files
+from train.data.tasks import custom_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -252,7 +253,7 @@ def check_effect(kind: str, adapter: Folders, base_model: Folders, stage: Stage)
     opened = stage.open(setup)
     assert opened.pytorch is not None
     after = opened.pytorch.logits(opened.tokenize([PAIR]).arrays)
-    assert effect.labels == ("not_equivalent", "equivalent")
+    assert effect.task.labels == ("not_equivalent", "equivalent")
     learned = softmax(peft_logits(folder, base, golden_batch(folder))[0])
     assert effect.learned == pytest.approx(learned, abs=1e-5)
     assert effect.none == pytest.approx(softmax(plain_logits(folder, base)), abs=1e-5)
@@ -322,7 +323,14 @@ def test_what_random_prompts_say_is_counted_averaged_and_shown(stage: Stage, mon
         assert words in text
     assert "The text was cut to the 43 tokens" in seen(show("bert", FP32, "eager", "word1 " * 100, "word2"))[2]
     random = ((0.4, 0.6), (0.8, 0.2), (0.3, 0.7), (0.9, 0.1))
-    effect = PromptEffect(("a", "b"), learned=(0.1, 0.9), random=random, none=(0.75, 0.25), tokens=9, cut=False)
+    effect = PromptEffect(
+        custom_task(("said",), "gold", ["a", "b"]),
+        learned=(0.1, 0.9),
+        random=random,
+        none=(0.75, 0.25),
+        tokens=9,
+        cut=False,
+    )
     assert (*effect.random_mean, effect.random_kept) == pytest.approx((0.6, 0.4, 2))
     value = effect.as_json()
     assert value["learned"] == {"label": "b", "probabilities": {"a": 0.1, "b": 0.9}}

@@ -265,7 +265,7 @@ def column(shown: str, title: str, number: int) -> list[str]:
 def test_disagreements_come_first_then_what_is_wrong(tmp_path: Path) -> None:
     expected, predictions = [0, 0, 1, 1, 0, 1], {"PyTorch": [0, 1, 1, 0, 0, 1], "ONNX Runtime": [0, 1, 1, 1, 1, 1]}
     upload = replace(read_upload(write_rows(tmp_path / "in.csv", shuffled_pairs(6, seed=9)), MRPC), expected=expected)
-    pytorch, onnx = (Classified.of(LABELS, np.eye(2)[list(p)], np.zeros(6, bool)) for p in predictions.values())
+    pytorch, onnx = (Classified.of(MRPC, np.eye(2)[list(p)], np.zeros(6, bool)) for p in predictions.values())
     scored = Scored(upload, Setup("bert"), onnx, pytorch, LIMIT)
     assert scored.differs.tolist() == [False, False, False, True, True, False]
     assert scored.wrong.tolist() == [False, True, False, True, True, False]
@@ -293,7 +293,7 @@ def test_at_most_fifty_rows_and_few_labels_are_shown_and_every_text_is_only_text
     rows: Rows = [row | {"sentence1": f"<img src=x onerror=alert({row['idx']})>"} for row in make_pairs(n, seed=10)]
     rows[0]["sentence2"] = "y" * 5000
     upload = read_upload(write_rows(tmp_path / "in.jsonl", rows), MRPC)
-    answers = Classified.of(LABELS, np.eye(2)[[0] * n], np.arange(n) < 3)
+    answers = Classified.of(MRPC, np.eye(2)[[0] * n], np.arange(n) < 3)
     shown = results_html(Scored(upload, Setup("bert"), answers, answers, LIMIT))
     assert "<img" not in shown
     assert len(column(shown, "50 of 60 rows", 0)) == 1 + 50
@@ -304,7 +304,7 @@ def test_at_most_fifty_rows_and_few_labels_are_shown_and_every_text_is_only_text
     # Many labels have no matrix on the page.
     task = custom_task(("said",), "gold", [f"<{n}>" for n in range(30)])
     upload = read_upload(write_rows(tmp_path / "in.csv", [{"said": "word1", "gold": "<3>"}]), task)
-    scored = Scored(upload, Setup("bert"), Classified.of(task.labels, np.eye(30)[[3]], np.zeros(1, bool)), None, 10)
+    scored = Scored(upload, Setup("bert"), Classified.of(task, np.eye(30)[[3]], np.zeros(1, bool)), None, 10)
     assert "The confusion matrices of 30 labels are in the answer of the endpoint alone" in results_html(scored)
     assert np.sum(scored.as_json()["onnx"]["confusion"]) == 1
     assert scored.as_json()["onnx"]["scores"]["accuracy"] == 1

@@ -285,7 +285,7 @@ def test_what_was_done_is_told(bundle: Folders, tmp_path: Path, capsys: Capsys) 
     assert cut == f"1 texts are longer than {POSITIONS - VIRTUAL_TOKENS} tokens and lost their end"
     assert out.stat().st_mode == source.stat().st_mode
     assert scores.startswith("against the file's labels: accuracy ")
-    assert set(json.loads(document)) == {"rows", "seconds", "rows_per_second", "texts_cut", "scores", "out"}
+    assert set(json.loads(document)) == {"rows", "seconds", "rows_per_second", "texts_cut", "scores", "recalls", "out"}
     assert re.search(r"12/12.*row/s", captured.err)
 
 

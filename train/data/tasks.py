@@ -114,8 +114,12 @@ class Task:
         if self.kind == REGRESSION:
             return logits[:, 0].astype(np.float64)
         if self.kind == MULTI_LABEL:
-            return np.asarray(self.probabilities(logits) >= (self.threshold or THRESHOLD))
+            return self.reach_threshold(self.probabilities(logits))
         return logits.argmax(axis=-1)
+
+    def reach_threshold(self, probabilities: np.ndarray) -> np.ndarray:
+        """Whether a multi-label task predicts each label; bool, of the same shape."""
+        return np.asarray(probabilities >= (self.threshold or THRESHOLD))
 
     def join_labels(self, is_predicted: Sequence[Any] | np.ndarray) -> str:
         """The names of a text's labels as one string, in the order of the logits; one flag a label."""
