@@ -24,7 +24,7 @@ from demo.page.controls import (
 )
 from demo.page.html import render, render_text
 from train.common.machine import core_limit
-from train.config import REGRESSION
+from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import Task
 
 HISTOGRAM_BINS = 24
@@ -63,20 +63,20 @@ class CompareTab:
                 with gr.Row():
                     facts = _engine_facts(opened)
                     for (name, side), html in zip(ENGINES[-len(facts) :], facts, strict=True):
-                        self._lay_out_engine(name, side, html, _n_labels(opened.task))
+                        self._lay_out_engine(name, side, html, opened.task)
         self._results = [self._speedup, self._distribution, *self._answers, *self._facts]
         self.outputs: list[Any] = [*self._boxes.inputs, self._examples, *self._results]
         """The components that depend on the visitor's choices, in the order of `refresh`."""
 
-    def _lay_out_engine(self, name: str, side: str, html: Markup, n_labels: int) -> None:
+    def _lay_out_engine(self, name: str, side: str, html: Markup, task: Task) -> None:
         with gr.Column(min_width=240):
-            answer = gr.Label(label=name, num_top_classes=n_labels, elem_id=f"{side}-answer", elem_classes="answer")
+            answer = gr.Label(label=name, elem_id=f"{side}-answer", elem_classes="answer", **_label_options(task))
             self._answers.append(answer)
             self._facts.append(gr.HTML(html, elem_id=f"{side}-facts", elem_classes="facts"))
 
     def refresh(self, now: OpenedEngines) -> list[Any]:
         """Values of `outputs` for another choice, before anything is measured."""
-        answers = [gr.Label(value=None, num_top_classes=_n_labels(now.task)) for _ in self._answers]
+        answers = [gr.Label(value=None, **_label_options(now.task)) for _ in self._answers]
         return [*task_updates(now.task), self._no_speedup(now.task), "", *answers, *_engine_facts(now)]
 
     def _no_speedup(self, task: Task) -> Markup:
@@ -125,8 +125,9 @@ def _build_endpoint(stage: Stage) -> None:
     gr.api(compare, api_name="compare", **ONE_AT_A_TIME)
 
 
-def _n_labels(task: Task) -> int:
-    return min(len(task.labels), LABELS_SHOWN)
+def _label_options(task: Task) -> dict[str, Any]:
+    """Options of a `gr.Label`; where a text may have several labels, the most probable one is no heading."""
+    return {"num_top_classes": min(len(task.labels), LABELS_SHOWN), "show_heading": task.kind != MULTI_LABEL}
 
 
 def _engines(opened: OpenedEngines) -> list[AnyEngine]:

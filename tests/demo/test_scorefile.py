@@ -19,7 +19,7 @@ import pyarrow
 import pytest
 from markupsafe import escape
 from pyarrow import parquet
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from demo.access.limits import MAX_BYTES
 from demo.engines.stage import Setup, Stage
@@ -284,8 +284,10 @@ def test_disagreements_come_first_then_what_is_wrong(tmp_path: Path) -> None:
             cells = column(shown, f"Confusion matrix, {side}", index + 1)
             assert cells == [label, *map(str, matrix[:, index])]
         assert column(shown, "Rows by label", number) == [side, str(6 - sum(predicted)), str(sum(predicted))]
-        metrics = [f"{100 * metric(expected, predicted):.1f}" for metric in (accuracy_score, f1_score)]
-        assert column(shown, "Against the file's labels", number) == [side, *metrics]
+        metrics = [metric(expected, predicted) for metric in (accuracy_score, f1_score)]
+        cells = [f"{100 * value:.1f}" for value in (*metrics, *recall_score(expected, predicted, average=None))]
+        assert column(shown, "Against the file's labels", number) == [side, *cells]
+    assert column(shown, "Against the file's labels", 0)[-2:] == [f"recall of {label}" for label in LABELS]
 
 
 def test_at_most_fifty_rows_and_few_labels_are_shown_and_every_text_is_only_text(tmp_path: Path) -> None:

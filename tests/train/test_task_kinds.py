@@ -149,7 +149,7 @@ def bad_rows(labels: list[Any]) -> list[dict[str, object]]:
         ([["a"], ["b"]], [{}], "--kind multi_label", "label {} in column 'label' is no list of labels"),
         ([["a"], ["b"]], [None], "--kind multi_label", "label None in column 'label' is no list of labels"),
         ([["a"], ["b,c"]], [[]], "--kind multi_label", "Column 'label': label 'b,c' has a comma"),
-        ([["a"], []], [[]], "--kind multi_label", "Column 'label': between 2 and 100 labels can be told apart, not 1"),
+        ([["a"], []], [[]], "--kind multi_label", "Column 'label': between 2 and 1000 labels can be told apart, not 1"),
         ([["a"], ["b"]], [["a"]], "", "t.jsonl, row 1 (line 1): column 'label' holds a list, and a classification has"),
         (
             [1, 2.5],
@@ -232,7 +232,7 @@ def test_labels_may_be_a_list_or_a_text_with_commas(tmp_path: Path) -> None:
         ({"kind": "multi_label"}, "metrics among f1_micro, f1_macro"),
         ({"kind": "multi_label", "metrics": ["f1_macro"], "threshold": 1.5}, "a threshold between 0 and 1"),
         ({"threshold": 0.5}, "a threshold between 0 and 1 where it is multi-label, and none elsewhere"),
-        ({"kind": "multi_label", "metrics": ["f1_macro"], "labels": ["a"]}, "from 2 to 100 labels"),
+        ({"kind": "multi_label", "metrics": ["f1_macro"], "labels": ["a"]}, "from 2 to 1000 labels"),
     ],
 )
 def test_a_task_that_contradicts_itself_is_refused(changed: dict[str, Any], words: str) -> None:
