@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from tests.conftest import Folders
+from tests.conftest import Data, Folders
 from tests.demo.test_inputs import trying
 from tests.test_untrusted import change_json, rehash
 from tests.train.test_gguf import write_gguf
+from train.__main__ import main
 from train.adapter.folder import load_adapter
 from train.adapter.record import ADAPTER
 from train.common.errors import AdapterError, ModelError, PromptfoldError
@@ -134,7 +135,12 @@ CLASS_KEYS = (
     "torch_dtype",
 )
 PRIVATE = st.from_regex(r"_[a-z]{1,20}", fullmatch=True).filter(lambda key: key not in OLD_BERT)
+TEMPLATES = PLACE.filter(lambda name: "/" in name)
 HOSTILE = st.one_of(
+    st.tuples(
+        st.just("chat_template"), TEMPLATES.map(lambda name: [{"name": "default"}, {"name": name, "template": "x"}])
+    ),
+    st.tuples(st.just("chat_template"), st.dictionaries(TEMPLATES, st.text(), min_size=1)),
     st.tuples(st.sampled_from(CODE_KEYS + PLACE_KEYS), ANYTHING),
     st.tuples(PRIVATE, ANYTHING),
     st.tuples(st.sampled_from(CLASS_KEYS), PLACE),
@@ -265,6 +271,23 @@ def test_a_class_that_is_no_fast_tokenizer_is_refused_before_it_is_asked(
         with pytest.raises(ModelError, match=f"{file} names a tokenizer without a fast"):
             load_tokenizer(folder, 40)
         change_json(folder / file, tokenizer_class=None)
+
+
+def test_a_chat_template_is_never_written_outside_of_an_adapter(
+    base_model: Folders, data: Data, tmp_path: Path
+) -> None:
+    """transformers 4.57 takes a template's name for a path as it saves a tokenizer (CVE-2026-9856)."""
+    folder = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
+    templates = [{"name": "default", "template": "x"}, {"name": "../../outside", "template": "x"}]
+    change_json(folder / "tokenizer_config.json", chat_template=templates)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path / "deep" / "er")
+    assert (tmp_path / "deep" / "outside.jinja").exists()  # the trap works
+    assert main(["--model", str(folder), "--out", str(tmp_path / "a" / "b"), *data.flags]) == 2
+    assert not (tmp_path / "a").exists()
+    templates[1]["name"] = "tool_use"
+    change_json(folder / "tokenizer_config.json", chat_template=templates)
+    assert load_tokenizer(folder, 40).chat_template.keys() == {"default", "tool_use"}
 
 
 def test_a_sentence_names_file_key_and_remedy(base_model: Folders, tmp_path: Path) -> None:

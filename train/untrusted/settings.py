@@ -45,7 +45,9 @@ _ATTENTION = ("eager", "sdpa")  # transformers' own, in torch; flash attention m
 _CODE = re.compile(r"auto_map|remote_code|custom_(pipeline|generate|code)|code_(revision|path)", re.IGNORECASE)
 _ELSEWHERE = re.compile(r".*_files?|transformers_weights|init_inputs", re.IGNORECASE)
 _CLASS = re.compile(r"architectures|model_type|(.*_)?class(_name)?|.*_(extractor|processor)_type", re.IGNORECASE)
-_CLASS_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+# transformers writes each template to a file of its name: CVE-2026-9856.
+_TEMPLATES = "chat_template"
 _DTYPE = re.compile(r"(torch\.)?(auto|half|double|b?float[0-9a-z_]*)")
 
 
@@ -112,8 +114,12 @@ def _complaint(key: str, name: str, value: Any) -> str | None:
         (key.startswith("_") and not is_own_attention, "sets what is internal to transformers"),
         (_ELSEWHERE.fullmatch(key), "leads elsewhere, to other files"),
         (
-            _CLASS.fullmatch(key) and not all(map(_CLASS_NAME.fullmatch, names)),
+            _CLASS.fullmatch(key) and not all(map(_PLAIN_NAME.fullmatch, names)),
             "names a class that is not transformers' own",
+        ),
+        (
+            key == _TEMPLATES and not all(map(_PLAIN_NAME.fullmatch, _template_names(value))),
+            "names a template like a path",
         ),
         (lower in {"dtype", "torch_dtype"} and not all(map(_DTYPE.fullmatch, names)), "names no type of numbers"),
     )
@@ -127,3 +133,12 @@ def _is_numbers(value: Any) -> bool:
     """Whether it is a number, or a list of numbers: a kernel's size, as in ConvBERT."""
     entries = value if isinstance(value, list) else [value]
     return all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in entries)
+
+
+def _template_names(value: Any) -> list[str]:
+    """The names of several chat templates: the keys of an object, or in the older form a list of objects with names."""
+    entries = value if isinstance(value, list) else []
+    return [
+        *map(str, value if isinstance(value, dict) else []),
+        *(str(e.get("name")) for e in entries if isinstance(e, dict)),
+    ]
