@@ -1,17 +1,21 @@
 """A killed run, taken up again, ends with the very same weights as one that nothing stopped."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train.fit.trainer
 from tests.conftest import Data, Folders, make_pairs, write_jsonl
+from tests.test_untrusted import Trap
 from tests.train.test_evaluate import Capture
 from train.__main__ import main
+from train.fit.checkpoint import complete_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
@@ -153,3 +157,18 @@ def test_an_interrupted_run_is_neither_continued_nor_lost_unless_asked(
     assert "going on" not in capsys.readouterr().out
     assert learned(out) == runs.unbroken("v2")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "scheduler.pt"])
+def test_a_checkpoints_pickles_are_never_run(name: str, runs: Runs, tmp_path: Path, capsys: Capture) -> None:
+    """Not though their hashes fit; `training_args.bin`, which the Trainer writes into some, is not even looked at."""
+    out, canary = tmp_path / "out", tmp_path / "hostile-code-was-here"
+    (checkpoint,) = (runs.interrupted("mlp", 5, out) / "seed-0").glob("checkpoint-*")
+    torch.save(Trap(canary), checkpoint / name)
+    torch.save(Trap(canary), checkpoint / "training_args.bin")
+    complete_checkpoint(checkpoint)
+    assert main([*runs.flags("mlp", out), "--resume"]) == 2
+    assert re.search(
+        rf"error: {re.escape(str(checkpoint))} holds a file that is no state.*\n$", capsys.readouterr().err
+    )
+    assert not canary.exists()

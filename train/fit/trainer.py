@@ -4,13 +4,17 @@ It imports transformers: other modules import it only when training begins.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from train.common.console import say
+from train.common.errors import UsageError, first_line
 from train.common.processes import is_main_process, process_count
 from train.config import TrainConfig
 from train.data.tasks import Scores, Task, score
@@ -144,8 +148,25 @@ class PromptTrainer(Trainer):
         # The Trainer's own maps to "cpu:0" where several processes train on CPUs, which torch refuses.
         if checkpoint is not None:
             parts: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.lr_scheduler}
-            for name, part in parts.items():
-                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+            with _plain_states(checkpoint):
+                for name, part in parts.items():
+                    part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _plain_states(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _plain_states(checkpoint: str | None) -> Iterator[None]:
+    """Turn the refusal of torch's restricted unpickler, which runs nothing, into a `UsageError`."""
+    try:
+        yield
+    except UnpicklingError as cause:
+        raise UsageError(
+            f"{checkpoint} holds a file that is no state of a training run ({first_line(cause)}). Start anew: leave "
+            "--resume out and add --overwrite."
+        ) from cause
 
 
 def _copy(values: State, trainable: State) -> None:
