@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,10 @@ def _arguments(config: TrainConfig, seed: int, checkpoints: Path, log_folder: Pa
     n_processes = process_count()
     # Only --precision decides: not accelerate's configuration, nor an earlier run in this process.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    # transformers 5 has no argument for it; 4 reads the argument alone.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_folder)
+    named = {field.name for field in fields(TrainingArguments)}
+    logs = {"logging_dir": str(log_folder)} if "logging_dir" in named else {}
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,
@@ -188,7 +192,7 @@ def _arguments(config: TrainConfig, seed: int, checkpoints: Path, log_folder: Pa
         per_device_eval_batch_size=config.batch_size,
         eval_strategy="epoch",
         logging_strategy="epoch",
-        logging_dir=str(log_folder),
+        **logs,
         save_strategy="epoch" if config.checkpoint_steps is None else "steps",
         save_steps=config.checkpoint_steps or 500,
         seed=seed,

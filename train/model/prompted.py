@@ -4,6 +4,7 @@ It shares no code with `PeftModel.forward`, so that agreement with it proves som
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -218,10 +219,11 @@ class PooledRowLayer(torch.nn.Module):
         *_: object,
         past_key_values: DynamicCache | None = None,
         **__: object,
-    ) -> tuple[torch.Tensor]:
+    ) -> tuple[torch.Tensor] | torch.Tensor:
         """Hidden states, shape = (n_batch, n_rows, n_hidden) → shape = (n_batch, 1, n_hidden).
 
-        The mask, shape = (n_batch, 1, n_rows or 1, n_keys), is added to the scores.
+        The mask, shape = (n_batch, 1, n_rows or 1, n_keys), is added to the scores, or says which keys are seen. As the
+        layer itself, it returns a tuple with transformers 4 and a tensor with 5.
         """
         attention = self.layer.attention.self
         n_batch, heads, width = hidden_states.shape[0], attention.num_attention_heads, attention.attention_head_size
@@ -235,10 +237,13 @@ class PooledRowLayer(torch.nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
         scores = query @ key.transpose(-1, -2) / width**0.5
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask[:, :, :1], torch.finfo(scores.dtype).min)
+        elif attention_mask is not None:
             scores = scores + attention_mask[:, :, :1]
         context = (scores.softmax(dim=-1) @ value).transpose(1, 2).reshape(n_batch, 1, heads * width)
-        return (self.layer.feed_forward_chunk(self.layer.attention.output(context, first)),)
+        row: torch.Tensor = self.layer.feed_forward_chunk(self.layer.attention.output(context, first))
+        return row if signature(self.layer.forward).return_annotation is torch.Tensor else (row,)
 
 
 class ResidualPromptEncoder(torch.nn.Module):
