@@ -106,7 +106,7 @@ def _serve(config: DemoConfig, at_end: ExitStack) -> None:
     stage = _open_stage(config, at_end)
     setup = stage.default()
     adapter = stage.choices[setup.adapter].adapter
-    say(f"showing {adapter.folder} ({adapter.task.name}, on validation {adapter.scores})")
+    say(f"showing {adapter.folder} ({adapter.task.name}, quality: {adapter.quality})")
     # In this thread, so that Ctrl-C ends an export that is under way.
     stage.bundle(setup.adapter)
     say("starting the engines, each in a process of its own")

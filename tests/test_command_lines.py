@@ -23,6 +23,7 @@ from train.config import TrainConfig
 COMMANDS = {
     "train.__main__": "--out x",
     "train.evaluate": "adapter --file f",
+    "train.import_peft": "source --out x",
     "export.__main__": "adapter --out x",
     "export.score.__main__": "bundle --in f --out g",
     "export.serve.__main__": "bundle",

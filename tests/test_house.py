@@ -11,7 +11,7 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "optimum", "onnxruntime", 
 NOT_ON_A_LIGHT_HOST = ("torch", "transformers", "peft", "datasets", "optimum", "accelerate", "sklearn", "onnx")
 """What requirements.txt has beside export/requirements.txt. Gradio brings pandas and jinja2."""
 
-FULL = ("train.fit.trainer", "train.model.prompted", "export.fold.")
+FULL = ("train.fit.trainer", "train.model.plain", "train.model.prompted", "export.fold.")
 """Modules that need requirements.txt as soon as they are imported; all others import with export/requirements.txt."""
 
 

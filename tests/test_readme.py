@@ -72,7 +72,16 @@ def test_every_command_is_one_that_the_programs_understand() -> None:
             # The one program that has to be there already, OpenVINO's interpreter, is this one here.
             parse(module, [sys.executable if word == "ov/bin/python" else word for word in words])
         seen.add(module)
-    ours = {"train", "train.evaluate", "export", "export.score", "export.serve", "export.bench", "demo"}
+    ours = {
+        "train",
+        "train.evaluate",
+        "train.import_peft",
+        "export",
+        "export.score",
+        "export.serve",
+        "export.bench",
+        "demo",
+    }
     assert seen >= {*ours, *OTHERS, "tests.measure.training", "tests.measure.growth", "tests.measure.ray_scoring"}
     for module in re.findall(r"python -m ([\w.]+)", TEXT):
         assert module in OTHERS or find_spec(module), module

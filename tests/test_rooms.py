@@ -15,12 +15,14 @@ ARROWS = {
     "train.model": "train.untrusted train.common train.config train.data",
     "train.adapter": "train.common train.untrusted train.config train.data train.model",
     "train.fit": "train.common train.config train.data train.model train.adapter",
+    "train.foreign": "train.common train.config train.untrusted train.data train.model train.adapter train.fit",
+    "train.import_peft": "train.common train.foreign",
     "train.evaluate": "train.common train.data train.model train.adapter train.fit",
     "train.__main__": "train.common train.config train.data train.fit",
     # export: an adapter becomes a bundle, and a bundle answers
     "export.bundle": "train.common train.untrusted train.config train.data train.model",
     "export.runtime": "train.common train.config train.data export.bundle",
-    "export.fold": "train.common train.data train.model train.adapter export.bundle export.runtime",
+    "export.fold": "train.common train.data train.model train.adapter train.foreign export.bundle export.runtime",
     "export.ray_cluster": "train.common",
     "export.score": "train.common train.config train.data export.bundle export.runtime export.ray_cluster",
     "export.serve": "train.common train.config train.data export.bundle export.runtime export.ray_cluster",
@@ -29,7 +31,7 @@ ARROWS = {
     "export.__main__": "train.common export.fold",
     # demo: the page
     "demo.access": "train.common",
-    "demo.engines": "train.common train.data train.adapter export.bundle export.runtime export.fold export.serve",
+    "demo.engines": "train.common train.data train.adapter train.foreign export.bundle export.runtime export.fold export.serve",
     "demo.measure": "train.common train.config train.data train.model train.adapter export.bundle export.runtime export.score "
     "demo.access demo.engines",
     "demo.page": "train.common train.config train.data train.adapter export.bundle export.runtime demo.access demo.engines "

@@ -49,7 +49,8 @@ def _run(config: EvaluateConfig) -> None:
     encoded = encode(rows, task, tokenizer)
     classifier = load_prompted_classifier(adapter, base)
     scores = evaluate(classifier, task, tokenizer, encoded.rows, batch_size=config.batch_size)
-    baselines = adapter.baseline_rules.score(task, base, rows)
+    # An adapter made elsewhere has none, as its training data is not known.
+    baselines = adapter.baseline_rules.score(task, base, rows) if adapter.baseline_rules else {}
     say(f"{config.adapter} on the {len(encoded.rows)} rows of {config.file}")
     if encoded.texts_cut:
         say(f"{encoded.texts_cut} texts are longer than {adapter.max_length} tokens and lost their end")

@@ -8,6 +8,7 @@ from train.adapter.folder import load_adapter
 from train.adapter.record import FILES, Adapter
 from train.common.console import say
 from train.common.errors import AdapterError
+from train.foreign.direct import import_if_foreign
 
 SHIPPED = Path(__file__).parents[1] / "adapters"
 
@@ -27,7 +28,7 @@ def choose_adapters(named: Sequence[Path] = (), *, shipped: Path = SHIPPED) -> t
     """Load the adapters that were named, in their order, then those that ship, best on validation first."""
     # sorted() is stable: equally good adapters stay sorted by name.
     others = sorted(_load_all(shipped), key=lambda adapter: adapter.scores.key, reverse=True)
-    wanted = [load_adapter(folder) for folder in named]
+    wanted = [load_adapter(import_if_foreign(folder)) for folder in named]
     if not wanted and not others:
         raise AdapterError(f"{shipped} holds no adapter that can be loaded. Name one with --adapter.")
     taken = {adapter.folder.resolve() for adapter in wanted}

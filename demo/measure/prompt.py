@@ -100,8 +100,9 @@ class LearnedPrompt:
 def learned_prompt(adapter: Adapter) -> LearnedPrompt:
     """Read what an adapter learned; the first time, this reads the base model's words too.
 
-    Raises an AdapterError or a ModelError where the adapter itself cannot be read.
+    Raises an AdapterError or a ModelError where the adapter itself cannot be read, a UsageError where it has no prompt.
     """
+    _refuse_merged(adapter)
     table = prompt_table(adapter)
     config = read_json_object(adapter.folder / FILES.config, AdapterError, ADAPTER.remedy)
     vocabulary, why_no_words = None, ""
@@ -125,6 +126,14 @@ def learned_prompt(adapter: Adapter) -> LearnedPrompt:
         except ModelError as error:
             why_no_words = str(error)
     return LearnedPrompt(parts, n_layers, is_decoder(adapter), vocabulary, why_no_words)
+
+
+def _refuse_merged(adapter: Adapter) -> None:
+    if adapter.is_merged:
+        raise UsageError(
+            f"{adapter.folder.name} has no prompt: its method ({adapter.method}) changes the base model's weights. Choose "
+            "another adapter."
+        )
 
 
 def _part(name: str, vectors: np.ndarray) -> PromptPart:
@@ -195,9 +204,11 @@ class Curves:
     """The one whose weights the adapter has."""
 
 
-def training_curves(adapter: Adapter) -> Curves:
-    """Read an adapter's history from training.json."""
+def training_curves(adapter: Adapter) -> Curves | None:
+    """Read an adapter's history from training.json; None for one that was made elsewhere."""
     record = read_json_object(adapter.folder / FILES.training, AdapterError, ADAPTER.remedy)
+    if "epochs" not in record:
+        return None
     with reading(adapter.folder, ADAPTER):
         rows: list[dict[str, Any]] = record["epochs"]
         return Curves(
@@ -316,7 +327,9 @@ def prompt_effect(stage: Stage, setup: Setup, sentence1: object, sentence2: obje
     """
     if not stage.has_pytorch:
         raise UsageError("This page runs without PyTorch, and the ONNX graph's prompt cannot be taken out of it.")
-    sentences = check_text(stage.choices[setup.adapter].adapter.task, sentence1, sentence2)
+    adapter = stage.choices[setup.adapter].adapter
+    _refuse_merged(adapter)
+    sentences = check_text(adapter.task, sentence1, sentence2)
     opened = stage.open(setup)
     assert opened.pytorch is not None, "the stage has PyTorch"
     encoded = opened.tokenize([sentences])

@@ -165,15 +165,17 @@ def model_facts(opened: OpenedEngines) -> Markup:
 def quality_words(choice: Choice) -> Markup:
     """Scores, beside the best baseline and the other adapters that ship."""
     adapter = choice.adapter
-    baseline_name, baseline = max(adapter.baselines.items(), key=lambda item: item[1].key)
-    metric = next(iter(adapter.scores.values))
+    # Both are missing where nothing was measured here, as of an adapter made elsewhere.
+    baseline_name, baseline = max(adapter.baselines.items(), key=lambda item: item[1].key, default=("", None))
+    metric = next(iter(adapter.scores.values), "")
     return render(
         "quality.html",
         adapter=adapter,
         baseline_name=baseline_name,
         baseline=baseline,
         rivals=choice.rivals,
-        metric=METRICS[metric],
+        metric=METRICS.get(metric),
+        command=f"python -m train.evaluate {adapter.folder.name} --file FILE",
         percent=lambda scores: 100 * scores.values[metric],
         methods=METHODS,
     )

@@ -100,6 +100,9 @@ class _PromptTab:
     def fill(self, adapter: str, shown: str) -> list[Any]:
         """Show an adapter; a text that the visitor wrote stays if it suits the task."""
         choice = _choice(self._stage, adapter)
+        if choice.adapter.is_merged:
+            nothing = [gr.skip()] * len(self._effect_boxes)
+            return [render("prompt_none.html", method=choice.adapter.method), "", choice.name, *nothing]
         learned = learned_prompt(choice.adapter)
         # Not `Stage.bundle`, which would export one.
         sizes = measure_sizes(choice.adapter, self._stage.bundle_if_there(choice.name))
@@ -227,8 +230,8 @@ def effect_html(effect: PromptEffect | None) -> Markup:
     )
 
 
-def about_html(learned: LearnedPrompt, adapter: Adapter, sizes: Sizes, curves: Curves) -> Markup:
-    """How the prompt was trained, how large it is, and how it is folded."""
+def about_html(learned: LearnedPrompt, adapter: Adapter, sizes: Sizes, curves: Curves | None) -> Markup:
+    """How the prompt was trained, if that is known, how large it is, and how it is folded."""
     files: list[Bar] = [(file.name, file.n_bytes, f"{file.n_bytes / 1e6:,.2f} MB") for file in sizes.files]
     counts = {
         "prompt, learned": sizes.prompt_numbers,
@@ -236,8 +239,12 @@ def about_html(learned: LearnedPrompt, adapter: Adapter, sizes: Sizes, curves: C
         "base model, frozen": sizes.frozen_numbers,
     }
     numbers: list[Bar] = [(name, count, f"{count:,}") for name, count in counts.items() if count is not None]
-    losses = (("training loss", curves.train_loss), ("validation loss", curves.validation_loss))
-    series = (*losses, *curves.scores)
+    series: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    charts = []
+    if curves is not None:
+        losses = (("training loss", curves.train_loss), ("validation loss", curves.validation_loss))
+        series = (*losses, *curves.scores)
+        charts = [_lines(curves, losses, "loss"), _lines(curves, curves.scores, "on validation rows")]
     return render(
         "prompt_about.html",
         learned=learned,
@@ -249,7 +256,7 @@ def about_html(learned: LearnedPrompt, adapter: Adapter, sizes: Sizes, curves: C
         numbers=numbers,
         curves=curves,
         series=series,
-        charts=[_lines(curves, losses, "loss"), _lines(curves, curves.scores, "on validation rows")],
+        charts=charts,
     )
 
 

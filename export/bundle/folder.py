@@ -156,7 +156,8 @@ class Bundle:
     base_model_sha256: str
     tasks: Annotated[tuple[BundleTask, ...], Field(min_length=1)]
     method: str
-    virtual_tokens: Count
+    virtual_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+    """0 for a method without a prompt."""
     max_length: Count
     """Longest text in tokens, without the prompt."""
     vocabulary_size: Count

@@ -67,7 +67,7 @@ def fold_adapters(adapters: Sequence[Adapter], base: BaseModel, *, for_gpu: bool
         names = module.prompt_names
     else:
         names = classifier.freeze_prompt()
-    rewrites = [CONSTANT_KEYS_VALUES if isinstance(classifier, KeyValuePrompt) else CONSTANT_ROWS]
+    rewrites = [CONSTANT_KEYS_VALUES if isinstance(classifier, KeyValuePrompt) else CONSTANT_ROWS] if names else []
     if is_rewritten:
         rewrites.append(ENCODER_FOR_GPU if for_gpu else ENCODER_FOR_CPU)
     elif not isinstance(classifier, KeyValuePrompt):

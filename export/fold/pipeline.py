@@ -48,7 +48,8 @@ def _trace(sources: Sources, folder: Path) -> dict[str, Any]:
     from export.fold.trace import write_graph
 
     adapter, base, tokenizer = sources.adapters[0], sources.base, sources.tokenizer
-    say(f"[2/5] folding {adapter.virtual_tokens} virtual tokens and tracing the graph")
+    what = "merging the adapter" if adapter.is_merged else f"folding {adapter.virtual_tokens} virtual tokens"
+    say(f"[2/5] {what} and tracing the graph")
     model = fold_adapters(sources.adapters, base)
     graph = write_graph(model, folder / FILES.model)
     settings = model.module.config

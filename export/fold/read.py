@@ -15,6 +15,7 @@ from train.common.folder_record import sha256_of_file
 from train.common.limits import MAX_MODEL_BYTES
 from train.data.load import load_split
 from train.data.tasks import Task
+from train.foreign.direct import import_if_foreign
 from train.model.find import BaseModel, text_limit
 from train.model.tokenizer import load_tokenizer
 
@@ -69,7 +70,12 @@ def read_sources(config: ExportConfig) -> Sources:
     files = config.validation_files or (None,) * len(config.adapters)
     tasks = []
     for number, (folder, file) in enumerate(zip(config.adapters, files, strict=True), start=n_old):
-        adapter = load_adapter(folder)
+        adapter = load_adapter(import_if_foreign(folder))
+        if adapter.is_merged and len(config.adapters) + n_old > 1:
+            raise UsageError(
+                f"{folder} ({adapter.method}) changes the base model's weights, so no other adapter can share its graph. "
+                "Export it alone."
+            )
         rows = _read_rows(adapter, file, config, old)
         tasks.append(ExportTask(task_name(folder), number, adapter, rows))
     first = tasks[0].adapter

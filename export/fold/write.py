@@ -42,17 +42,20 @@ def write_manifest(
 
 def _task_record(task: ExportTask, report: "ParityReport") -> dict[str, object]:
     adapter = task.adapter
-    return {
+    record: dict[str, object] = {
         "name": task.name,
         "adapter_sha256": adapter.sha256,
         "task": adapter.task.as_json(),
         "parity": asdict(report),
-        "quality": {
+    }
+    # An adapter made elsewhere may never have been measured here.
+    if adapter.scores.values:
+        record["quality"] = {
             "n_validation": adapter.n_validation,
             "validation": adapter.scores.values,
             "baselines": {name: scores.values for name, scores in adapter.baselines.items()},
-        },
-    }
+        }
+    return record
 
 
 def _graph_record(precision: str, old: Sequence[Any], gates: Sequence[Gate]) -> dict[str, Any]:

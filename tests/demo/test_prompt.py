@@ -131,6 +131,7 @@ def test_words_norms_and_curves_are_as_torch_finds_them(adapter: Folders, base_m
     assert abs(vocabulary.random_cosine - best.mean()) < 5 * best.std() / VIRTUAL_TOKENS**0.5
     assert 0 < vocabulary.random_cosine < 1
     curves, record = training_curves(loaded), json.loads((adapter("bert") / "training.json").read_text())
+    assert curves is not None
     assert curves.epochs == (1, 2, 3)
     for name in ("train_loss", "validation_loss"):
         assert getattr(curves, name) == tuple(row[name] for row in record["epochs"])
@@ -430,4 +431,6 @@ def test_what_ships_can_be_shown(name: str) -> None:
     assert sizes.files[0].n_bytes > 90_000_000
     learned = learned_prompt(adapter)
     assert (learned.vocabulary is not None) == (adapter.method == "p-tuning")
-    assert training_curves(adapter).kept_epoch in training_curves(adapter).epochs
+    curves = training_curves(adapter)
+    assert curves is not None
+    assert curves.kept_epoch in curves.epochs

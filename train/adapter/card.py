@@ -1,4 +1,4 @@
-"""The model card of an adapter, rendered from card.md.jinja."""
+"""The model card of an adapter, rendered from card.md.jinja or card_imported.md.jinja."""
 
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ def model_card(training: dict[str, Any]) -> str:
     data = ModelCardData(
         base_model=training["model"]["hub_name"], library_name="peft", pipeline_tag="text-classification"
     )
-    source = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    # An adapter made elsewhere tells nothing of its training.
+    name = "card_imported.md.jinja" if "imported" in training else "card.md.jinja"
+    source = Path(__file__).with_name(name).read_text(encoding="utf-8")
     recalls = training.get("recalls", {"validation": {}, "baselines": {}})
     return Template(source, undefined=StrictUndefined, keep_trailing_newline=True).render(
         training,
         front_matter=data.to_yaml(),
-        description=_DESCRIPTIONS[training["method"]],
+        description=_DESCRIPTIONS.get(training["method"]),
         metric_names=METRICS,
         recall_words=lambda found: Scores({}, found).recall_words,
         recalls=recalls,

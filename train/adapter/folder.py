@@ -4,15 +4,17 @@ import hashlib
 import json
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from train.adapter.card import model_card
-from train.adapter.peft import TokenCount, check_peft_config
+from train.adapter.peft_config import METHODS, TokenCount, check_peft_config
 from train.adapter.record import ADAPTER, FILES, Adapter
 from train.common.errors import AdapterError
 from train.common.folder_record import check_seal, read_record, reading, write_record
+from train.common.limits import MAX_TOKENS
 from train.common.records import parse_record
 from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
@@ -34,6 +36,12 @@ class _SettingsRecord:
     validation_file: Path | None = None
 
 
+def _known_method(method: str) -> str:
+    if method not in METHODS:
+        raise ValueError(f"methods are {'; '.join(METHODS)}")
+    return method
+
+
 @dataclass(frozen=True)
 class _RecallsRecord:
     """By label; adapters of earlier versions have none."""
@@ -48,15 +56,16 @@ class _TrainingRecord:
 
     model: _ModelRecord
     task: dict[str, Any]
-    method: Literal["p-tuning", "p-tuning-v2"]
-    virtual_tokens: TokenCount
+    method: Annotated[str, AfterValidator(_known_method)]
+    virtual_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)]
     max_length: TokenCount
-    validation: dict[str, float]
-    baselines: dict[str, dict[str, float]]
-    baseline_rules: Baselines
-    n_validation: int
-    config: _SettingsRecord
-    data_sha256: dict[str, str]
+    # The rest is known of an adapter that was trained or measured here.
+    validation: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    baseline_rules: Baselines | None = None
+    n_validation: int = 0
+    config: _SettingsRecord = _SettingsRecord()
+    data_sha256: dict[str, str] = field(default_factory=dict)
     recalls: _RecallsRecord = field(default_factory=_RecallsRecord)
     more_validation: dict[str, dict[str, float]] = field(default_factory=dict)
 

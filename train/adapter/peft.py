@@ -1,19 +1,11 @@
-"""PEFT's part of an adapter folder: its configuration, its weights, and the models that are made of them."""
+"""PEFT's part of an adapter folder: its weights, and the models that are made of them."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
-from train.adapter.record import ADAPTER, FILES, Adapter
+from train.adapter.record import FILES, Adapter
 from train.common.errors import AdapterError, ModelError
-from train.common.folder_record import read_json_object
-from train.common.limits import MAX_MODEL_BYTES, MAX_TOKENS
-from train.common.records import parse_record
-from train.config import P_TUNING, P_TUNING_V2
 from train.model.classifier import load_classifier, prompted_classifier
 from train.model.find import MALFORMED, BaseModel, find_base_model
 
@@ -21,41 +13,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from train.model.prompted import PromptedClassifier
-
-TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-
-
-@dataclass(frozen=True)
-class _PeftConfig:
-    """The entries of adapter_config.json that decide what PEFT does, with the values that are safe.
-
-    Some of PEFT's other thirty types import the module that the file names, or read a pickle that it names.
-    """
-
-    peft_type: Literal["P_TUNING", "PREFIX_TUNING"]
-    task_type: Literal["SEQ_CLS"]
-    num_virtual_tokens: TokenCount
-    token_dim: TokenCount
-    num_layers: TokenCount
-    num_transformer_submodules: TokenCount
-    auto_mapping: None = None
-
-
-def check_peft_config(folder: Path, method: str, virtual_tokens: int) -> None:
-    """Refuse a configuration with which PEFT would do anything but load the prompt that training.json describes."""
-    path = folder / FILES.config
-    value = read_json_object(path, AdapterError, ADAPTER.remedy)
-    config = parse_record(_PeftConfig, value, AdapterError, str(path), ADAPTER.remedy)
-    expected = ({P_TUNING: "P_TUNING", P_TUNING_V2: "PREFIX_TUNING"}[method], virtual_tokens)
-    if (config.peft_type, config.num_virtual_tokens) != expected:
-        raise AdapterError(
-            f"{path} describes a {config.peft_type} prompt of {config.num_virtual_tokens} tokens, {FILES.training} a "
-            f"{expected[0]} prompt of {expected[1]}. {ADAPTER.remedy}"
-        )
-    sizes = (config.num_virtual_tokens, config.token_dim, config.num_layers, config.num_transformer_submodules)
-    n_bytes = 4 * 2 * math.prod(sizes)
-    if n_bytes > MAX_MODEL_BYTES:
-        raise AdapterError(f"{path} describes a prompt of {n_bytes / 1e9:,.0f} GB. {ADAPTER.remedy}")
 
 
 def find_adapter_base(adapter: Adapter) -> BaseModel:
@@ -93,16 +50,23 @@ def load_prompted_classifier(
     adapter: Adapter, base: BaseModel, *, attention: str | None = None
 ) -> "PromptedClassifier":
     """An adapter on its base model, in evaluation mode, for scoring and export; ``attention`` as for `load_classifier`."""
+    if adapter.is_merged:
+        from train.model.plain import PlainClassifier
+
+        peft_model: Any = load_peft_model(adapter.folder, base, adapter.labels, attention=attention)
+        return PlainClassifier(peft_model.merge_and_unload(), base).eval()
     model = load_classifier(base, adapter.labels, kind=adapter.task.kind, attention=attention)
     return prompted_classifier(model, base, adapter.method, read_weights(adapter.folder, adapter.virtual_tokens))
 
 
-def load_peft_model(folder: Path, base: BaseModel, labels: Sequence[str]) -> "PeftModel":
+def load_peft_model(
+    folder: Path, base: BaseModel, labels: Sequence[str], *, attention: str | None = None
+) -> "PeftModel":
     """An adapter as PEFT itself runs it, in evaluation mode. A decoder takes one text at a time, without padding."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    model = load_classifier(base, labels)
+    model = load_classifier(base, labels, attention=attention)
     if base.is_decoder:
         # PEFT is only right without padding: with no padding token, a text may end with any token (</s> often is one),
         # and transformers refuses a batch instead of misreading it.

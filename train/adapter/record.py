@@ -10,6 +10,9 @@ from train.common.folder_record import FolderKind
 from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
 
+MERGED = ", merged"
+"""How the name of a method ends that has no prompt."""
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -31,8 +34,9 @@ def _sealed(training: Mapping[str, Any]) -> list[object]:
 
     The base model may have been moved, so its weights' hash counts and not its name.
     """
-    names = ("sha256", "task", "method", "virtual_tokens", "max_length", "baseline_rules")
-    return [training["model"]["sha256"], *(training[name] for name in names)]
+    names = ("sha256", "task", "method", "virtual_tokens", "max_length")
+    # An adapter made elsewhere has no baselines.
+    return [training["model"]["sha256"], *(training[name] for name in names), training.get("baseline_rules")]
 
 
 ADAPTER = FolderKind(
@@ -57,23 +61,38 @@ class Adapter:
     model_sha256: str
     task: Task
     method: str
-    """ "p-tuning" or "p-tuning-v2"."""
+    """ "p-tuning", "p-tuning-v2", or PEFT's name of a method without a prompt as "lora, merged"."""
     virtual_tokens: int
+    """0 for a method without a prompt."""
     max_length: int
     """The longest text in tokens."""
     scores: Scores
-    """On the validation rows, as are ``baselines``, whose names are for people."""
+    """On the validation rows, as are ``baselines``, whose names are for people. Both are empty where an adapter was made
+    elsewhere, and nothing was measured here."""
     baselines: dict[str, Scores]
     more_scores: dict[str, Scores]
     """On further splits of the hub, by their names; of mnli the mismatched one."""
-    baseline_rules: Baselines
+    baseline_rules: Baselines | None
+    """None for an adapter made elsewhere, whose training data is not known."""
     n_validation: int
+    """0 where nothing was measured."""
     validation_file: Path | None
     """Its name at training; None for the hub's data."""
     validation_sha256: str
     """Empty for the hub's data."""
     sha256: str
     """One hash over everything in the folder that changes predictions."""
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it has no prompt and changes the base model's weights, into which PEFT merges it."""
+        return self.method.endswith(MERGED)
+
+    @property
+    def quality(self) -> str:
+        """The scores for people, or what measures them."""
+        unknown = f"not measured here: `python -m train.evaluate {self.folder} --file FILE` measures it"
+        return str(self.scores) if self.scores.values else unknown
 
     @property
     def labels(self) -> tuple[str, ...]:

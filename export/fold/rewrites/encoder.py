@@ -147,8 +147,9 @@ class CpuEncoder(torch.nn.Module):
         types = getattr(self.embeddings, "token_type_embeddings", None)
         if types is not None:
             rows = rows + types.weight[0]
-        self.register_buffer("prompt_rows", self._normed(rows)[None].detach().clone())
-        self.prompt_names = ("prompt_rows",)
+        self.prompt_names = ("prompt_rows",) if n_virtual else ()
+        if n_virtual:
+            self.register_buffer("prompt_rows", self._normed(rows)[None].detach().clone())
 
     def _fold_positions(self) -> None:
         """The text's rows of the position table, after the prompt's; with the token type where there is only one."""
@@ -158,8 +159,8 @@ class CpuEncoder(torch.nn.Module):
         self._first_position: int = 0 if padding is None else padding + 1
         types = getattr(self.embeddings, "token_type_embeddings", None)
         self.token_types: Any = types if types is not None and types.num_embeddings > 1 else None
-        # RoBERTa given ids, as for P-Tuning v2, gives a padding token no number, wherever it stands.
-        self._skips_padding = self._in_every_layer and padding is not None
+        # RoBERTa given ids, as for P-Tuning v2 and without a prompt, gives a padding token no number, wherever it stands.
+        self._skips_padding = padding is not None and (self._in_every_layer or not self._n_virtual)
         if not self._skips_padding:
             table = table[self._first_position + self._n_virtual :]
         if types is not None and self.token_types is None:
@@ -193,7 +194,7 @@ class CpuEncoder(torch.nn.Module):
         """
         n_batch = input_ids.shape[0]
         rows = self._text_rows(input_ids, token_type_ids)
-        if not self._in_every_layer:
+        if "prompt_rows" in prompt:
             rows = torch.cat([prompt["prompt_rows"], rows], dim=1)
         n_hidden = rows.shape[2]
         # Added to the scores, the lowest number for padding, shape = (n_batch, 1, 1, n_virtual + n_text)

@@ -120,7 +120,7 @@ class GpuEncoder(CpuEncoder):
     ) -> torch.Tensor:
         """See `CpuEncoder.pooled`; the prompt may also be one for all texts."""
         rows = self._text_rows(input_ids, token_type_ids)
-        if not self._in_every_layer:
+        if "prompt_rows" in prompt:
             rows = torch.cat([prompt["prompt_rows"].expand(input_ids.shape[0], -1, -1), rows], dim=1)
         n_rows = rows.shape[1]
         distances = self._distances(n_rows)

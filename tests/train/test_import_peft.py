@@ -1,0 +1,376 @@
+"""``python -m train.import_peft`` through its entry point, on what PEFT itself wrote."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from demo.engines.adapters import choose_adapters
+from export.__main__ import main as export_main
+from export.bundle.folder import load_bundle
+from export.runtime.classifier import OnnxClassifier
+from tests.conftest import Folders, MadeOnce, make_pairs, write_jsonl
+from tests.train.peft_sources import PROMPT_KINDS, TASK, VIRTUAL_TOKENS, golden_logits, make_source
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
+from train.adapter.record import Adapter
+from train.evaluate import main as evaluate_main
+from train.import_peft import main
+from train.model.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Capture = pytest.CaptureFixture[str]
+Sources = Callable[..., Path]
+TEXTS = (("word4 word7 word1",), ("word8",), ("word11 word12 word13 word14 word15 word16 word17",))
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="session")
+def source(made_once: MadeOnce, base_model: Folders) -> Sources:
+    """A function from a kind of PEFT's adapters and a family to a folder that PEFT wrote."""
+
+    def get(kind: str, family: str = "bert", *, modules: list[str] | None = None) -> Path:
+        name = f"peft-{family}-{kind}-{'-'.join(modules or ['head'])}"
+        return made_once(name, lambda folder: make_source(folder, base_model(family), kind, modules=modules))
+
+    return get
+
+
+@pytest.fixture
+def changed(source: Sources, tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies a source, with other settings or other names of its tensors."""
+
+    def get(kind: str = "mlp", *, rename: Callable[[str], str] | None = None, **settings: Any) -> Path:
+        folder = shutil.copytree(source(kind), tmp_path / "source")
+        config = json.loads((folder / CONFIG).read_text()) | settings
+        (folder / CONFIG).write_text(json.dumps(config))
+        if rename is not None:
+            tensors = load_file(folder / WEIGHTS)
+            (folder / WEIGHTS).unlink()
+            save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+        return folder
+
+    return get
+
+
+def run_import(folder: Path | str, out: Path, *words: str) -> Adapter:
+    assert main([str(folder), "--out", str(out), *words]) == 0
+    return load_adapter(out)
+
+
+def refusal(capsys: Capture, folder: Path | str, out: Path, *words: str) -> str:
+    """The one sentence on standard error; nothing was written."""
+    assert main([str(folder), "--out", str(out), *words]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    return error
+
+
+def own_logits(adapter: Adapter, sentences: tuple[str, ...], *, length: int = 20) -> np.ndarray:
+    """What the adapter folder answers, padded to a longer text, as in a batch."""
+    tokenizer = load_tokenizer(adapter.folder, adapter.max_length)
+    batch = tokenizer(*sentences, padding="max_length", max_length=length, return_tensors="pt")
+    classifier = load_prompted_classifier(adapter, find_adapter_base(adapter))
+    with torch.inference_mode():
+        logits: np.ndarray = classifier(**batch)["logits"][0].numpy()
+    return logits
+
+
+def check_against_peft(kind: str, folder: Path, base: Path, adapter: Adapter, *, original: Path | None = None) -> None:
+    for sentences in TEXTS:
+        golden = golden_logits(original or folder, base, sentences, kind)
+        assert own_logits(adapter, sentences) == pytest.approx(golden, abs=2e-5)
+
+
+def check_kind(kind: str, family: str, source: Sources, base: Path, out: Path) -> None:
+    """An adapter of a kind is imported, and both its folder and PEFT on its folder give the logits of the source."""
+    folder = source(kind, family)
+    adapter = run_import(folder, out, *(["--task-id", str(TASK)] if kind == "multitask" else []))
+    is_prefix = kind in {"prefix", "projection"}
+    assert adapter.method == ("p-tuning-v2" if is_prefix else "p-tuning" if kind in PROMPT_KINDS else f"{kind}, merged")
+    assert adapter.virtual_tokens == (VIRTUAL_TOKENS if kind in PROMPT_KINDS else 0)
+    assert adapter.labels == ("label_0", "label_1", "label_2")
+    check_against_peft(kind, folder, base, adapter)
+    model = load_peft_model(adapter.folder, find_adapter_base(adapter), adapter.labels)
+    batch = load_tokenizer(adapter.folder, adapter.max_length)(*TEXTS[0], return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**batch).logits[0].numpy()
+    assert logits == pytest.approx(golden_logits(folder, base, TEXTS[0], kind), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [("mlp", "bert"), ("prefix", "gpt2"), ("multitask", "bert"), ("lora", "roberta")]
+)
+def test_an_adapter_keeps_its_logits(
+    kind: str, family: str, source: Sources, base_model: Folders, tmp_path: Path
+) -> None:
+    check_kind(kind, family, source, base_model(family), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rename"), [("prompt", "wrapped"), ("prompt", "other"), ("lora", "named"), ("lora", "bare")]
+)
+def test_heads_by_other_names_are_found(
+    kind: str, rename: str, changed: Callable[..., Path], source: Sources, base_model: Folders, tmp_path: Path
+) -> None:
+    """Names by 0.2 and of people who saved a state dict themselves; built here, as PEFT has none of these today."""
+
+    def new(name: str) -> str:
+        if "classifier" not in name:
+            return name
+        prefix, parameter = name.rsplit("classifier.", 1)
+        if rename == "other":
+            prefix = {"base_model.": "base_model.model.", "base_model.model.": "base_model."}[prefix]
+        return {
+            "wrapped": f"{prefix}classifier.modules_to_save.{parameter}",
+            "named": f"{prefix}classifier.modules_to_save.default.{parameter}",
+            "other": f"{prefix}classifier.{parameter}",
+            "bare": f"classifier.{parameter}",
+        }[rename]
+
+    folder = changed(kind, rename=new)
+    tensors = load_file(folder / WEIGHTS)
+    if rename == "wrapped":  # 0.2 kept the untrained head as well
+        tensors |= {
+            name.replace("modules_to_save", "original_module"): torch.zeros_like(tensor)
+            for name, tensor in tensors.items()
+            if "modules_to_save" in name
+        }
+        save_file(tensors, folder / WEIGHTS)
+    adapter = run_import(folder, tmp_path / "out")
+    check_against_peft(kind, folder, base_model("bert"), adapter, original=source(kind))
+
+
+def test_a_pooler_that_was_trained_too_comes_along(source: Sources, base_model: Folders, tmp_path: Path) -> None:
+    folder = source("mlp", modules=["pooler"])
+    assert any("pooler" in name for name in load_file(folder / WEIGHTS))
+    check_against_peft("mlp", folder, base_model("bert"), run_import(folder, tmp_path / "out"))
+
+
+def test_a_pickle_is_read_only_when_it_is_allowed(
+    changed: Callable[..., Path], source: Sources, base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = changed("mlp")
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    assert "--allow-bin" in refusal(capsys, folder, tmp_path / "out")
+    adapter = run_import(folder, tmp_path / "out", "--allow-bin")
+    check_against_peft("mlp", folder, base_model("bert"), adapter, original=source("mlp"))
+    torch.save(torch.nn.Linear(2, 2), folder / "adapter_model.bin")
+    assert "cannot be read" in refusal(capsys, folder, tmp_path / "other", "--allow-bin")
+
+
+def test_what_nobody_knows_is_absent_until_it_is_measured(source: Sources, tmp_path: Path, capsys: Capture) -> None:
+    rows = [{"text": row["sentence1"], "label": "abc"[index % 3]} for index, row in enumerate(make_pairs(12, seed=5))]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    labels = ("--labels", "a,b,c")
+    adapter = run_import(source("mlp"), tmp_path / "out", *labels)
+    record = json.loads((adapter.folder / "training.json").read_text())
+    assert not {"validation", "n_validation", "baselines", "baseline_rules", "epochs", "command"} & record.keys()
+    assert 0 < record["imported"].pop("max_logit_difference") < 1e-5
+    assert adapter.scores.values == {}
+    assert "not measured here: `python -m train.evaluate" in adapter.quality
+    assert "python -m train.evaluate ADAPTER --file FILE" in (adapter.folder / "README.md").read_text()
+    capsys.readouterr()
+    assert evaluate_main([str(adapter.folder), "--file", str(file)]) == 0
+    evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert evaluated["baselines"] == {}
+    measured = run_import(source("mlp"), tmp_path / "measured", *labels, "--validation-file", str(file))
+    assert measured.scores.values == evaluated["scores"]
+    assert (measured.n_validation, measured.validation_file) == (12, file)
+    assert measured.sha256 == adapter.sha256
+    assert "on 12 validation rows" in (measured.folder / "README.md").read_text()
+
+
+def test_the_best_checkpoint_is_taken_or_asked_for(source: Sources, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "output"
+    for step, kind in ((7, "mlp"), (14, "prompt")):
+        shutil.copytree(source(kind), output / f"checkpoint-{step}")
+        for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            os.mkfifo(output / f"checkpoint-{step}" / name)  # reading one of these would never end
+    error = refusal(capsys, output, tmp_path / "out")
+    assert "checkpoint-14, checkpoint-7" in error
+    state = output / "checkpoint-14" / "trainer_state.json"
+    state.write_text(json.dumps({"best_model_checkpoint": "/home/else/output/checkpoint-7", "best_metric": 0.9}))
+    run_import(output, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["imported"]["peft_type"] == "P_TUNING"
+
+
+def test_labels_columns_and_pairs_are_as_they_were_named(
+    source: Sources, base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    adapter = run_import(source("mlp"), tmp_path / "pair", "--text-columns", "premise,hypothesis", "--labels", "x,y,z")
+    assert (adapter.task.text_columns, adapter.labels) == (("premise", "hypothesis"), ("x", "y", "z"))
+    assert "a text is taken for one sentence" not in capsys.readouterr().out
+    base = shutil.copytree(base_model("bert"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    names = {"0": "negative", "1": "neutral", "2": "positive"}
+    (base / "config.json").write_text(
+        json.dumps(config | {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}})
+    )
+    adapter = run_import(source("mlp"), tmp_path / "named", "--base-model", str(base))
+    assert adapter.labels == tuple(names.values())
+    assert adapter.task.text_columns == ("text",)
+    assert "a text is taken for one sentence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"task_type": "CAUSAL_LM"}, "task_type 'CAUSAL_LM'"),
+        ({"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS'"),
+        ({"peft_type": "XLORA"}, "peft_type 'XLORA'"),
+        ({"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}, "auto_mapping"),
+        ({"base_model_name_or_path": None}, "Give it with --base-model"),
+        ({"base_model_name_or_path": "/home/else/model"}, "Give it with --base-model"),
+        ({"num_virtual_tokens": 6}, "holds no prompt"),
+        ({"modules_to_save": "classifier"}, "modules_to_save"),
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    settings: dict[str, Any], words: str, changed: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    assert words in refusal(capsys, changed("mlp", **settings), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "os"},
+        {"init_lora_weights": "corda", "corda_config": {"cache_file": "x.pt"}},
+        {"init_lora_weights": "eva"},
+        {"a_setting_of_2030": 3},
+        {"target_modules": {"query": {"a": 1}}},
+    ],
+)
+def test_lora_that_is_more_than_data_is_refused(
+    settings: dict[str, Any], changed: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    error = refusal(capsys, changed("lora", **settings), tmp_path / "out")
+    assert any(name in error for name in settings)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lora"])
+def test_a_missing_head_is_an_error_and_no_random_numbers(
+    kind: str, changed: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = changed(kind)
+    tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "classifier" not in name}
+    save_file(tensors, folder / WEIGHTS)
+    error = refusal(capsys, folder, tmp_path / "out", "--labels", "x,y")
+    assert "holds no classifier.bias, classifier.weight" in error
+    assert "modules_to_save" in error
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lora"])
+def test_tensors_that_fit_nothing_or_are_damaged_are_refused(
+    kind: str, changed: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = changed(kind)
+    whole = load_file(folder / WEIGHTS)
+    save_file(whole | {"base_model.model.spare.weight": torch.ones(2)}, folder / WEIGHTS)
+    assert "has no place for" in refusal(capsys, folder, tmp_path / "out")
+    name = next(name for name in whole if "classifier" not in name)
+    save_file(whole | {name: whole[name] * float("nan")}, folder / WEIGHTS)
+    assert "not finite" in refusal(capsys, folder, tmp_path / "out")
+    save_file({other: tensor for other, tensor in whole.items() if other != name}, folder / WEIGHTS)
+    assert "lacks" in (error := refusal(capsys, folder, tmp_path / "out")) or "holds no prompt" in error
+    save_file(whole, folder / WEIGHTS)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    assert "cannot be read" in refusal(capsys, folder, tmp_path / "out")
+
+
+def test_another_base_model_is_refused(source: Sources, base_model: Folders, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    other = ("--base-model", "minilm")
+    assert "another base model" in refusal(capsys, source("mlp"), out, *other)
+    assert "another base model" in refusal(capsys, source("prefix"), out, *other)
+    assert "shape" in refusal(capsys, source("lora"), out, *other)
+    quantized = shutil.copytree(base_model("bert"), tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert "quantized" in refusal(capsys, source("mlp"), out, "--base-model", str(quantized))
+
+
+def test_flags_that_do_not_fit_are_refused(source: Sources, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert "--labels names 2" in refusal(capsys, source("mlp"), out, "--labels", "x,y")
+    assert "--task-id" in refusal(capsys, source("mlp"), out, "--task-id", "0")
+    assert "3 tasks" in refusal(capsys, source("multitask"), out)
+    assert "numbered from 0" in refusal(capsys, source("multitask"), out, "--task-id", "3")
+    assert "exclude each other" in refusal(capsys, source("mlp"), out, "--single", "--pair")
+    assert "There is no folder" in refusal(capsys, tmp_path / "nothing", out)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no adapter_config.json" in refusal(capsys, empty, out)
+
+
+def test_a_name_on_the_hub_without_network_is_one_sentence(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "Without network" in refusal(capsys, "somebody/adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused(
+    name: str, changed: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = changed("mlp")
+    outside = tmp_path / "outside"
+    if (folder / name).exists():
+        (folder / name).rename(outside)
+    else:
+        outside.write_text("{}")
+    (folder / name).symlink_to(outside)
+    error = refusal(capsys, folder, tmp_path / "out")
+    assert name in error
+    assert "link" in error
+
+
+def test_lora_becomes_a_plain_graph_and_export_takes_the_source_itself(
+    source: Sources, base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = source("lora")
+    assert export_main([str(folder), "--out", str(tmp_path / "bundle")]) == 0
+    bundle = load_bundle(tmp_path / "bundle")
+    assert (bundle.method, bundle.virtual_tokens, bundle.tasks[0].name) == ("lora, merged", 0, folder.name)
+    assert bundle.tasks[0].max_logit_difference < 1e-4
+    classifier, tokenizer = OnnxClassifier(bundle), load_tokenizer(bundle.folder, bundle.max_length)
+    for sentences in TEXTS:
+        golden = golden_logits(folder, base_model("bert"), sentences, "lora")
+        batch = tokenizer(*sentences, padding="max_length", max_length=20, return_tensors="np")
+        assert classifier.logits(batch)[0] == pytest.approx(golden, abs=2e-5)
+    (choice, *_) = choose_adapters((folder,))
+    assert (choice.name, choice.adapter.method) == (folder.name, "lora, merged")
+    capsys.readouterr()
+    both = [str(folder), str(source("ia3"))]
+    assert export_main([*both, "--out", str(tmp_path / "two")]) == 2
+    assert "Export it alone" in capsys.readouterr().err
+
+
+def test_what_has_to_be_asked_names_the_command(
+    changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = changed("mlp", base_model_name_or_path=None)
+    assert export_main([str(folder), "--out", str(tmp_path / "bundle")]) == 2
+    error = capsys.readouterr().err
+    assert f"python -m train.import_peft {folder} --out ADAPTER" in error
+    assert "--base-model" in error
+    assert len(error.strip().splitlines()) == 1

@@ -1,0 +1,1 @@
+"""Adapters that were made with PEFT elsewhere, turned into adapter folders."""

@@ -1,0 +1,44 @@
+"""The tokenizer of an adapter made elsewhere, as its author used it."""
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from train.common.errors import AdapterError
+from train.foreign.source import TOKENIZER_FILES, Source
+from train.model.find import BaseModel
+from train.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def source_tokenizer(
+    source: Source, base: BaseModel, max_length: int, *, vocabulary_size: int, accepted: set[str]
+) -> "PreTrainedTokenizerFast":
+    """The tokenizer beside an adapter, else the base model's; what stands around a sentence stays as its author had it.
+
+    Of its outputs only those are kept that the model has ``accepted``. An AdapterError where it has more words than the
+    base model.
+    """
+    if source.has_tokenizer:
+        with TemporaryDirectory() as copied:
+            # Alone: beside config.json or code, transformers may take another class.
+            for name in TOKENIZER_FILES:
+                if (source.folder / name).is_file():
+                    shutil.copyfile(source.folder / name, Path(copied) / name)
+            tokenizer = load_tokenizer(Path(copied), max_length)
+    else:
+        tokenizer = load_tokenizer(base.folder, max_length, gguf_file=base.gguf_file)
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocabulary_size}
+    # A padding token that was added for the training is masked wherever it stands, so another one will do.
+    if tokenizer.pad_token is None or set(beyond) == {tokenizer.pad_token}:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    elif beyond:
+        raise AdapterError(
+            f"The tokenizer in {source.folder} has {len(beyond)} tokens, such as {min(beyond)!r:.40}, beyond the "
+            f"{vocabulary_size:,} words of {base.name}. Give the base model of this vocabulary with --base-model."
+        )
+    return tokenizer
