@@ -183,7 +183,7 @@ def _arguments(config: TrainConfig, seed: int, checkpoints: Path, log_folder: Pa
     # transformers 5 has no argument for it; 4 reads the argument alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_folder)
     named = {field.name for field in fields(TrainingArguments)}
-    logs = {"logging_dir": str(log_folder)} if "logging_dir" in named else {}
+    logs: dict[str, Any] = {"logging_dir": str(log_folder)} if "logging_dir" in named else {}
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,
