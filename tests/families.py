@@ -30,7 +30,6 @@ class Family:
     is_decoder: bool = False
     ignored: dict[str, Any] = field(default_factory=dict)
     """A change of the configuration after which what is special about the family is ignored, and its logits are others."""
-    positions: int = POSITIONS
 
 
 GENERIC = {
@@ -43,11 +42,6 @@ GENERIC = {
         ignored={"pos_att_type": ["p2c"]},
     ),
     "ernie": Family(_ENCODER | {"use_task_id": True}, takes_v2=True),
-    "funnel": Family(
-        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1}
-        | {"architectures": ["FunnelBaseModel"]},  # of its two backbones, the one that its classifier has
-        positions=2048,
-    ),
     "modernbert": Family(
         _USUAL
         | {"num_hidden_layers": 4, "intermediate_size": 64, "local_attention": WINDOW, "global_attn_every_n_layers": 2}
@@ -119,10 +113,15 @@ GENERIC = {
 }
 """By the name in config.json."""
 
-PADDED = {
+REFUSED = {
     "convbert": Family(_ENCODER | {"embedding_size": 32}),
+    "funnel": Family(
+        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1}
+        | {"architectures": ["FunnelBaseModel"]},  # of its two backbones, the one that its classifier has
+    ),
     "mobilebert": Family(
         _ENCODER | {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16, "type_vocab_size": 2}
     ),
 }
-"""Types whose answer to a text depends on its padding, in transformers and in PEFT: they are refused."""
+"""Types that are refused: what they say of a text depends on its padding, in transformers and in PEFT, or (Funnel) they
+shorten texts, which no exporter writes."""

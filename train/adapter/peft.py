@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.adapter.record import FILES, Adapter
 from train.common.errors import AdapterError, ModelError
-from train.model.classifier import load_classifier, prompted_classifier
+from train.model.classifier import drop_cache, load_classifier, prompted_classifier
 from train.model.find import MALFORMED, BaseModel, find_base_model
 
 if TYPE_CHECKING:
@@ -72,17 +72,10 @@ def load_peft_model(
         # and transformers refuses a batch instead of misreading it.
         model.config.pad_token_id = None
     else:
-        model.base_model.register_forward_hook(_drop_cache)
+        model.base_model.register_forward_hook(drop_cache)
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (*MALFORMED, RuntimeError, SafetensorError) as cause:
         raise AdapterError(
             f"{folder} does not fit {base.name} ({cause}). Give an adapter of this base model."
         ) from cause
-
-
-def _drop_cache(_: object, __: object, outputs: Any) -> Any:
-    """Remove the cache, which PEFT's `_prefix_tuning_forward` takes for the pooled row in models without a pooler."""
-    if getattr(outputs, "past_key_values", None) is None:
-        return outputs
-    return type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})

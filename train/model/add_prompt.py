@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from train.common.errors import ModelError, UsageError, first_line
 from train.config import P_TUNING, P_TUNING_V2, TrainConfig
 from train.model.architecture import head_modules, key_value_heads, keys_values_of
-from train.model.classifier import load_classifier, put_prompt_before
+from train.model.classifier import drop_cache, load_classifier, put_prompt_before
 from train.model.find import DECODERS, ENCODERS, BaseModel
 from train.model.tokenizer import load_tokenizer
 
@@ -108,7 +108,7 @@ def try_prompt(base: BaseModel, config: TrainConfig, labels: Sequence[str], ids:
 
     Raises:
         UsageError: the model takes no learned keys and values.
-        ModelError: it runs with no prompt, or its predictions depend on the padding of a text.
+        ModelError: it runs with no prompt, its predictions depend on the padding of a text, or it shortens texts.
     """
     if base.model_type in ENCODERS + DECODERS:
         return
@@ -129,12 +129,15 @@ def _check_prompt(peft_model: Any, base: BaseModel, config: TrainConfig, ids: Se
     encoder = peft_model.prompt_encoder[peft_model.active_adapter]
     classifier = put_prompt_before(peft_model.base_model, base, config.method, encoder).eval()
     peft_model.eval()
+    if not base.is_decoder:
+        peft_model.base_model.base_model.register_forward_hook(drop_cache)
     failed = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
     with torch.no_grad():
         try:
             lengths = zip(rows, mask.sum(dim=1), strict=True)
             alone = [peft_model(input_ids=row[None, :n], attention_mask=mask[:1, :n]).logits for row, n in lengths]
             together = classifier(rows, mask)["logits"]
+            n_rows = peft_model.base_model.base_model(rows, attention_mask=mask).last_hidden_state.shape[1]
         except failed as cause:
             if config.method == P_TUNING_V2:
                 raise no_keys_and_values(base) from cause
@@ -142,6 +145,11 @@ def _check_prompt(peft_model: Any, base: BaseModel, config: TrainConfig, ids: Se
                 f"Base model {base.name}: a model of type {base.model_type!r} runs with no prompt ({first_line(cause)}). "
                 "Take another one."
             ) from cause
+    if n_rows != n_long:
+        raise ModelError(
+            f"Base model {base.name}: a model of type {base.model_type!r} has {n_rows} rows for a text of {n_long} tokens in "
+            "its last layer, and no exporter writes such a graph. Take another one."
+        )
     difference = float((torch.cat(alone) - together).abs().max())
     if not difference <= _TOLERANCE * max(1.0, float(together.abs().max())):
         if config.method == P_TUNING_V2:

@@ -66,6 +66,13 @@ def _check_whole(base: BaseModel, model: "PreTrainedModel", loaded: Mapping[str,
         )
 
 
+def drop_cache(_: object, __: object, outputs: Any) -> Any:
+    """Remove the cache, which PEFT's `_prefix_tuning_forward` takes for the pooled row in models without a pooler."""
+    if getattr(outputs, "past_key_values", None) is None:
+        return outputs
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})
+
+
 def put_prompt_before(
     model: "PreTrainedModel", base: BaseModel, method: str, prompt: "torch.Tensor | torch.nn.Module"
 ) -> "PromptedClassifier":

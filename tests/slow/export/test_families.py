@@ -5,11 +5,13 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import pytest
 
+from export.fold.graphs import exporter
 from tests.conftest import (
     GENERIC_KINDS,
     VIRTUAL_TOKENS,
@@ -20,32 +22,29 @@ from tests.conftest import (
     make_base_model,
     peft_logits,
 )
-from tests.export.graphs import manifest_of, padded_batch, parametrize_kinds, peft_batch, refusal, run_file
+from tests.export.graphs import manifest_of, padded_batch, parametrize_kinds, peft_batch, refusal, run_export, run_file
 from tests.export.test_export import (  # noqa: F401
     test_a_prediction_of_the_graph_does_not_depend_on_its_batch,
     test_the_graph_gives_pefts_logits_on_shapes_that_were_not_traced,
     test_the_graph_takes_any_batch_and_holds_the_learned_prompt_under_the_names_of_the_manifest,
 )
-from tests.families import GENERIC, PADDED
+from tests.families import GENERIC, POSITIONS, REFUSED
 from tests.train import test_model
 from train.__main__ import main as train_main
 from train.adapter.folder import load_adapter
 
 Capture = pytest.CaptureFixture[str]
-NO_GRAPH = {"funnel"}
-"""Types of which no exporter writes a graph: training and PyTorch take them."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    kinds = [kind for kind in GENERIC_KINDS if kind not in NO_GRAPH or metafunc.function is test_pytorch_gives_the_same]
-    parametrize_kinds(metafunc, kinds)
+    parametrize_kinds(metafunc, GENERIC_KINDS)
 
 
 def test_pytorch_gives_the_same(kind: str, adapter: Folders, base_model: Folders) -> None:
     """What training and the page run."""
     test_model.test_the_logits_equal_pefts(kind, adapter, base_model)
     test_model.test_a_prediction_does_not_depend_on_its_batch(kind, adapter)
-    assert load_adapter(adapter(kind)).max_length == GENERIC[family_of(kind)].positions - VIRTUAL_TOKENS
+    assert load_adapter(adapter(kind)).max_length == POSITIONS - VIRTUAL_TOKENS
 
 
 def test_the_manifest_says_that_nothing_was_folded_but_keys_and_values(kind: str, bundle: Folders) -> None:
@@ -100,23 +99,39 @@ def test_p_tuning_v2_is_refused_by_name_where_a_model_takes_no_keys_and_values(
     assert list(no_leftovers.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", PADDED)
-def test_a_type_whose_answers_depend_on_padding_is_refused_before_it_is_trained(
-    family: str, data: Data, tmp_path: Path, capsys: Capture
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_type_that_no_graph_could_be_right_for_is_refused_before_it_is_trained(
+    family: str, data: Data, no_leftovers: Path, capsys: Capture
 ) -> None:
-    base = make_base_model(tmp_path / "base", family)
-    assert train_main(["--model", str(base), *data.flags, "--out", str(tmp_path / "a")]) == 2
+    with TemporaryDirectory() as folder:
+        base = make_base_model(Path(folder) / "base", family)
+        assert train_main(["--model", str(base), *data.flags, "--out", str(no_leftovers / "a")]) == 2
     error = capsys.readouterr().err
-    assert re.search(f"what a model of type '{family}' says of a text depends on its padding", error)
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize("family", sorted(NO_GRAPH))
-def test_a_type_that_no_exporter_writes_is_refused_with_the_reasons(
-    family: str, adapter: Folders, no_leftovers: Path, capsys: Capture
-) -> None:
-    error = refusal(capsys, adapter(family), "--out", no_leftovers / "b")
-    assert f"no exporter writes a graph for its type '{family}' (optimum: " in error
-    assert "; torchscript: " in error
-    assert "; dynamo: " in error
+    words = "rows for a text of 12 tokens in its last layer" if family == "funnel" else "depends on its padding"
+    assert re.search(f"a model of type '{family}' .*{words}", error)
     assert list(no_leftovers.iterdir()) == []
+
+
+def test_a_model_that_no_exporter_writes_is_refused_with_the_reason_of_each(
+    adapter: Folders, no_leftovers: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here because all graphs are too far away."""
+    monkeypatch.setattr(exporter, "TOLERANCE", -1.0)
+    error = refusal(capsys, adapter("qwen3"), "--out", no_leftovers / "b")
+    assert "no exporter writes a graph for its type 'qwen3' (optimum: its graph differs by " in error
+    assert "; torchscript: RuntimeError" in error
+    assert "; dynamo: its graph differs by " in error
+    assert list(no_leftovers.iterdir()) == []
+
+
+def test_without_optimum_pytorchs_exporters_write_everything(
+    adapter: Folders, base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known encoder by the older exporter, and decoders, which that cannot trace, by the newer one."""
+    monkeypatch.setattr(exporter, "HAS_OPTIMUM", False)
+    for kind, name in (("bert", "torchscript"), ("gpt2", "dynamo"), ("qwen3", "dynamo"), ("llama-v2", "dynamo")):
+        assert run_export(adapter(kind), "--out", tmp_path / kind) == 0
+        assert manifest_of(tmp_path / kind)["exporter"] == name
+        batch = peft_batch(kind, 3, 17)
+        expected = peft_logits(adapter(kind), base_model(family_of(kind)), batch)
+        assert np.abs(run_file(tmp_path / kind / "model.onnx", batch) - expected).max() < 1e-4
