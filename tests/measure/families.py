@@ -13,10 +13,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+from export.fold.fold import CONSTANT_KEYS_VALUES, CONSTANT_ROWS, ENCODER_FOR_CPU
 from tests.conftest import ENCODERS, FAMILIES, VIRTUAL_TOKENS, Data, make_base_model, make_pairs, write_jsonl
 from tests.families import GENERIC, REFUSED
 
 METHODS = ("p-tuning", "p-tuning-v2")
+SHORT = {CONSTANT_ROWS: "rows", CONSTANT_KEYS_VALUES: "keys and values", ENCODER_FOR_CPU: "encoder"}
+"""Rewrites in a cell of the table."""
 
 FLAGS = f"--epochs 1 --virtual-tokens {VIRTUAL_TOKENS} --encoder-hidden-size 16"
 
@@ -47,9 +50,10 @@ def measure(family: str, method: str, work: Path, data: Data) -> str:
     if status:
         return refusal_of(output.getvalue())
     manifest = json.loads((bundle / "manifest.json").read_text())
-    folded = ", ".join(manifest["rewrites"]) or "generic"
-    difference = manifest["tasks"][0]["parity"]["max_logit_difference"]
-    return f"{folded}; {manifest['exporter']}; {difference:.0e}"
+    folded = ", ".join(SHORT[name] for name in manifest["rewrites"]) or "generic"
+    if manifest["exporter"] != "optimum":
+        folded += f", {manifest['exporter']}"
+    return f"{folded}; {manifest['tasks'][0]['parity']['max_logit_difference']:.0e}"
 
 
 def main(wanted: list[str]) -> None:
