@@ -125,6 +125,8 @@ def _check_prompt(peft_model: Any, base: BaseModel, config: TrainConfig, ids: Se
     n_long = max(2, min(base.positions - config.virtual_tokens, max(12, 2 * window), _LONGEST_TRIED))
     mask = torch.ones(2, n_long, dtype=torch.long)
     mask[1, n_long // 2 :] = 0
+    # transformers takes a last padding token for padding, and it may be the one that ends a text.
+    ids = [token for token in ids if token != peft_model.config.pad_token_id] or ids
     rows = torch.tensor([ids[index % len(ids)] for index in range(2 * n_long)]).view(2, n_long)
     encoder = peft_model.prompt_encoder[peft_model.active_adapter]
     classifier = put_prompt_before(peft_model.base_model, base, config.method, encoder).eval()
