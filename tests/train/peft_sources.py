@@ -49,7 +49,9 @@ MERGED_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """The others are named for BERT's layers."""
 
 
-def make_source(folder: Path, base: Path, kind: str, *, modules: list[str] | None = None) -> Path:
+def make_source(
+    folder: Path, base: Path, kind: str, *, modules: list[str] | None = None, n_labels: int = N_LABELS
+) -> Path:
     """Write what `PeftModel.save_pretrained` writes for an adapter with random weights."""
     import peft
     import torch
@@ -59,7 +61,7 @@ def make_source(folder: Path, base: Path, kind: str, *, modules: list[str] | Non
 
     torch.manual_seed(3)
     with quiet_transformers():
-        model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=N_LABELS)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels)
     name, settings = (PROMPT_KINDS | MERGED_KINDS)[kind]
     config = getattr(peft, name)(task_type="SEQ_CLS", modules_to_save=modules, **settings)
     with warnings.catch_warnings():

@@ -224,6 +224,19 @@ def test_labels_columns_and_pairs_are_as_they_were_named(
     assert "a text is taken for one sentence" in capsys.readouterr().out
 
 
+def test_a_head_of_one_number_is_a_regression_and_labels_may_be_many(
+    source: Sources, base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = make_source(tmp_path / "number", base_model("bert"), "mlp", n_labels=1)
+    adapter = run_import(folder, tmp_path / "out")
+    assert (adapter.task.kind, len(adapter.labels)) == ("regression", 1)
+    golden = golden_logits(folder, base_model("bert"), TEXTS[0], "mlp", n_labels=1)
+    assert own_logits(adapter, TEXTS[0]) == pytest.approx(golden, abs=2e-5)
+    assert "gives one number" in refusal(capsys, folder, tmp_path / "named", "--labels", "x,y")
+    many = run_import(source("mlp"), tmp_path / "many", "--multi-label", "--labels", "x,y,z")
+    assert (many.task.kind, many.labels) == ("multi_label", ("x", "y", "z"))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
