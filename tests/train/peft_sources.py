@@ -63,7 +63,9 @@ def make_source(
     with quiet_transformers():
         model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels)
     name, settings = (PROMPT_KINDS | MERGED_KINDS)[kind]
-    config = getattr(peft, name)(task_type="SEQ_CLS", modules_to_save=modules, **settings)
+    # PEFT 0.3's prompts take no modules_to_save.
+    extra = {} if modules is None else {"modules_to_save": modules}
+    config = getattr(peft, name)(task_type="SEQ_CLS", **extra, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it corrects a setting for GPT-2's layers, and says so
         model = peft.get_peft_model(model, config)

@@ -38,6 +38,7 @@ OLD_KINDS = {
 """What each version can still write with today's transformers and torch: 0.3's LoRA cannot."""
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, of a missing CUDA extension and of norms
 @pytest.mark.parametrize("kind", [*PROMPT_KINDS, *MERGED_KINDS])
 def test_every_kind_keeps_its_logits(kind: str, source: Sources, base_model: Folders, tmp_path: Path) -> None:  # noqa: F811
     check_kind(kind, "bert", source, base_model("bert"), tmp_path / "out")
@@ -55,15 +56,14 @@ def test_decoders_keep_their_logits(
     check_kind(kind, family, source, base_model(family), tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", ["distilbert", "electra", "gpt2", "llama", "mpnet", "roberta"])
+@pytest.mark.parametrize("family", ["electra", "gpt2", "llama", "roberta"])
 def test_lora_of_every_family_becomes_a_graph(
     family: str,
     source: Sources,  # noqa: F811
     base_model: Folders,
     tmp_path: Path,
 ) -> None:
-    modules = {"distilbert": ["pre_classifier"]}.get(family)
-    folder = source("lora", family, modules=modules)
+    folder = source("lora", family)
     adapter = run_import(folder, tmp_path / "adapter")
     check_against_peft("lora", folder, base_model(family), adapter)
     # It compares the graph with PEFT's own, unmerged, over padded shapes.
