@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from export.bundle.folder import FILES, FP16, INT8, Bundle, data_path, load_bundle
+from export.bundle.folder import FILES, FP16, INT8, Bundle, BundleTask, data_path, load_bundle
 from export.bundle.graph_outline import check_graph
 from export.runtime.classifier import best_precision
 from train.common.atomic_folder import check_target, new_folder
@@ -98,10 +98,22 @@ def write_triton_repository(config: TritonConfig) -> Path:
     return config.out / name
 
 
+def _kind_of(task: BundleTask) -> dict[str, object]:
+    """What a client has to know to read logits that are no classification's."""
+    return {
+        name: value
+        for name, value in task.task.as_json().items()
+        if name in {"kind", "threshold"} and value is not None
+    }
+
+
 def _write_labels(bundle: Bundle, folder: Path) -> None:
     if bundle.has_many_tasks:
         # A label file belongs to an output, and what a logit means depends on the row's task.
-        tasks = [{"task_id": task.number, "name": task.name, "labels": task.task.labels} for task in bundle.tasks]
+        tasks = [
+            {"task_id": task.number, "name": task.name, "labels": task.task.labels, **_kind_of(task)}
+            for task in bundle.tasks
+        ]
         (folder / TASKS).write_text(json.dumps(tasks, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return
     # A label with line breaks would be several.

@@ -14,6 +14,7 @@ from demo.access.public_link import SAFE_URL, qr_svg
 from demo.engines.stage import Stage
 from demo.page.controls import AT_ONCE
 from demo.page.html import render, render_text
+from train.config import MULTI_LABEL
 
 if TYPE_CHECKING:
     import fastapi
@@ -78,11 +79,11 @@ def mcp_config(url: str) -> str:
     return json.dumps({"mcpServers": {"promptfold": {"url": f"{url}/gradio_api/mcp/"}}}, indent=2)
 
 
-def pipeline_snippet(adapter: str, sentences: Mapping[str, str]) -> str:
-    """Code that runs an adapter's bundle without this page, as in the README."""
+def pipeline_snippet(adapter: str, sentences: Mapping[str, str], *, all_labels: bool = False) -> str:
+    """Code that runs an adapter's bundle without this page, as in the README, for one label or all of them."""
     names = {"sentence1": "text", "sentence2": "text_pair"}
     given = {names[name]: sentence for name, sentence in sentences.items()}
-    return render_text("use_pipeline.txt", bundle=f"bundles/{adapter}", sentences=given)
+    return render_text("use_pipeline.txt", bundle=f"bundles/{adapter}", sentences=given, all_labels=all_labels)
 
 
 def endpoint_table(endpoints: "Mapping[str, APIEndpointInfo]") -> Markup:
@@ -96,8 +97,8 @@ def build_use_tab(stage: Stage, page: gr.Blocks) -> None:
     The page has the endpoint `ENDPOINT` by the time it is launched.
     """
     setup = stage.default()
-    is_pair = stage.choices[setup.adapter].adapter.task.is_pair
-    sentences = dict(list(EXAMPLE.items())[: 2 if is_pair else 1])
+    task = stage.choices[setup.adapter].adapter.task
+    sentences = dict(list(EXAMPLE.items())[: 2 if task.is_pair else 1])
     known = sentences | {"adapter": setup.adapter, "precision": setup.onnx, "pytorch": setup.pytorch}
     gr.Markdown("Whatever this page answers, a program can ask for too. The code calls the page that you see.")
     code = []
@@ -109,7 +110,8 @@ def build_use_tab(stage: Stage, page: gr.Blocks) -> None:
         mcp = _code("json", "Configuration of an MCP client", "use-mcp")
     with gr.Accordion("Without this page: optimum and transformers", open=False):
         gr.Markdown("The graph alone, in a transformers pipeline on ONNX Runtime.")
-        _code("python", "Python code for the bundle", "use-pipeline", pipeline_snippet(setup.adapter, sentences))
+        snippet = pipeline_snippet(setup.adapter, sentences, all_labels=task.kind == MULTI_LABEL)
+        _code("python", "Python code for the bundle", "use-pipeline", snippet)
     table = gr.HTML(elem_id="endpoints")
 
     def fill(request: gr.Request) -> list[Any]:

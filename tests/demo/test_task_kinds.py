@@ -14,8 +14,8 @@ from demo.measure.compare import compare
 from demo.measure.label_file import Scored, label_upload, write_labelled
 from demo.measure.prompt import prompt_effect
 from demo.measure.upload import read_upload
-from demo.page.html import render
-from demo.page.tab_compare import _results
+from demo.page.app import model_facts
+from demo.page.tab_compare import _engine_facts, _results
 from demo.page.tab_prompt import effect_html
 from demo.page.tab_score import results_html
 from tests import task_kinds
@@ -67,7 +67,12 @@ def test_both_engines_show_a_number_or_a_bar_for_each_label(
     words = "the numbers differ by" if task_kind == "regression" else "both give the same labels"
     assert words in speedup
     assert last.agrees is (None if task_kind == "regression" else True)
-    facts = render("engine.html", loaded=opened.onnx.wait_until_ready(), answer=last.onnx, served=None, is_over=True)
+    model = model_facts(opened)
+    words = (
+        "pairs of sentences: a number<" if task_kind == "regression" else "any number of <code>long</code>, <code>near"
+    )
+    assert words in model
+    facts = _engine_facts(opened, [last.pytorch, last.onnx], is_over=True)[1]
     assert ("from a probability of 0.5" in facts) == (task_kind == "multi_label")
 
 

@@ -70,6 +70,7 @@ def test_the_pipeline_code_is_python_and_names_the_bundle_and_markup_in_the_tabl
     assert "bundle = 'bundles/minilm-mrpc-v2 (2)'" in code
     assert "--out 'bundles/minilm-mrpc-v2 (2)'" in code
     assert "text_pair" not in pipeline_snippet("one", {"sentence1": "A sentence."})
+    assert ", top_k=None))" in pipeline_snippet("one", {"sentence1": "A sentence."}, all_labels=True)
     endpoint: Any = {"parameters": [], "returns": [], "api_visibility": "public", "description": "<script>x</script>"}
     assert "<script>" not in endpoint_table({"/compare": endpoint})
 

@@ -16,6 +16,7 @@ from export.runtime.batches import count_pairs, score_counts
 from export.runtime.classifier import OnnxClassifier
 from export.score.__main__ import main as label_file
 from export.serve.requests import ClassifyResponse, LogitsResponse
+from export.triton import main as write_triton
 from tests import task_kinds
 from tests.conftest import Folders, MadeOnce, family_of, write_jsonl
 from tests.task_kinds import COLUMNS, LABEL_COLUMNS, TAGS, TASK_KINDS, Rows, kind_adapter, kind_bundle
@@ -190,6 +191,12 @@ def test_tasks_of_all_kinds_share_a_graph(
     assert export([*map(str, copies), "--out", str(tmp_path / "b"), "--precision", "fp32"]) == 0
     bundle = load_bundle(tmp_path / "b")
     assert [task.task.kind for task in bundle.tasks] == ["classification", *TASK_KINDS]
+    assert write_triton([str(tmp_path / "b"), "--out", str(tmp_path / "t"), "--name", "b"]) == 0
+    told = {task["name"]: task for task in json.loads(next(tmp_path.glob("t/**/tasks.json")).read_text())}
+    assert "kind" not in told["classes"]
+    assert told["multi_label"]["kind"] == "multi_label"
+    assert told["multi_label"]["threshold"] == 0.5
+    assert "threshold" not in told["regression"]
     texts = [tuple(str(row[column]) for column in COLUMNS) for row in ROWS[:4]]
     for name in TASK_KINDS:
         classifier = OnnxClassifier(bundle, task=name, threads=1, use_cuda=False)
