@@ -62,6 +62,14 @@ class TrainConfig:
     or names with a comma between (default: classification)"""
     threshold: Annotated[float | None, _DATA] = None
     """with --kind multi_label: the probability from which a label is predicted (default: 0.5)"""
+    merge_labels: Annotated[bool, _DATA] = False
+    """take labels for one that differ in case or blanks alone"""
+    delimiter: Annotated[str | None, _DATA] = None
+    """between the cells of your CSV files: one character, or comma, semicolon, tab, pipe (default: recognised)"""
+    encoding: Annotated[str | None, _DATA] = None
+    """of your text files, such as cp1252 (default: recognised)"""
+    quote: Annotated[str | None, _DATA] = None
+    """around quoted cells of your CSV files: one character, or none (default: recognised)"""
     max_length: Annotated[int | None, _DATA] = None
     """longest text in tokens (default: the model's positions less the prompt)"""
     swap_sentences: Annotated[bool, _DATA] = False
@@ -148,7 +156,7 @@ class TrainConfig:
                 given, missing = missing, given
             raise UsageError(f"{given} was given without {missing}. Give both, or neither for the hub's data.")
         if not self.text_columns:
-            for name in ("label_column", "labels", "kind", "threshold"):
+            for name in ("label_column", "labels", "merge_labels", "kind", "threshold"):
                 if getattr(self, name):
                     raise UsageError(f"{flag(name)} needs --text-columns, which says that the columns are your own.")
             return

@@ -13,6 +13,7 @@ from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_prompted_classifier
 from train.common.command_line import Command, Words, check_counts
 from train.common.console import say
+from train.data.files.options import ReadOptions
 from train.data.load import load_split
 from train.data.token_ids import encode
 from train.model.tokenizer import load_tokenizer
@@ -31,6 +32,12 @@ class EvaluateConfig:
     """the file's text columns (default: the adapter's)"""
     label_column: str | None = None
     """the file's label column (default: the adapter's)"""
+    delimiter: str | None = None
+    """between the cells of a CSV file: one character, or comma, semicolon, tab, pipe (default: recognised)"""
+    encoding: str | None = None
+    """of a text file, such as cp1252 (default: recognised)"""
+    quote: str | None = None
+    """around quoted cells of a CSV file: one character, or none (default: recognised)"""
     batch_size: int = 32
     """rows in one forward pass"""
 
@@ -43,7 +50,7 @@ def _run(config: EvaluateConfig) -> None:
 
     adapter = load_adapter(config.adapter)
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
-    rows = load_split(task, "", config.file)
+    rows = load_split(task, "", config.file, ReadOptions.parse(config.delimiter, config.encoding, config.quote))
     base = find_adapter_base(adapter)
     tokenizer = load_tokenizer(adapter.folder, adapter.max_length)
     encoded = encode(rows, task, tokenizer)

@@ -1,7 +1,9 @@
 """A visitor's file through both engines: labelled, held against its labels, written again."""
 
+import re
 import threading
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from export.score.label import PREDICTION, PROBABILITY
 from export.score.write_rows import encode_rows
 from train.common.errors import EngineError
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from train.data.files.find import PACKED
 from train.data.tasks import Scores, score_numbers
 
 BATCH_ROWS = 8
@@ -27,6 +30,8 @@ SLICE_SECONDS = 0.5
 GIVE_WAY_SECONDS = 0.02
 """Pause between two slices: a lock that is taken again at once never gets to those who wait for it."""
 MAX_PREVIEW_ROWS = 50
+MAX_STEM_BYTES = 150
+"""A name may have 255 bytes, and a letter up to four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +225,15 @@ def write_labelled(scored: Scored, folder: Path) -> Path:
             added |= {f"{PROBABILITY}_{label}_{side}": values for label, values in columns}
     if scored.pytorch is not None and not scored.is_regression:
         added[AGREE] = (~scored.differs).tolist()
-    suffix = Path(upload.name).suffix.lower()
-    path = folder / f"{Path(upload.name).stem}-labelled{suffix}"
-    path.write_bytes(encode_rows(upload.rows, added, upload.schema, suffix, no_formulas=True))
+    path = folder / f"{safe_stem(upload.name)}-labelled{upload.suffix}"
+    content = encode_rows(upload.rows, added, upload.schema, upload.suffix, style=upload.style, no_formulas=True)
+    path.write_bytes(content)
     return path
+
+
+def safe_stem(name: str) -> str:
+    """A file's name without its endings, of letters, digits, blanks and ``-_.`` alone: a link to it is never cut off."""
+    stem = Path(name).stem
+    stem = Path(stem).stem if name.lower().endswith(PACKED) else stem
+    plain = re.sub(r"[^\w. -]+", "_", unicodedata.normalize("NFC", stem)).strip("._ ") or "file"
+    return plain.encode()[:MAX_STEM_BYTES].decode(errors="ignore")

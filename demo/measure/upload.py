@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 from demo.access.limits import MAX_BYTES
 from export.runtime.check_text import MAX_CHARACTERS
 from export.score.label import PREDICTION, PROBABILITY, check_added
-from export.score.write_rows import merge_schema
+from export.score.write_rows import CsvStyle, merge_schema, out_suffix
 from train.common.console import names
 from train.common.errors import DataError, UsageError
 from train.config import MULTI_LABEL, REGRESSION
-from train.data.check_rows import check_columns, read_labels, read_sentences
-from train.data.read_rows import FILE_TYPES, Chunk, Limits, check_source, read_chunks
+from train.data.check_rows import BadRows, check_columns, check_rows
+from train.data.files.chunks import Chunk
+from train.data.files.find import FILE_TYPES, PACKED
+from train.data.files.options import Limits
+from train.data.read_rows import find_source, read_chunks
 from train.data.tasks import Task
 
 if TYPE_CHECKING:
     import pyarrow
 
 MAX_ROWS = 2_000
+UPLOAD_TYPES = (*FILE_TYPES, *PACKED)
 
 LIMITS = Limits(
     file_bytes=MAX_BYTES,
@@ -50,6 +54,15 @@ class Upload:
     """The label of each row, as `train.data.labels.parse_label` gives it, where the file has labels."""
     schema: "pyarrow.Schema"
     """As from `merge_schema`."""
+    style: CsvStyle
+    """How a CSV file is written again."""
+    description: str
+    """What was recognised of how the file is written, for people; may be empty."""
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the labelled file."""
+        return out_suffix(Path(self.name))
 
     @property
     def has_equal_numbers(self) -> bool:
@@ -64,8 +77,8 @@ def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_
     name = path.name
     if not path.exists():
         raise DataError(f"{name} is no longer here. Upload it again.")
-    check_source(path, name, LIMITS)
-    (rows,) = read_chunks(path, MAX_ROWS, name=name, limits=LIMITS)
+    source = find_source(path, name, limits=LIMITS)
+    (rows,) = read_chunks(source, MAX_ROWS)
     columns = rows.columns
     label = label_column.strip() or None
     task = task.with_columns(names(text_columns), label, owner="this model")
@@ -74,6 +87,12 @@ def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_
     each = [f"{PROBABILITY}_{label}" for label in task.labels] if task.kind == MULTI_LABEL else []
     added = [f"{what}_{side}" for side in SIDES for what in (PREDICTION, PROBABILITY, *each)]
     check_added(name, columns, [*added, AGREE])
-    sentences = read_sentences(rows, task, max_characters=MAX_CHARACTERS)
-    expected = read_labels(rows, task, or_else="rename the column") if task.label_column in columns else None
-    return Upload(name, rows, task, sentences, expected, merge_schema(rows, None, path.suffix.lower()))
+    has_labels = task.label_column in columns
+    checked, bad = check_rows(rows, task, with_labels=has_labels, max_characters=MAX_CHARACTERS), BadRows()
+    bad.add(rows, checked)
+    bad.refuse(or_else="rename the column")
+    suffix = out_suffix(path)
+    schema, style = merge_schema(rows, None, suffix), CsvStyle.of(source, suffix)
+    return Upload(
+        name, rows, task, checked.sentences, checked.labels if has_labels else None, schema, style, source.description
+    )

@@ -17,14 +17,13 @@ from markupsafe import Markup
 from demo.access.limits import MAX_BYTES
 from demo.engines.stage import Setup, Stage
 from demo.measure.label_file import Progress, Scored, label_upload, write_labelled
-from demo.measure.upload import MAX_ROWS, Upload, read_upload
+from demo.measure.upload import MAX_ROWS, UPLOAD_TYPES, Upload, read_upload
 from demo.page.controls import AT_ONCE, QUIET, Selectors, errors_shown, run_buttons, served_folder
 from demo.page.html import render, render_text
 from export.runtime.batches import Classified
 from train.common.errors import PromptfoldError
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from train.data.labels import Label
-from train.data.read_rows import FILE_TYPES
 from train.data.tasks import METRICS, Task
 
 SCORE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "score"}
@@ -84,7 +83,7 @@ class _ScoreTab:
         self._stage = stage
         with gr.Row():
             self._file = gr.File(
-                label="File to label", file_types=list(FILE_TYPES), type="filepath", height=180, elem_id="score-file"
+                label="File to label", file_types=list(UPLOAD_TYPES), type="filepath", height=180, elem_id="score-file"
             )
             with gr.Column(min_width=260):
                 info = "With a comma between; empty: as in training"

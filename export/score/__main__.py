@@ -24,7 +24,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from export.score.label import Labelled
+from export.score.label import PROBLEM, Labelled
 from export.score.local import ScoreConfig, partial_folder, score_file
 from export.score.options import ScoreOptions
 from train.common.command_line import Command
@@ -39,10 +39,10 @@ class ScoreCommand(ScoreOptions):
     """
 
     source: Annotated[str, Parameter(name="--in", allow_leading_hyphen=True)]
-    """file to label (.csv, .jsonl, .parquet); with --engine ray a .parquet file, a folder or a quoted pattern of them,
-    or s3://BUCKET/KEY"""
+    """file to label (.csv, .tsv, .jsonl, .json, .parquet, .arrow; the text files also as .gz or .zst), a folder or a quoted
+    pattern of them; with --engine ray a .parquet file, a folder or a pattern, or s3://BUCKET/KEY"""
     out: Annotated[str, Parameter(allow_leading_hyphen=True)]
-    """file to write (.csv, .jsonl, .parquet); with --engine ray a folder, or s3://BUCKET/KEY"""
+    """file to write (.csv, .tsv, .jsonl, .parquet); with --engine ray a folder, or s3://BUCKET/KEY"""
     engine: Annotated[str, Parameter(choices=("local", "ray"))] = "local"
     """local: one process on this machine; ray: Ray Data, on a cluster"""
     address: Annotated[str | None, Parameter(metavar="HOST:PORT")] = None
@@ -62,6 +62,10 @@ def _run(command: ScoreCommand) -> None:
         f"{command.out}: {labelled.rows} rows, {labelled.rows - labelled.rows_resumed} of them labelled in "
         f"{labelled.seconds:.1f} s ({labelled.rows_per_second:.0f} rows/s)"
     )
+    if labelled.rows_skipped:
+        say(
+            f"{labelled.rows_skipped} rows could not be used: they have no prediction, and the reason in column {PROBLEM}"
+        )
     if labelled.texts_cut:
         say(f"{labelled.texts_cut} texts are longer than {labelled.max_length} tokens and lost their end")
     if labelled.scores is not None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from export.score.finished_chunks import chunk_name
 from export.score.place import WILDCARD, Place
 from train.common.errors import DataError, UsageError, first_line
-from train.data.read_rows import ArrowChunk, open_parquet, parquet_batches, unreadable
+from train.data.files.arrow_rows import open_parquet, parquet_batches
+from train.data.files.chunks import ArrowChunk
+from train.data.read_rows import unreadable
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,19 +11,19 @@ from export.runtime.batches import Classified, classify, count_pairs, score_coun
 from export.runtime.classifier import OnnxClassifier
 from export.score.finished_chunks import ChunkRecord, FinishedChunks
 from export.score.options import Opened, ScoreOptions
-from export.score.write_rows import encode_rows
+from export.score.write_rows import COMMAS, CsvStyle, encode_rows
 from train.common.errors import DataError, UsageError
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from train.data.check_rows import check_columns, read_labels, read_sentences
-from train.data.labels import Label
-from train.data.read_rows import Chunk
+from train.data.check_rows import BadRows, check_columns, check_rows
+from train.data.files.chunks import Chunk
 from train.data.tasks import Scores, Task, score_numbers
 
 if TYPE_CHECKING:
     import pyarrow
 
-PREDICTION, PROBABILITY = "prediction", "probability"
+PREDICTION, PROBABILITY, PROBLEM = "prediction", "probability", "problem"
 NO_LABELS = "add --no-labels"
+SKIP = "add --skip-bad-rows to label the others"
 
 
 def check_header(file: str, columns: Sequence[str], task: Task, options: ScoreOptions) -> None:
@@ -43,7 +43,8 @@ def check_added(file: str, columns: Sequence[str], added: Iterable[str]) -> None
 
 
 def _added_columns(task: Task, options: ScoreOptions) -> list[str]:
-    return list(added_values(Classified.of(task, np.empty((0, len(task.labels))), np.empty(0, bool)), options))
+    nothing = Classified.of(task, np.empty((0, len(task.labels))), np.empty(0, bool))
+    return [*added_values(nothing, options), *([PROBLEM] if options.skip_bad_rows else [])]
 
 
 def added_values(classified: Classified, options: ScoreOptions) -> dict[str, list[Any]]:
@@ -58,11 +59,16 @@ def added_values(classified: Classified, options: ScoreOptions) -> dict[str, lis
     return added
 
 
-def read_checked(chunk: Chunk, task: Task, *, is_labelled: bool) -> tuple[list[tuple[str, ...]], list[Label]]:
-    """The sentences and the label of each row (none where no labels are read); the first bad row is refused."""
-    sentences = read_sentences(chunk, task)
-    labels = read_labels(chunk, task, or_else=NO_LABELS) if is_labelled else []
-    return sentences, labels
+def _spread(values: Sequence[Any], rows: Sequence[int], n_rows: int) -> list[Any]:
+    """The values of some rows among all of them; None for the others."""
+    by_row = dict(zip(rows, values, strict=True))
+    return [by_row.get(row) for row in range(n_rows)]
+
+
+def refuse_bad_rows(bad: BadRows, n_rows: int, options: ScoreOptions) -> None:
+    """Refuse rows that cannot be used; where they are to be skipped, only if no other is left."""
+    if not options.skip_bad_rows or bad.count == n_rows:
+        bad.refuse(or_else=NO_LABELS, or_skip="" if options.skip_bad_rows else SKIP)
 
 
 def describe_run(
@@ -79,6 +85,8 @@ def describe_run(
         "batch_size": options.batch_size,
         "chunk_rows": options.chunk_rows,
         "engine": engine,
+        **options.read_options.as_json(),
+        **({"skip_bad_rows": True} if options.skip_bad_rows else {}),
     }
 
 
@@ -93,13 +101,23 @@ class ChunkLabeller:
     is_labelled: bool
     options: ScoreOptions
     schema: "pyarrow.Schema"
+    style: CsvStyle = COMMAS
 
     def label(self, number: int, chunk: Chunk, report: Callable[[int], object] | None = None) -> ChunkRecord:
         """Label a chunk and write it; ``report`` is called after every batch with the number of rows in it."""
-        sentences, expected = read_checked(chunk, self.task, is_labelled=self.is_labelled)
+        checked = check_rows(chunk, self.task, with_labels=self.is_labelled)
+        good = [row for row in range(len(chunk)) if row not in checked.bad]
+        sentences = [checked.sentences[row] for row in good]
         classified = classify(self.classifier, sentences, batch_size=self.options.batch_size, report=report)
+        if report is not None and checked.bad:
+            report(len(checked.bad))
+        expected = [checked.labels[row] for row in good] if self.is_labelled else []
         counts = count_pairs(self.task, expected, classified.predicted if expected else [])
-        content = encode_rows(chunk, added_values(classified, self.options), self.schema, self.chunks.suffix)
+        values = added_values(classified, self.options)
+        added = {name: _spread(items, good, len(chunk)) for name, items in values.items()}
+        if self.options.skip_bad_rows:
+            added[PROBLEM] = [checked.bad.get(row) for row in range(len(chunk))]
+        content = encode_rows(chunk, added, self.schema, self.chunks.suffix, style=self.style, with_header=number == 0)
         pairs = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
         numbers = []
         if self.task.kind == REGRESSION and expected:
@@ -125,6 +143,8 @@ class Labelled:
     """How many tokens the model reads."""
     why_unscored: str = ""
     """Why labels have no scores; empty where they have, and where there are none."""
+    rows_skipped: int = 0
+    """Bad rows, which have no prediction."""
     cluster: Mapping[str, float] = field(default_factory=dict)
     """What only a run on a cluster reports."""
 
@@ -143,6 +163,7 @@ class Labelled:
             "scores": self.scores.values if self.scores is not None else None,
             "recalls": self.scores.recalls if self.scores is not None else None,
             "out": out,
+            **({"rows_skipped": self.rows_skipped} if self.rows_skipped else {}),
             **self.cluster,
         }
 

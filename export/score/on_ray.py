@@ -17,7 +17,7 @@ import pickle
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from export.runtime.classifier import OnnxClassifier, best_precision
 from export.runtime.session import CPU
 from export.score.data_set import SUFFIX, Block, BlockReader, DataSet, find_data_set
 from export.score.finished_chunks import ChunkRecord, FinishedChunks
-from export.score.label import ChunkLabeller, Labelled, add_up, check_header, describe_run, read_checked
+from export.score.label import ChunkLabeller, Labelled, add_up, check_header, describe_run, refuse_bad_rows
 from export.score.options import ScoreOptions
 from export.score.place import parse_place
 from train.common.errors import BundleError, DataError, EngineError, PromptfoldError, UsageError, first_line
 from train.common.machine import peak_memory_mib
+from train.data.check_rows import BadRows, check_rows
 from train.data.tasks import Task
 
 INSPECT_BLOCK_ROWS = 1 << 17
@@ -80,6 +81,8 @@ class _Outcome:
     error: PromptfoldError | None = None
     record: ChunkRecord | None = None
     is_resumed: bool = False
+    bad: BadRows = field(default_factory=BadRows)
+    """Found by the first pass."""
     peak_mib: float = 0.0
     """The worker's largest resident size so far."""
 
@@ -90,11 +93,11 @@ def score_data_set(config: RayScoreConfig) -> Labelled:
     with ray_cluster(config.address) as cluster:
         workers, threads = _lay_out(cluster, config)
         job = replace(job, threads=threads)
-        _inspect(job)
+        bad_rows = _inspect(job)
         job = replace(job, chunks=job.chunks.start(job.fingerprint, resume=config.resume))
         labelled, sizes = _label(job, workers)
         _finish(job, labelled, sizes)
-    return labelled
+    return replace(labelled, rows_skipped=bad_rows)
 
 
 def _plan(config: RayScoreConfig) -> _Job:
@@ -145,12 +148,18 @@ def _lay_out(cluster: RayCluster, config: RayScoreConfig) -> tuple[int, int]:
     return workers, threads
 
 
-def _inspect(job: _Job) -> None:
-    """Check every row, and refuse the first one that cannot be used."""
+def _inspect(job: _Job) -> int:
+    """Check every row, and refuse those that cannot be used, or count them where they are to be skipped."""
     blocks = job.data_set.blocks(INSPECT_BLOCK_ROWS)
-    outcomes = _run(blocks, "check", _inspect_batch, fn_kwargs={"job": job})
-    if errors := {outcome.number: outcome.error for outcome in outcomes if outcome.error is not None}:
-        raise errors[min(errors)]
+    outcomes = list(_run(blocks, "check", _inspect_batch, fn_kwargs={"job": job}))
+    outcomes.sort(key=lambda outcome: outcome.number)
+    if errors := [outcome.error for outcome in outcomes if outcome.error is not None]:
+        raise errors[0]
+    bad = BadRows()
+    for outcome in outcomes:
+        bad.join(outcome.bad)
+    refuse_bad_rows(bad, sum(block.rows for block in blocks), job.options)
+    return bad.count
 
 
 def _inspect_batch(batch: dict[str, np.ndarray], job: _Job) -> dict[str, list[bytes]]:
@@ -158,12 +167,12 @@ def _inspect_batch(batch: dict[str, np.ndarray], job: _Job) -> dict[str, list[by
 
 
 def _inspect_block(job: _Job, block: Block) -> _Outcome:
-    reader = BlockReader(job.data_set)
+    reader, bad = BlockReader(job.data_set), BadRows()
     step, end = job.options.chunk_rows, block.start + block.rows
     for start in range(block.start, end, step):
         chunk = reader.read(replace(block, start=start, rows=min(step, end - start)))
-        read_checked(chunk, job.task, is_labelled=job.is_labelled)
-    return _Outcome(block.number)
+        bad.add(chunk, check_rows(chunk, job.task, with_labels=job.is_labelled))
+    return _Outcome(block.number, bad=bad)
 
 
 def _label(job: _Job, workers: int) -> tuple[Labelled, list[int]]:
@@ -216,7 +225,7 @@ class _Labeller:
         record = found or self._labeller.label(block.number, self._reader.read(block))
         # In a run that does not resume, a chunk that is found was written by a worker that died before it answered.
         is_resumed = found is not None and self._job.options.resume
-        return _Outcome(block.number, None, record, is_resumed, peak_memory_mib())
+        return _Outcome(block.number, None, record, is_resumed, peak_mib=peak_memory_mib())
 
 
 def _load_same(job: _Job) -> OnnxClassifier:

@@ -8,6 +8,7 @@ from export.runtime.trial import try_bundle
 from train.common.command_line import Words, check_counts
 from train.common.errors import UsageError
 from train.config import REGRESSION
+from train.data.files.options import ReadOptions
 from train.data.tasks import Task
 
 
@@ -24,6 +25,14 @@ class ScoreOptions:
     """the file's text columns (default: the bundle's)"""
     label_column: str | None = None
     """the file's label column (default: the bundle's, where the file has it)"""
+    delimiter: str | None = None
+    """between the cells of a CSV file: one character, or comma, semicolon, tab, pipe (default: recognised)"""
+    encoding: str | None = None
+    """of a text file, such as cp1252 (default: recognised)"""
+    quote: str | None = None
+    """around quoted cells of a CSV file: one character, or none (default: recognised)"""
+    skip_bad_rows: bool = False
+    """label the other rows where some cannot be used; these get no prediction, and the reason in a column `problem`"""
     no_labels: bool = False
     """leave labels unread and score nothing"""
     all_probabilities: bool = False
@@ -46,6 +55,10 @@ class ScoreOptions:
         check_counts(self, "batch_size", "chunk_rows", "threads")
         if self.no_labels and self.label_column is not None:
             raise UsageError("--no-labels and --label-column exclude each other. Give one of them.")
+
+    @property
+    def read_options(self) -> ReadOptions:
+        return ReadOptions.parse(self.delimiter, self.encoding, self.quote)
 
     def open(self) -> "Opened":
         """Open the bundle and find the task, with the columns of this file; a BundleError or UsageError if it cannot be."""

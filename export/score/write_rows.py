@@ -1,10 +1,11 @@
-"""Labelled rows as .csv, .jsonl and .parquet."""
+"""Labelled rows as .csv, .tsv, .jsonl and .parquet."""
 
 import csv
 import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -16,10 +17,42 @@ from uuid import UUID
 import numpy as np
 
 from train.common.errors import DataError, first_line
-from train.data.read_rows import ArrowChunk, Chunk
+from train.data.files.chunks import ArrowChunk, Chunk, holds_bytes
+from train.data.files.find import ARROW, CSV, JSON, PARQUET, TSV, split_suffix
+from train.data.read_rows import Source
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+OUT_TYPES = (".csv", ".jsonl", ".parquet", ".tsv")
+
+
+@dataclass(frozen=True)
+class CsvStyle:
+    """How a CSV file is written: as the one that was read, since the same program will open it."""
+
+    delimiter: str = ","
+    has_bom: bool = False
+    """Whether it begins with a byte-order mark, by which Excel knows UTF-8."""
+
+    @staticmethod
+    def of(source: Source, suffix: str) -> "CsvStyle":
+        """That of the first file of a source, for an output with this ending."""
+        written = source.written[0]
+        has_bom = written.encoding is not None and written.encoding.has_bom
+        if suffix == TSV or written.dialect is None:
+            return CsvStyle("\t" if suffix == TSV else ",", has_bom=has_bom and written.dialect is not None)
+        return CsvStyle(written.dialect.delimiter if source.files[0].kind == CSV else ",", has_bom=has_bom)
+
+
+COMMAS = CsvStyle()
+
+
+def out_suffix(path: Path) -> str:
+    """The ending of an output that is like an input: unpacked, and JSON as lines."""
+    kind, _ = split_suffix(path)
+    return {JSON: ".jsonl", ".ndjson": ".jsonl", ARROW: PARQUET, ".feather": PARQUET}.get(kind, kind)
 
 
 def merge_schema(chunk: Chunk, before: "pyarrow.Schema | None", suffix: str) -> "pyarrow.Schema":
@@ -28,6 +61,9 @@ def merge_schema(chunk: Chunk, before: "pyarrow.Schema | None", suffix: str) -> 
 
     if isinstance(chunk, ArrowChunk):
         schema = chunk.table.schema
+        if before is not None and not schema.equals(before):
+            raise DataError(f"{chunk.file} has other columns than the files before. Label them one by one.")
+        _check_bytes(chunk, suffix)
     else:
         kinds = {} if before is None else dict(zip(before.names, before.types, strict=True))
         for name in chunk.columns:
@@ -60,16 +96,27 @@ def _check_schema(chunk: Chunk, schema: "pyarrow.Schema", suffix: str) -> None:
     from pyarrow import parquet
 
     for field in schema:
-        if suffix != ".parquet" and _holds_bytes(field.type):
-            raise DataError(
-                f"{chunk.file}: column {field.name!r:.80} holds bytes, which {suffix[1:]} cannot. Give an --out that "
-                "ends in .parquet."
-            )
+        if suffix != ".parquet" and _holds_bytes(field.type) and not holds_bytes(field.type):
+            raise _no_bytes(chunk, field.name, suffix)
         if suffix == ".parquet":
             try:
                 parquet.write_table(pyarrow.schema([field]).empty_table(), pyarrow.BufferOutputStream())
             except pyarrow.ArrowException as cause:
                 raise _no_parquet(chunk, field.name, cause) from cause
+
+
+def _check_bytes(chunk: ArrowChunk, suffix: str) -> None:
+    """Refuse a column of bytes that are no text, where the format has only texts."""
+    for field in chunk.table.schema:
+        is_at_risk = suffix != ".parquet" and holds_bytes(field.type)
+        if is_at_risk and any(isinstance(value, bytes) for value in chunk.column(field.name)):
+            raise _no_bytes(chunk, field.name, suffix)
+
+
+def _no_bytes(chunk: Chunk, name: str, suffix: str) -> DataError:
+    return DataError(
+        f"{chunk.file}: column {name!r:.80} holds bytes, which {suffix[1:]} cannot. Give an --out that ends in .parquet."
+    )
 
 
 def _no_parquet(chunk: Chunk, name: str, cause: BaseException) -> DataError:
@@ -96,11 +143,14 @@ def encode_rows(
     schema: "pyarrow.Schema",
     suffix: str,
     *,
+    style: CsvStyle = COMMAS,
+    with_header: bool = True,
     no_formulas: bool = False,
 ) -> bytes:
     """A chunk and the columns that are added to it, in the format of a file name ending.
 
-    ``schema`` is that of the whole file, from `merge_schema`. With ``no_formulas`` a spreadsheet that opens a CSV file
+    ``schema`` is that of the whole file, from `merge_schema`. The first chunk of a CSV file has its header. With
+    ``no_formulas`` a spreadsheet that opens a CSV file
     finds no formula in a cell.
     """
     if suffix == ".parquet":
@@ -112,12 +162,13 @@ def encode_rows(
     if suffix == ".jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     names = [*schema.names, *added]
-    header = [] if chunk.start else [{name: name for name in names}]
+    header = [{name: name for name in names}] if with_header else []
     lines: list[str] = []
     # With lineterminator="\n" a carriage return in a cell would not be quoted, and the file could not be read again.
-    writer = csv.writer(SimpleNamespace(write=lines.append))
+    writer = csv.writer(SimpleNamespace(write=lines.append), delimiter=style.delimiter)
     writer.writerows([_cell(row.get(name), no_formulas=no_formulas) for name in names] for row in [*header, *rows])
-    return "".join(line.removesuffix("\r\n") + "\n" for line in lines).encode()
+    mark = "\ufeff" if style.has_bom and with_header else ""
+    return (mark + "".join(line.removesuffix("\r\n") + "\n" for line in lines)).encode()
 
 
 # What a spreadsheet would take for a formula; -3.5 is a number.
@@ -166,7 +217,10 @@ def _encode_parquet(chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "p
             f"({first_line(cause)}). Give an --out that ends in .jsonl."
         ) from cause
     for name, values in added.items():
-        table = table.append_column(name, pyarrow.array(values))
+        # Where a chunk has only bad rows, the type is that of the other chunks.
+        is_empty = all(value is None for value in values)
+        kind = pyarrow.float64() if name.startswith("probability") else pyarrow.string()
+        table = table.append_column(name, pyarrow.array(values, kind if is_empty else None))
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink, row_group_size=len(table), write_page_checksum=True)
     content: bytes = sink.getvalue().to_pybytes()

@@ -280,7 +280,8 @@ def test_what_was_done_is_told(bundle: Folders, tmp_path: Path, capsys: Capsys) 
     capsys.readouterr()
     assert main([str(folder), "--in", str(source), "--out", str(out)]) == 0
     captured = capsys.readouterr()
-    summary, cut, scores, document = captured.out.splitlines()
+    read, summary, cut, scores, document = captured.out.splitlines()
+    assert read == f"{source}: UTF-8"
     assert re.fullmatch(rf"{out}: 12 rows, 12 of them labelled in .* rows/s\)", summary)
     assert cut == f"1 texts are longer than {POSITIONS - VIRTUAL_TOKENS} tokens and lost their end"
     assert out.stat().st_mode == source.stat().st_mode
@@ -383,7 +384,7 @@ def test_an_interrupted_run_is_kept(interrupted: list[str], bundle: Folders, tmp
     assert "had input_sha256" in refusal(*interrupted, "--resume")
     # Not even a run that replaces it costs anything before its input is known to be good.
     source.write_text(rows + "[]\n")
-    assert "line 24 holds no JSON object" in refusal(*interrupted, "--overwrite")
+    assert "(line 24): it holds no JSON object" in refusal(*interrupted, "--overwrite")
     source.write_text(rows)
     assert contents(partial) == before
     (partial / "_run.json").write_text("[]")
@@ -404,7 +405,7 @@ def test_an_input_changes(bundle: Folders, tmp_path: Path, monkeypatch: pytest.M
     ("name", "content", "words"),
     [
         ("none.csv", None, "none.csv: there is no such file"),
-        ("in.csv", GOOD + "a,b\n", "in.csv, row 3 (line 5) has 2 cells, the first line names 3 columns"),
+        ("in.csv", GOOD + "a,b\n", "in.csv, row 3 (line 5): it has 2 cells, the first line names 3 columns"),
         ("in.csv", GOOD + "a, ,1\n", "in.csv, row 3 (line 5): column 'sentence2' holds no text. Fix or remove"),
         ("in.csv", GOOD + "a,b,7\n", "label '7' in column 'label' is none of task mrpc's (0 or 'not_equivalent'"),
         ("in.csv", "sentence1,text\na,b\n", "'sentence2'; it has sentence1, text. Name the right ones: --text-columns"),

@@ -1,13 +1,16 @@
-"""What is refused in labelled rows: a missing column, a row without text, an unknown label."""
+"""What is refused in labelled rows: a missing column, a row that cannot be read, has no text or an unknown label."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from train.common.errors import DataError
-from train.data.labels import Label, parse_label
-from train.data.read_rows import Chunk
+from train.data.files.chunks import Chunk
+from train.data.labels import Label, has_no_label, parse_label
 from train.data.tasks import Task
 
 FIX_ROW = "Fix or remove the row"
+MOST_SHOWN = 20
+"""So many bad rows are named, the others counted."""
 
 
 def check_columns(file: str, columns: Sequence[str], wanted: Iterable[str], remedy: str) -> None:
@@ -18,31 +21,85 @@ def check_columns(file: str, columns: Sequence[str], wanted: Iterable[str], reme
             raise DataError(f"{file} has no column {name!r:.80}; it has {few:.300}. {remedy}")
 
 
-def read_sentences(chunk: Chunk, task: Task, *, max_characters: int | None = None) -> list[tuple[str, ...]]:
-    """The one or two sentences of each row; the first row without text, or with more characters, is refused."""
-    rows = list(zip(*(chunk.column(name) for name in task.text_columns), strict=True))
-    for row, sentences in enumerate(rows):
-        for name, sentence in zip(task.text_columns, sentences, strict=True):
-            if not isinstance(sentence, str) or not sentence.strip():
-                raise DataError(f"{chunk.place(row)}: column {name!r} holds no text. {FIX_ROW}.")
-            if max_characters is not None and len(sentence) > max_characters:
-                raise DataError(
-                    f"{chunk.place(row)}: column {name!r} has {len(sentence):,} characters; at most "
-                    f"{max_characters:,} are read. Shorten it."
-                )
-    return rows
+@dataclass(frozen=True)
+class CheckedRows:
+    """The rows of a chunk, each with its text and label or the reason why it cannot be used."""
+
+    sentences: list[tuple[str, ...]]
+    """The one or two sentences of each row; of a bad row whatever is there."""
+    labels: list[Label | None]
+    """As `train.data.labels.parse_label` gives them; None where a row has none; empty where none were read."""
+    bad: Mapping[int, str]
+    """Rows that cannot be used, counted from 0 within the chunk → the reason."""
+    bad_label: bool
+    """Whether a label is among the reasons."""
 
 
-def read_labels(chunk: Chunk, task: Task, *, or_else: str = "") -> list[Label]:
-    """The label of each row (`parse_label`); the first row whose label is none of the task is refused.
+def check_rows(
+    chunk: Chunk, task: Task, *, with_labels: bool, needs_labels: bool = True, max_characters: int | None = None
+) -> CheckedRows:
+    """Check every row of a chunk; without ``needs_labels`` a row may have no label."""
+    sentences = list(zip(*(chunk.column(name) for name in task.text_columns), strict=True))
+    bad = dict(chunk.unreadable)
+    for row, texts in enumerate(sentences):
+        if row not in bad and (reason := _fault(texts, task, max_characters)):
+            bad[row] = reason
+    labels: list[Label | None] = []
+    bad_label = False
+    if with_labels:
+        names = chunk.class_names(task.label_column)
+        for row, value in enumerate(chunk.column(task.label_column)):
+            labels.append(None)
+            if row in bad or (not needs_labels and has_no_label(task, value)):
+                continue
+            try:
+                labels[row] = parse_label(task, value, names)
+            except DataError as cause:
+                bad[row], bad_label = str(cause), True
+    return CheckedRows(sentences, labels, dict(sorted(bad.items())), bad_label)
 
-    ``or_else`` is how to leave labels unread, for the message; empty where they are needed.
-    """
-    labels: list[Label] = []
-    for row, value in enumerate(chunk.column(task.label_column)):
-        try:
-            labels.append(parse_label(task, value))
-        except DataError as cause:
-            otherwise = f", or {or_else} to leave labels unread" if or_else else ""
-            raise DataError(f"{chunk.place(row)}: {cause}. {FIX_ROW}{otherwise}.") from cause
-    return labels
+
+def _fault(texts: Sequence[object], task: Task, max_characters: int | None) -> str:
+    """Why a row's texts cannot be used, or nothing."""
+    for name, text in zip(task.text_columns, texts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            return f"column {name!r} holds no text"
+        if max_characters is not None and len(text) > max_characters:
+            return f"column {name!r} has {len(text):,} characters; at most {max_characters:,} are read"
+    return ""
+
+
+@dataclass
+class BadRows:
+    """Rows of files that cannot be used: the first few with place and reason, and how many there are."""
+
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
+    bad_label: bool = False
+
+    def add(self, chunk: Chunk, checked: CheckedRows) -> None:
+        """Note a chunk's bad rows."""
+        more = [f"{chunk.place(row)}: {reason}" for row, reason in checked.bad.items()]
+        self.join(BadRows(len(more), more[:MOST_SHOWN], checked.bad_label))
+
+    def join(self, later: "BadRows") -> None:
+        """Note bad rows that come after these."""
+        self.count += later.count
+        self.shown += later.shown[: MOST_SHOWN - len(self.shown)]
+        self.bad_label = self.bad_label or later.bad_label
+
+    def refuse(self, *, or_else: str = "", or_skip: str = "") -> None:
+        """Refuse the rows, if there are any, with a `DataError` that names them.
+
+        ``or_else`` is how to leave labels unread, ``or_skip`` how to go on without the rows; empty where that cannot be.
+        """
+        if not self.count:
+            return
+        others = f", or {or_else} to leave labels unread" if or_else and self.bad_label else ""
+        if self.count == 1:
+            raise DataError(f"{self.shown[0]}. {FIX_ROW}{others}{or_skip and f', or {or_skip}'}.")
+        more = f"\n  and {self.count - len(self.shown):,} more" if self.count > len(self.shown) else ""
+        rows = "".join(f"\n  {row}" for row in self.shown)
+        raise DataError(
+            f"{self.count:,} rows cannot be used. Fix or remove them{others}{or_skip and f', or {or_skip}'}:{rows}{more}"
+        )

@@ -1,18 +1,28 @@
 """What a label column may hold, by kind of task: a class, a number, or several labels."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from train.common.errors import DataError
-from train.data.tasks import MULTI_LABEL, REGRESSION, SEPARATOR, Task
+from train.data.classes import class_text, find_class, is_no_class, named_value
+from train.data.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, SEPARATOR, Task
 
 Label = int | float | tuple[float, ...]
 """A class index; a number; or 1 for each label that a row has and 0 for the others."""
 
 
-def parse_label(task: Task, value: object) -> Label:
+def has_no_label(task: Task, value: object) -> bool:
+    """Whether a cell of the label column says that its row has no label; an empty list is a label."""
+    if task.kind == CLASSIFICATION:
+        return not isinstance(value, list | dict) and is_no_class(value, task.known_labels)
+    return value is None or (task.kind == REGRESSION and class_text(value) is None)
+
+
+def parse_label(task: Task, value: object, names: Sequence[str] = ()) -> Label:
     """A cell of the label column → the label, as `train.data.tasks.score` and the loss take it.
+
+    ``names`` are those for which numbers in the column stand, where the file says so.
 
     Raises:
         DataError: it is none of the task; the message follows the row's place and ends without a full stop.
@@ -21,15 +31,21 @@ def parse_label(task: Task, value: object) -> Label:
         return _parse_number(value, task.label_column)
     known, column = task.known_labels, f"in column {task.label_column!r}"
     if task.kind == MULTI_LABEL:
-        names = split_labels(value)
-        if names is None:
+        several = split_labels(value)
+        if several is None:
             raise DataError(f"label {value!r:.80} {column} is no list of labels, and no text with commas between them")
-        unknown = next((name for name in names if name not in known), None)
+        unknown = next((name for name in several if name not in known), None)
         if unknown is None:
-            return tuple(float(label in names) for label in task.labels)
+            return tuple(float(label in several) for label in task.labels)
         value = unknown
-    elif value is not None and str(value) in known:
-        return known[str(value)]
+    else:
+        if isinstance(value, list | dict):
+            raise DataError(_not_one(column, value))
+        found = find_class(named_value(value, names), known)
+        if found is None and names and task.name == "custom":
+            found = find_class(value, known)  # learned before the file had names
+        if found is not None:
+            return found
     raise DataError(f"label {value!r:.80} {column} is none of task {task.name}'s ({task.label_choices})")
 
 
@@ -56,10 +72,14 @@ def _parse_number(value: object, column: str) -> float:
 def refuse_other_kind(place: str, column: str, value: object) -> None:
     """Refuse a cell of a classification's label column that holds a list."""
     if isinstance(value, list | dict):
-        raise DataError(
-            f"{place}: column {column!r} holds a {type(value).__name__}, and a classification has one label a row. "
-            f"For several labels a row add --kind {MULTI_LABEL}."
-        )
+        raise DataError(f"{place}: {_not_one(f'in column {column!r}', value)}.")
+
+
+def _not_one(where: str, value: object) -> str:
+    return (
+        f"the label {where} is a {type(value).__name__}, and a classification has one label a row. For several labels a "
+        f"row add --kind {MULTI_LABEL} to the training"
+    )
 
 
 def refuse_fractions(file: object, column: str, labels: Iterable[str]) -> None:

@@ -1,15 +1,21 @@
 """Labelled data, from the hub or from a file, checked, with labels as `train.data.labels.parse_label` gives them."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.common.console import say
 from train.common.errors import DataError, HubError
+from train.common.processes import is_main_process
 from train.config import MINILM, TrainConfig
-from train.data.check_rows import FIX_ROW, check_columns, read_labels, read_sentences
+from train.data.check_rows import BadRows, check_columns, check_rows
+from train.data.classes import class_text, is_no_class, name_classes, named_value
+from train.data.files.chunks import ArrowChunk, Chunk
+from train.data.files.options import ReadOptions
 from train.data.labels import Label, refuse_equal_numbers, refuse_fractions, refuse_other_kind, split_labels
-from train.data.read_rows import ArrowChunk, Chunk, check_source, read_chunks
+from train.data.read_rows import find_source, read_chunks
 from train.data.tasks import (
     CLASSIFICATION,
     GLUE,
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 8192
 """Rows read at a time."""
+_AS_GIVEN = ReadOptions()
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,15 @@ def load_splits(config: TrainConfig) -> Splits:
         )
     if config.class_weights != "none" and task.kind != CLASSIFICATION:
         raise DataError(f"--class-weights is for classes, and task {task.name} is {task.kind}. Leave it out.")
-    train = load_split(task, "train", config.train_file)
-    validation = load_split(task, "validation", config.validation_file)
+    options = read_options(config)
+    train = load_split(task, "train", config.train_file, options)
+    validation = load_split(task, "validation", config.validation_file, options)
     names = MORE_SPLITS.get(task.name, ()) if config.validation_file is None else ()
     return Splits(task, train, validation, {name: load_split(task, name, None) for name in names})
+
+
+def read_options(config: TrainConfig) -> ReadOptions:
+    return ReadOptions.parse(config.delimiter, config.encoding, config.quote)
 
 
 def _find_task(config: TrainConfig) -> Task:
@@ -63,27 +75,43 @@ def _find_task(config: TrainConfig) -> Task:
     column, kind = config.label_column or "label", config.kind or CLASSIFICATION
     labels: Sequence[str] = config.labels
     if not labels and kind != REGRESSION:
-        assert config.train_file is not None  # TrainConfig has checked
-        labels = _find_labels(config.train_file, config.text_columns, column, kind)
+        labels = _find_labels(config, column, kind)
     return custom_task(config.text_columns, column, labels, kind, config.threshold)
 
 
-def _find_labels(file: Path, text_columns: tuple[str, ...], label_column: str, kind: str) -> list[str]:
-    """The labels of a file in order: numbers by value, so that 10 comes after 9, anything else by its letters."""
-    labels: set[str] = set()
-    for chunk in _read_file(file, "train"):
-        wanted = (*text_columns, label_column)
+def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]:
+    """The labels of the training file in order: that of the names which it has for numbers, else `_in_order`."""
+    file, found = config.train_file, Counter[str]()
+    names: tuple[str, ...] = ()
+    assert file is not None  # TrainConfig has checked
+    has_minus = False
+    for chunk in _read_file(file, "train", read_options(config)):
+        wanted = (*config.text_columns, label_column)
         _check_columns(chunk, wanted, "--text-columns and --label-column")
-        for row, label in enumerate(chunk.column(label_column)):
+        names = chunk.class_names(label_column) or names
+        for row, value in enumerate(chunk.column(label_column)):
             if kind == MULTI_LABEL:
-                labels.update(split_labels(label) or ())  # what is no list is refused when rows are read
+                found.update(split_labels(value) or ())  # what is no list is refused when rows are read
                 continue
-            if label is None or not str(label).strip():
-                raise DataError(f"{chunk.place(row)}: column {label_column!r} holds no label. {FIX_ROW}.")
-            refuse_other_kind(chunk.place(row), label_column, label)
-            labels.add(str(label))
-    if kind == CLASSIFICATION:
-        refuse_fractions(file, label_column, labels)
+            refuse_other_kind(chunk.place(row), label_column, value)
+            if not is_no_class(value, {}):
+                named = named_value(value, names)
+                found[named if isinstance(named, str) else class_text(named) or ""] += 1
+            has_minus = has_minus or class_text(value) == "-1"
+    if kind == MULTI_LABEL:
+        return _in_order(found)
+    labels = name_classes(found, file, label_column, merge=config.merge_labels)
+    refuse_fractions(file, label_column, labels)
+    if has_minus and len(labels) < 2:
+        raise DataError(
+            f"{file}: column {label_column!r} has {len(labels)} labels beside -1, which many data sets write where a row has "
+            f"none. If it is a class, name all: --labels={','.join(['-1', *labels]):.80}"
+        )
+    return sorted(labels, key=names.index) if set(labels) <= set(names) else _in_order(labels)
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+    """Numbers by value, so that 10 comes after 9, anything else by its letters."""
     try:
         return sorted(labels, key=lambda label: (float(label), label))
     except ValueError:
@@ -104,34 +132,67 @@ def class_weights(task: Task, train: "Dataset") -> list[float]:
     return list(map(float, compute_class_weight("balanced", classes=np.arange(len(task.labels)), y=indices)))
 
 
-def load_split(task: Task, split: str, file: Path | None) -> "Dataset":
+def load_split(task: Task, split: str, file: Path | None, options: ReadOptions = _AS_GIVEN) -> "Dataset":
     """Load the "train" or "validation" split, from ``file`` if given, else from the hub; "" for a file from ``--file``.
 
-    The data set has the task's columns; that of the label holds what `train.data.labels.parse_label` gives.
+    The data set has the task's columns; that of the label holds what `train.data.labels.parse_label` gives. Rows without
+    a label are left out, which is said.
     """
     from datasets import Dataset
 
-    chunks: Iterable[Chunk] = [_load_from_hub(task, split)] if file is None else _read_file(file, split)
+    chunks: Iterable[Chunk] = (
+        [_load_from_hub(task, split)] if file is None else _read_file(file, split, options, is_told=True)
+    )
     sentences: list[tuple[str, ...]] = []
     labels: list[Label] = []
+    bad, n_rows, n_missing = BadRows(), 0, 0
     for chunk in chunks:
         _check_columns(chunk, (*task.text_columns, task.label_column), f"Task {task.name}")
-        sentences += read_sentences(chunk, task)
-        labels += read_labels(chunk, task)
+        checked = check_rows(chunk, task, with_labels=True, needs_labels=False)
+        bad.add(chunk, checked)
+        n_rows += len(chunk)
+        for row, (texts, label) in enumerate(zip(checked.sentences, checked.labels, strict=True)):
+            if label is not None:
+                sentences.append(texts)
+                labels.append(label)
+            elif row not in checked.bad:
+                n_missing += 1
+    bad.refuse()
+    source = file or f"{GLUE}/{task.hub_config} ({split})"
+    if n_missing:
+        _tell_missing(str(source), task, n_rows, n_missing)
     if task.kind == REGRESSION:
-        refuse_equal_numbers(file or f"{GLUE}/{task.hub_config} ({split})", task.label_column, labels)
+        refuse_equal_numbers(source, task.label_column, labels)
     columns = dict(zip(task.text_columns, map(list, zip(*sentences, strict=True)), strict=True))
     return Dataset.from_dict({**columns, task.label_column: labels})
 
 
-def _read_file(file: Path, split: str) -> Iterator[Chunk]:
-    check_source(file, f"--{split}-file {file}" if split else f"--file {file}")
-    return read_chunks(file, CHUNK_ROWS)
+def _tell_missing(source: str, task: Task, n_rows: int, n_missing: int) -> None:
+    column = task.label_column
+    if n_missing == n_rows:
+        raise DataError(
+            f"{source}: column {column!r} holds no label: it is empty or -1 in all {n_rows:,} rows, as in test sets whose "
+            "labels are kept back. Give a file with labels."
+        )
+    if is_main_process():
+        hint = (
+            " A -1 that is a class is one of --labels." if task.name == "custom" and task.kind == CLASSIFICATION else ""
+        )
+        say(
+            f"{source}: left out {n_missing:,} of {n_rows:,} rows, whose {column!r} is empty or -1: they have no label.{hint}"
+        )
+
+
+def _read_file(file: Path, split: str, options: ReadOptions, *, is_told: bool = False) -> Iterator[Chunk]:
+    source = find_source(file, flag=f"--{split}-file" if split else "--file", options=options)
+    if is_told and source.description and is_main_process():
+        say(source.description)
+    return read_chunks(source, CHUNK_ROWS)
 
 
 def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str) -> None:
-    # In JSON lines a later chunk may lack a column; then its rows are named.
-    if not chunk.start:
+    # In JSON lines a later chunk may lack a column; then its rows are named. A row that cannot be read has none.
+    if not chunk.start and len(chunk.unreadable) < len(chunk):
         check_columns(chunk.file, chunk.columns, wanted, f"{reader} reads {', '.join(wanted)}.")
 
 

@@ -1,0 +1,245 @@
+"""What people bring: files of many kinds and dialects, and the values of their label columns."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import feather, parquet
+
+from train.common.errors import DataError, UsageError
+from train.config import TrainConfig
+from train.data.files.options import ReadOptions
+from train.data.load import load_split, load_splits
+from train.data.read_rows import find_source, read_chunks
+from train.data.tasks import MRPC, Task, custom_task
+
+Rows = list[dict[str, Any]]
+Capture = pytest.CaptureFixture[str]
+TEXT = custom_task(("text",), "label", ("0", "1"))
+FILES: dict[str, tuple[str, bytes, Rows, str]] = {
+    "semicolon": ("a.csv", b"text;label\na, b;1\n", [{"text": "a, b", "label": "1"}], "delimiter semicolon"),
+    "tab": ("a.tsv", b"text\tlabel\na, b\t1\n", [{"text": "a, b", "label": "1"}], "delimiter tab"),
+    "pipe": ("a.csv", b"text|label\na, b|1\n", [{"text": "a, b", "label": "1"}], "delimiter pipe"),
+    "sep line": ("a.csv", b"sep=;\ntext;label\na,1;1\n", [{"text": "a,1", "label": "1"}], "delimiter semicolon"),
+    "blanks": ("a.csv", b'text , label\n"a, ""b""" , 1\n', [{"text": 'a, "b"', "label": "1"}], "delimiter comma"),
+    "mark": ("a.CSV", b"\xef\xbb\xbftext,label\na,1\n", [{"text": "a", "label": "1"}], "with byte-order mark"),
+    "cp1252": ("a.csv", "text,label\nÖl “q” 5 €,1\n".encode("cp1252"), [{"text": "Öl “q” 5 €", "label": "1"}], "1252"),
+    "UTF-16": ("a.csv", "text\tlabel\nÖl\t1\n".encode("utf-16"), [{"text": "Öl", "label": "1"}], "UTF-16"),
+    "UTF-16-LE": ("a.csv", "text,label\nÖl,1\n".encode("utf-16-le"), [{"text": "Öl", "label": "1"}], "UTF-16-LE"),
+    "backslash": ("a.csv", b'text,label\n"a \\"b\\", c",1\n', [{"text": 'a "b", c', "label": "1"}], "comma"),
+    "trailing": ("a.csv", b"text,label,,\na,1,,\nb,0\n", [{"text": t, "label": n} for t, n in ("a1", "b0")], "comma"),
+    "index of R": ("a.csv", b'"text","label"\n"1","a","1"\n', [{"": "1", "text": "a", "label": "1"}], "comma"),
+    "index of pandas": ("a.csv", b",text,label\n0,a,1\n", [{"": "0", "text": "a", "label": "1"}], "comma"),
+    "apostrophes": ("a.csv", b"'text','label'\n'a, b','1'\n", [{"text": "a, b", "label": "1"}], "quoted by '"),
+    "no quotes": (
+        "a.tsv",
+        b'text\tlabel\n"a\t1\nb"\t0\n',
+        [{"text": '"a', "label": "1"}, {"text": 'b"', "label": "0"}],
+        "",
+    ),
+    "old Mac": ("a.csv", b"text,label\ra,1\r", [{"text": "a", "label": "1"}], "comma"),
+    "gz": ("a.csv.gz", gzip.compress(b"text,label\na,1\n"), [{"text": "a", "label": "1"}], "comma"),
+    "zst": ("a.jsonl.zst", pyarrow.compress(b'{"text": "a"}\n', "zstd", asbytes=True), [{"text": "a"}], "UTF-8"),
+    "array": ("a.json", b'[\n {"text": "a"},\n {"text":\n "b"}]\n', [{"text": "a"}, {"text": "b"}], "UTF-8"),
+    "lines": ("a.json", b'{"text": "a"}\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}], "UTF-8"),
+    "long cell": (
+        "a.csv",
+        b"text,label\n" + b"a" * 300_000 + b",1\n",
+        [{"text": "a" * 300_000, "label": "1"}],
+        "comma",
+    ),
+}
+
+
+def read(path: Path, **forced: str) -> tuple[Rows, str]:
+    source = find_source(path, options=ReadOptions.parse(**forced))
+    return [dict(row) for chunk in read_chunks(source, 3) for row in chunk.rows], source.description
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_is_read_as_it_is_written(kind: str, tmp_path: Path) -> None:
+    name, content, rows, description = FILES[kind]
+    (tmp_path / name).write_bytes(content)
+    found, said = read(tmp_path / name)
+    assert (found, description in said) == (rows, True), said
+
+
+def test_what_is_written_far_from_the_start_is_read_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "a,1\n" * 100_000 + '"b, ""c""",0\n"d \\"e\\"",1\n"f \\"",0\n"g\nh",1\n')
+    found, _ = read(path)
+    assert [row["text"] for row in found[100_000:]] == ['b, "c"', 'd "e"', 'f "', "g\nh"]
+    # In a file without quoted cells a quote that is text does not swallow what follows.
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "a\t1\n" * 100_000 + '"b\t1\nc\t0\nd"\t1\n')
+    with pytest.raises(DataError, match=r"row 100001 \(line 100002\): .* add --quote none"):
+        load_split(TEXT, "", tmp_path / "a.tsv")
+    assert read(tmp_path / "a.tsv", quote="none")[0][-3:] == [
+        {"text": text, "label": label} for text, label in (('"b', "1"), ("c", "0"), ('d"', "1"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text,label\nПривет мир,1\n".encode("cp1251"), "name its --encoding"),
+        ("a.csv", "text,label\nzażółć gęślą jaźń and more,1\n".encode("cp1250"), "name its --encoding"),
+        ("a.csv", "text,label\nÖl ".encode() + b"\xd6l,1\n", "line 2, byte 16 of the file is not UTF-8"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-4], "cannot be unpacked"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "line 1: there is no comma between two objects"),
+        ("a.json", b'[{"text": "a"},\n', "line 2 is no JSON"),
+        ("a.csv", b"text,label,label\na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
+        ("a.csv", b"text,label, label \na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
+        ("a.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "it has 'label' twice, as its 2. and its 3. name"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        load_split(TEXT, "", tmp_path / name)
+    assert words in str(refusal.value)
+
+
+def test_what_is_forced_is_not_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("text;la|bel\nПривет;1|'2'\n".encode("cp1251"))
+    assert read(path, encoding="cp1251", delimiter="pipe", quote="'")[0] == [{"text;la": "Привет;1", "bel": "2"}]
+    for name, value in (
+        ("delimiter", "ab"),
+        ("delimiter", '"'),
+        ("encoding", "utf-9"),
+        ("encoding", "base64"),
+        ("quote", "ab"),
+    ):
+        with pytest.raises(UsageError, match=f"--{name} .*: (give|there is no)"):
+            ReadOptions.parse(**{name: value})
+
+
+def test_all_bad_rows_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\na,1\nb\nc,0\n"d,1\n ,0\ne,7\nf,0,1\n' + "g\n" * 20)
+    with pytest.raises(DataError) as refusal:
+        load_split(TEXT, "", path)
+    head, *rows, more = str(refusal.value).splitlines()
+    assert head.startswith("25 rows cannot be used. Fix or remove them")
+    assert [row.split(": ")[0].rpartition(", ")[2] for row in rows] == [
+        f"row {n} (line {n + 1})" for n in (2, 4, 5, 6, *range(7, 23))
+    ]
+    reasons = ("it has 1 cells", "cannot be read as csv", "'text' holds no text", "label '7'", "it has 3 cells")
+    assert all(reason in row for reason, row in zip(reasons, rows, strict=False))
+    assert more == "  and 5 more"
+
+
+def write_table(path: Path, table: pyarrow.Table) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    elif path.suffix == ".feather":
+        feather.write_feather(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_arrows_types_are_texts_and_labels(suffix: str, tmp_path: Path) -> None:
+    texts = pyarrow.array(["ä b", "c"])
+    path = tmp_path / f"a{suffix}"
+    for column in (
+        texts.cast("large_string"),
+        texts.dictionary_encode(),
+        texts.cast("binary"),
+        texts.cast("large_binary"),
+    ):
+        for labels in ([1.0, 0.0], [True, False], ["1", "0.0"], [b"1", b"0"]):
+            write_table(path, pyarrow.table({"text": column, "label": labels}))
+            split = load_split(TEXT, "", path)
+            assert (list(split["text"]), list(split["label"])) == (["ä b", "c"], [1, 0])
+
+
+def test_names_of_classes_and_saved_data_sets_are_read(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [1, 0, -1, 1]}, features=features)
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(tmp_path / "saved", num_shards=2)
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    for file in (tmp_path / "a.parquet", tmp_path / "saved", tmp_path / "splits" / "train"):
+        config = TrainConfig(out=tmp_path, train_file=file, validation_file=file, text_columns=("text",))
+        splits = load_splits(config)
+        assert splits.task.labels == ("pos", "neg")  # as the file orders them
+        assert (list(splits.train["text"]), list(splits.train["label"])) == (["a", "b", "d"], [1, 0, 1])
+    with pytest.raises(DataError, match=r"splits holds several splits \(train\). Give the folder of one"):
+        load_split(TEXT, "train", tmp_path / "splits")
+    # Another order of the names does not turn them round.
+    other = custom_task(("text",), "label", ("neg", "pos"))
+    assert list(load_split(other, "", tmp_path / "a.parquet")["label"]) == [0, 1, 0]
+
+
+def test_several_files_are_one_data_set(tmp_path: Path) -> None:
+    for number, text in enumerate("abc"):
+        (tmp_path / f"part-{number}.csv").write_text(f"text,label\n{text},1\n")
+    for path in (tmp_path / "part-*.csv", tmp_path):
+        assert list(load_split(TEXT, "", path)["text"]) == ["a", "b", "c"]
+    (tmp_path / "part-3.csv").write_text("text,label\nd,7\n")
+    with pytest.raises(DataError, match=r"part-3\.csv, row 1 \(line 2\): label '7'"):
+        load_split(TEXT, "", tmp_path)
+    with pytest.raises(DataError, match="there is no such file"):
+        load_split(TEXT, "", tmp_path / "no-*.csv")
+
+
+def labels_of(
+    folder: Path, values: list[Any], *, task: Task | None = None, **config: Any
+) -> tuple[tuple[str, ...], list[int]]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{n}", "label": value}) + "\n" for n, value in enumerate(values)))
+    if task is not None:
+        return task.labels, list(load_split(task, "", path)["label"])
+    settings = TrainConfig(out=folder, train_file=path, validation_file=path, text_columns=("text",), **config)
+    splits = load_splits(settings)
+    return splits.task.labels, list(splits.train["label"])
+
+
+def test_values_that_are_no_class_are_left_out_or_refused(tmp_path: Path, capsys: Capture) -> None:
+    for nothing in (-1, "-1", "-", "", " ", None, float("nan"), -1.0):
+        assert labels_of(tmp_path, [0, 1, nothing, 1]) == (("0", "1"), [0, 1, 1])
+        assert "left out 1 of 4 rows, whose 'label' is empty or -1: they have no label" in capsys.readouterr().out
+        with pytest.raises(DataError, match="it is empty or -1 in all 2 rows"):
+            labels_of(tmp_path, [nothing, nothing], task=TEXT)
+    assert labels_of(tmp_path, [-1, 0, 1], labels=("-1", "0", "1")) == (("-1", "0", "1"), [0, 1, 2])
+    with pytest.raises(DataError, match=r"1 labels beside -1.*--labels=-1,1"):
+        labels_of(tmp_path, [-1, 1, 1, -1])
+    for value in (["a"], ["a", "b"], []):
+        with pytest.raises(DataError, match="--kind multi_label"):
+            labels_of(tmp_path, ["a", value])
+        with pytest.raises(DataError, match="--kind multi_label"):
+            labels_of(tmp_path, [value], task=TEXT)
+
+
+@pytest.mark.parametrize("values", [["pos", "Pos", "neg"], ["pos", "pos ", "neg"], [" neg", "pos", "NEG"]])
+def test_spellings_of_one_label_are_refused_or_merged(values: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"which differ in case or blanks alone\. Add --merge-labels .* --labels"):
+        labels_of(tmp_path, values)
+    merged, indices = labels_of(tmp_path, [*values, "pos", "neg", "pos", "neg"], merge_labels=True)
+    assert merged == ("neg", "pos")
+    assert indices[:3] == [int(value.strip().lower() == "pos") for value in values]
+    assert labels_of(tmp_path, values, labels=("neg", "pos"))[1] == indices[:3]
+
+
+def test_truth_and_whole_numbers_are_one_class_in_any_spelling(tmp_path: Path) -> None:
+    assert labels_of(tmp_path, [True, False]) == (("false", "true"), [1, 0])
+    truth = custom_task(("text",), "label", ("False", "True"))
+    assert labels_of(tmp_path, [True, "true", "TRUE", 1, "1", False, "false", 0], task=truth)[1] == [1] * 5 + [0] * 3
+    assert labels_of(tmp_path, [True, 1.0, "1.0", "1", False], task=TEXT)[1] == [1, 1, 1, 1, 0]
+    assert labels_of(tmp_path, [1.0, 2.0, 10.0])[0] == ("1", "2", "10")
+    pair: Callable[..., Any] = lambda n: {"sentence1": "a", "sentence2": "b", "label": n}  # noqa: E731
+    (tmp_path / "pair.jsonl").write_text("\n".join(json.dumps(pair(value)) for value in (1.0, "Equivalent", 0, -1)))
+    assert list(load_split(MRPC, "", tmp_path / "pair.jsonl")["label"]) == [1, 1, 0]
+
+
+def test_a_thousand_labels_are_told_apart(tmp_path: Path) -> None:
+    assert len(labels_of(tmp_path, [f"l{n}" for n in range(1000)])[0]) == 1000
+    with pytest.raises(UsageError, match="between 2 and 1000 labels can be told apart, not 1001"):
+        labels_of(tmp_path, [f"l{n}" for n in range(1001)])
