@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from train.common.errors import DataError
-from train.data.classes import class_text, find_class, is_no_class, named_value
+from train.data.classes import find_class, is_no_class, named_value
 from train.data.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, SEPARATOR, Task
 
 Label = int | float | tuple[float, ...]
@@ -13,10 +13,9 @@ Label = int | float | tuple[float, ...]
 
 
 def has_no_label(task: Task, value: object) -> bool:
-    """Whether a cell of the label column says that its row has no label; an empty list is a label."""
-    if task.kind == CLASSIFICATION:
-        return not isinstance(value, list | dict) and is_no_class(value, task.known_labels)
-    return value is None or (task.kind == REGRESSION and class_text(value) is None)
+    """Whether a cell of a classification's label column says that its row has no label."""
+    is_one = task.kind == CLASSIFICATION and not isinstance(value, list | dict)
+    return is_one and is_no_class(value, task.known_labels)
 
 
 def parse_label(task: Task, value: object, names: Sequence[str] = ()) -> Label:
@@ -40,7 +39,7 @@ def parse_label(task: Task, value: object, names: Sequence[str] = ()) -> Label:
         value = unknown
     else:
         if isinstance(value, list | dict):
-            raise DataError(_not_one(column, value))
+            raise DataError(_not_one(task.label_column, value))
         found = find_class(named_value(value, names), known)
         if found is None and names and task.name == "custom":
             found = find_class(value, known)  # learned before the file had names
@@ -72,12 +71,12 @@ def _parse_number(value: object, column: str) -> float:
 def refuse_other_kind(place: str, column: str, value: object) -> None:
     """Refuse a cell of a classification's label column that holds a list."""
     if isinstance(value, list | dict):
-        raise DataError(f"{place}: {_not_one(f'in column {column!r}', value)}.")
+        raise DataError(f"{place}: {_not_one(column, value)}.")
 
 
-def _not_one(where: str, value: object) -> str:
+def _not_one(column: str, value: object) -> str:
     return (
-        f"the label {where} is a {type(value).__name__}, and a classification has one label a row. For several labels a "
+        f"column {column!r} holds a {type(value).__name__}, and a classification has one label a row. For several labels a "
         f"row add --kind {MULTI_LABEL} to the training"
     )
 
