@@ -357,7 +357,7 @@ def test_damaged_parts_are_computed_again(interrupted: list[str], tmp_path: Path
         capsys.readouterr()
         assert main([*interrupted, "--resume"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert f"23 rows, {computed} of them labelled in" in lines[0]
+        assert f"23 rows, {computed} of them labelled in" in lines[1]
         result = json.loads(lines[-1])
         outputs.append(((tmp_path / "out.jsonl").read_bytes(), result["texts_cut"], str(result["scores"])))
         (tmp_path / "out.jsonl").unlink()

@@ -124,7 +124,7 @@ def test_what_cannot_be_scored_or_asked_is_said(
     assert label_file([str(folder), "--in", str(bad), "--out", str(tmp_path / "none.csv")]) == 2
     error = capsys.readouterr().err
     assert "bad.jsonl, row 4 (line 4): label 'high' in column 'score' is no finite number" in error
-    assert "or add --no-labels to leave labels unread." in error
+    assert "or add --no-labels to leave labels unread" in error
     assert not (tmp_path / "none.csv").exists()
 
 
