@@ -20,7 +20,12 @@ def command_of(config: TrainConfig) -> str:
             continue
         words.append(flag(item.name))
         if value is not True:
-            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+            parts = (
+                [f'"{part}"' if "," in str(part) else str(part) for part in value]
+                if isinstance(value, tuple)
+                else [value]
+            )
+            words.append(",".join(map(str, parts)))
     return shlex.join(words)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import feather, parquet
 
+from train.__main__ import command_of, main
 from train.common.errors import DataError, UsageError
 from train.config import TrainConfig
 from train.data.files.options import ReadOptions
@@ -243,3 +245,23 @@ def test_a_thousand_labels_are_told_apart(tmp_path: Path) -> None:
     assert len(labels_of(tmp_path, [f"l{n}" for n in range(1000)])[0]) == 1000
     with pytest.raises(UsageError, match="between 2 and 1000 labels can be told apart, not 1001"):
         labels_of(tmp_path, [f"l{n}" for n in range(1001)])
+
+
+def test_a_column_may_have_a_comma_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"review, long",b c,label\nx,y,1\nz,w,0\n')
+    files = [
+        "--train-file",
+        str(tmp_path / "a.csv"),
+        "--validation-file",
+        str(tmp_path / "a.csv"),
+        "--out",
+        str(tmp_path),
+    ]
+    for flags in (
+        ["--text-columns", '"review, long",b c'],
+        ["--text-columns", '"review, long"', "--text-columns", "b c"],
+    ):
+        config = main.parse([*files, *flags])
+        assert config.text_columns == ("review, long", "b c")
+        assert list(load_splits(config).train["review, long"]) == ["x", "z"]
+        assert main.parse(shlex.split(command_of(config))[3:]) == config

@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from cyclopts import App, ArgumentCollection, Parameter, Token, convert, exceptions
 from cyclopts.config import Dict
 
+from train.common.console import names
 from train.common.errors import PromptfoldError, UsageError
 from train.common.machine import give_libraries_usable_cores
 
@@ -17,12 +18,12 @@ T = TypeVar("T")
 
 
 def _split_at_commas(kind: Any, tokens: Sequence[Token]) -> Any:
-    words = [token.evolve(value=word.strip()) for token in tokens for word in token.value.split(",") if word.strip()]
+    words = [token.evolve(value=word) for token in tokens for word in names(token.value)]
     return convert(kind, words) if words else ()
 
 
 Words = Annotated[tuple[str, ...], Parameter(converter=_split_at_commas, n_tokens=1, metavar="WORD,...")]
-"""Comma-separated words: ``--text-columns premise,hypothesis``."""
+"""Comma-separated words, ``--text-columns premise,hypothesis``; one that holds a comma in quotes. May be given twice."""
 WholeNumbers = Annotated[tuple[int, ...], Parameter(converter=_split_at_commas, n_tokens=1, metavar="INT,...")]
 Numbers = Annotated[tuple[float, ...], Parameter(converter=_split_at_commas, n_tokens=1, metavar="FLOAT,...")]
 

@@ -1,12 +1,14 @@
 """What a command prints, and what it keeps libraries from printing."""
 
+import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Comma-separated words."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """Comma-separated words; one in quotes may hold commas: ``"a, b",c``."""
+    (cells,) = csv.reader([text.replace("\n", " ")], skipinitialspace=True) if text.strip() else ([],)
+    return tuple(cell.strip() for cell in cells if cell.strip())
 
 
 def say(line: str) -> None:
