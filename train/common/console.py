@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 def names(text: str) -> tuple[str, ...]:
     """Comma-separated words; one in quotes may hold commas: ``"a, b",c``."""
-    (cells,) = csv.reader([text.replace("\n", " ")], skipinitialspace=True) if text.strip() else ([],)
+    cells = next(csv.reader([text.replace("\n", " ")], skipinitialspace=True), [])
     return tuple(cell.strip() for cell in cells if cell.strip())
 
 
