@@ -104,17 +104,18 @@ def _serve(config: DemoConfig, at_end: ExitStack) -> None:
     accounts = parse_auth(config.auth, config.auth_file)
     root_path = parse_root_path(config.root_path)
     stage = _open_stage(config, at_end)
-    setup = stage.default()
-    adapter = stage.choices[setup.adapter].adapter
+    first = stage.default().adapter
+    adapter = stage.choices[first].adapter
     say(f"showing {adapter.folder} ({adapter.task.name}, quality: {adapter.quality})")
     # In this thread, so that Ctrl-C ends an export that is under way.
-    stage.bundle(setup.adapter)
-    say("starting the engines, each in a process of its own")
+    stage.bundle(first)
+    setup = stage.default()
+    say(f"starting the engines, each in a process of its own; ONNX Runtime in {setup.onnx}")
     stage.start(setup)
     # Gradio takes seconds to import; meanwhile the engines load.
     from demo.page.app import build_page
 
-    page = build_page(stage, stage.open(setup), share=config.share)
+    page = build_page(stage, stage.open(setup), share=config.share, shows_example=not config.adapters)
     if config.share and accounts is None:
         say(SHARE_WARNING)
     # Gradio awaits a coroutine function; its type says less. Behind a password its tools could be listed but not called.

@@ -15,7 +15,7 @@ def _run(config: ExportConfig) -> None:
         path = bundle.graph_path(graph.precision)
         difference = max(task.max_logit_difference for task in bundle.tasks)
         exact = f"largest logit difference {difference:.1e}" if graph.precision == "fp32" else "ungated"
-        costs = [str(gate) for gate in graph.gates] or [exact]
+        costs = [str(cost) for cost in (*graph.gates, *graph.fidelity)] or [exact]
         say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {'; '.join(costs)}")
 
 

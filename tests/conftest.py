@@ -309,7 +309,7 @@ def bundle(made_once: MadeOnce, adapter: Folders) -> Folders:
 @pytest.fixture(scope="session")
 def bundle_in(made_once: MadeOnce, adapter: Folders, data: Data) -> Precisions:
     """A function from a kind and a precision to a bundle that holds it beside fp32, whatever it costs in quality."""
-    import export.fold.gate
+    import export.fold.precision.gate
     from export.__main__ import main
 
     def get(kind: str, precision: str) -> Path:
@@ -317,7 +317,7 @@ def bundle_in(made_once: MadeOnce, adapter: Folders, data: Data) -> Precisions:
             rows = ["--validation-file", str(data.validation_file)]
             with pytest.MonkeyPatch.context() as patch:
                 # No metric can fall by more.
-                patch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+                patch.setattr(export.fold.precision.gate, "GATE_TOLERANCE", 2.0)
                 assert main([str(adapter(kind)), "--out", str(folder), "--precision", precision, *rows]) == 0
 
         return made_once(f"{precision}/{kind}", make)

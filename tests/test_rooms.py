@@ -22,7 +22,7 @@ ARROWS = {
     # export: an adapter becomes a bundle, and a bundle answers
     "export.bundle": "train.common train.untrusted train.config train.data train.model",
     "export.runtime": "train.common train.config train.data export.bundle",
-    "export.fold": "train.common train.data train.model train.adapter train.foreign export.bundle export.runtime",
+    "export.fold": "train.common train.config train.data train.model train.adapter train.foreign export.bundle export.runtime",
     "export.ray_cluster": "train.common",
     "export.score": "train.common train.config train.data export.bundle export.runtime export.ray_cluster",
     "export.serve": "train.common train.config train.data export.bundle export.runtime export.ray_cluster",

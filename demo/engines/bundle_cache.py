@@ -9,7 +9,7 @@ from train.common.child import run_in_child
 from train.common.console import say
 from train.common.errors import BundleError, UsageError
 
-CONTENT = "precisions"
+CONTENT = "fidelity"
 """Part of the folder's name: what the page needs in a bundle. The cache of an older page lacks it."""
 
 
@@ -34,7 +34,9 @@ def cached_bundle(adapter: Adapter) -> Bundle:
                 return bundle
         # The folder belongs to the page alone.
         shutil.rmtree(folder, ignore_errors=True)
-    say(f"first start with this adapter: exporting it to {folder}")
+    say(
+        f"first start with this adapter: exporting it to {folder}, half a minute on two cores; later starts find it there"
+    )
     command = f"python -m export {adapter.folder} --out BUNDLE"
     try:
         # In a child process, so that the page's own never loads torch and its thread pool.
@@ -52,5 +54,5 @@ def _export(adapter_folder: Path, folder: Path) -> None:
     from export.fold.config import ExportConfig
     from export.fold.pipeline import export_adapters
 
-    # An ungated graph is kept: the page says that its cost in quality is unknown, and starts with fp32.
+    # Where not even everyday English can say what int8 costs, it is kept ungated: the page says so and starts with fp32.
     export_adapters(ExportConfig((adapter_folder,), out=folder, ungated=True, overwrite=True))

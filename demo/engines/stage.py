@@ -18,7 +18,9 @@ from demo.engines.bundle_cache import cached_bundle
 from demo.engines.engine_process import EngineProcess, make_onnx_backend
 from demo.engines.on_ray import ClusterEngine
 from demo.engines.pytorch import EAGER, PYTORCH_MODES, PyTorchBackend
-from export.bundle.folder import FP32, GRAPH_FILES, Bundle, BundleTask, GraphFile, load_bundle
+from export.bundle.folder import FP16, FP32, GRAPH_FILES, Bundle, BundleTask, GraphFile, load_bundle
+from export.runtime.classifier import best_precision
+from export.runtime.session import cuda_absence
 from export.runtime.tokenizer import TextTokenizer, bundle_tokenizer
 from export.runtime.trial import try_bundle
 from export.serve.service import Service
@@ -126,8 +128,12 @@ class Stage:
             self._bundles.setdefault(name, bundle)
 
     def default(self) -> Setup:
-        """What the page starts with."""
-        return Setup(next(iter(self.choices)))
+        """What the page starts with: the first adapter, in the fastest graph that passed, as soon as its bundle is there."""
+        name = next(iter(self.choices))
+        bundle = self.bundle_if_there(name)
+        if bundle is None:
+            return Setup(name)
+        return Setup(name, best_precision(bundle, on_cuda=FP16 in bundle.precisions and not cuda_absence()))
 
     def setup(self, adapter: object, onnx: object, pytorch: object) -> Setup:
         """Check what a visitor chose; an empty text stands for what the page starts with."""

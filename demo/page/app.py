@@ -64,8 +64,13 @@ def page_style() -> dict[str, Any]:
     return {"theme": theme, "css": css, "head": f"<script>{script}</script>"}
 
 
-def build_page(stage: Stage, opened: OpenedEngines, *, share: bool) -> gr.Blocks:
-    """Build the page, which starts with `opened`; ``share``: it is launched with a public link."""
+def build_page(stage: Stage, opened: OpenedEngines, *, share: bool, shows_example: bool = False) -> gr.Blocks:
+    """Build the page, which starts with `opened`.
+
+    Args:
+        share: it is launched with a public link.
+        shows_example: it opens with the first example answered; the examples are for the adapters that ship.
+    """
     stops = StopFlags()
     with gr.Blocks(title="promptfold", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(
@@ -89,6 +94,8 @@ def build_page(stage: Stage, opened: OpenedEngines, *, share: bool) -> gr.Blocks
             with gr.Tab("Use it"):
                 build_use_tab(stage, page)
         _follow_choices(stage, selectors, model, quality, compare_tab)
+        if shows_example:
+            compare_tab.answer_first_example(page, stops)
         page.unload(stops.forget)
     # Direct calls past the queue stay off: they would not wait for their turn.
     page.queue(max_size=QUEUE_SIZE, api_open=False)

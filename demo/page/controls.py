@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.helpers import Examples
 
 from train.common.errors import PromptfoldError
 from train.data.tasks import MRPC, Task
@@ -118,8 +119,8 @@ class SentenceBoxes:
         """Inputs of an event."""
         return [self.sentence1, self.sentence2]
 
-    def examples(self, task: Task, label: str) -> gr.Dataset:
-        """Buttons that fill the boxes with an example."""
+    def examples(self, task: Task, label: str) -> Examples:
+        """Buttons that fill the boxes with an example; its ``load_input_event`` comes after that."""
         return gr.Examples(
             [list(pair) for pair in EXAMPLES.values()],
             self.inputs,
@@ -128,7 +129,7 @@ class SentenceBoxes:
             cache_examples=False,
             api_visibility="private",
             visible=task == MRPC,
-        ).dataset
+        )
 
 
 def sentence_boxes(task: Task, *, elem_id: str, values: tuple[str, str] = ("", "")) -> SentenceBoxes:

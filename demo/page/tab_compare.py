@@ -1,18 +1,21 @@
 """The tab "Compare": one text, both engines side by side. View only; see `demo.measure.compare`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
+from math import isfinite
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
-from demo.engines.stage import AnyEngine, OpenedEngines, Stage
+from demo.engines.stage import PYTORCH, AnyEngine, OpenedEngines, Stage
+from demo.measure.all_engines import EngineLatency, measure_all
 from demo.measure.compare import PAUSE_SECONDS, ROUNDS, Answer, Comparison
 from demo.measure.compare import compare as compare_engines
 from demo.page.charts import ONNX_COLOR, PYTORCH_COLOR, drawing, to_svg
 from demo.page.controls import (
     AT_ONCE,
+    EXAMPLES,
     LABELS_SHOWN,
     ONE_AT_A_TIME,
     QUIET,
@@ -25,7 +28,7 @@ from demo.page.controls import (
 from demo.page.html import render, render_text
 from train.common.machine import core_limit
 from train.config import MULTI_LABEL, REGRESSION
-from train.data.tasks import Task
+from train.data.tasks import MRPC, Task
 
 HISTOGRAM_BINS = 24
 
@@ -56,16 +59,19 @@ class CompareTab:
                 with gr.Row():
                     self._button = gr.Button("Compare", variant="primary")
                     self._stop_button = gr.Button("Stop measuring", interactive=False)
-                self._examples = self._boxes.examples(opened.task, "Examples: click one, then Compare")
+                    self._all_button = gr.Button("All engines on this text")
+                self._examples = self._boxes.examples(opened.task, "Examples: a click runs one")
             with gr.Column(scale=3, min_width=280):
                 self._speedup = gr.HTML(self._no_speedup(opened.task), elem_id="speedup")
                 self._distribution = gr.HTML("", elem_id="distribution")
+                self._all_engines = gr.HTML("", elem_id="all-engines")
                 with gr.Row():
                     facts = _engine_facts(opened)
                     for (name, side), html in zip(ENGINES[-len(facts) :], facts, strict=True):
                         self._lay_out_engine(name, side, html, opened.task)
         self._results = [self._speedup, self._distribution, *self._answers, *self._facts]
-        self.outputs: list[Any] = [*self._boxes.inputs, self._examples, *self._results]
+        self._opened = opened
+        self.outputs: list[Any] = [*self._boxes.inputs, self._examples.dataset, *self._results]
         """The components that depend on the visitor's choices, in the order of `refresh`."""
 
     def _lay_out_engine(self, name: str, side: str, html: Markup, task: Task) -> None:
@@ -95,15 +101,62 @@ class CompareTab:
                     yield [*_results(comparison, now, is_over=False), gr.update(interactive=True)]
                 yield [*_results(comparison, now, is_over=True), gr.update(interactive=False)]
 
-        gr.on(
-            [self._button.click, self._boxes.sentence1.submit, self._boxes.sentence2.submit],
-            show,
-            [*selectors.inputs, *self._boxes.inputs],
-            [*self._results, self._stop_button],
+        call: dict[str, Any] = {
+            "fn": show,
+            "inputs": [*selectors.inputs, *self._boxes.inputs],
+            "outputs": [*self._results, self._stop_button],
+            **QUIET,
+            **ONE_AT_A_TIME,
+        }
+        gr.on([self._button.click, self._boxes.sentence1.submit, self._boxes.sentence2.submit], **call)
+        self._examples.load_input_event.then(**call)
+        self._all_button.click(
+            self._show_all(stops),
+            [selectors.adapter, *self._boxes.inputs],
+            [self._all_engines, self._stop_button],
             **QUIET,
             **ONE_AT_A_TIME,
         )
         self._stop_button.click(stops.stop, None, None, **AT_ONCE)
+
+    def _show_all(self, stops: StopFlags) -> Callable[..., Iterator[list[Any]]]:
+        def show_all(adapter: str, sentence1: str, sentence2: str, request: gr.Request) -> Iterator[list[Any]]:
+            with errors_shown():
+                stopped = stops.start(request)
+                setup = self._stage.setup(adapter, "", "")
+                yield [Markup("measuring …"), gr.update(interactive=True)]
+                chart = Markup()
+                for done in measure_all(self._stage, setup.adapter, sentence1, sentence2, stopped=stopped):
+                    chart = _bars(done)
+                    yield [chart, gr.update(interactive=True)]
+                yield [chart, gr.update(interactive=False)]
+
+        return show_all
+
+    def answer_first_example(self, page: gr.Blocks, stops: StopFlags) -> None:
+        """Answer the first example when the page is opened: one visitor sees it being measured, the next ones the result."""
+        setup, example = self._opened.setup, next(iter(EXAMPLES.values()))
+        answered: list[list[Any]] = []
+        if self._opened.task != MRPC:
+            return
+
+        def answer(request: gr.Request) -> Iterator[list[Any]]:
+            if answered:
+                yield [*example, *answered[0]]
+                return
+            with errors_shown():
+                stopped, now = stops.start(request), self._stage.open(setup)
+                boxes: list[Any] = list(example)
+                for comparison in compare_engines(self._stage, now, *example, stopped=stopped):
+                    yield [*boxes, *_results(comparison, now, is_over=False), gr.update(interactive=True)]
+                    # The visitor may be writing by now.
+                    boxes = [gr.skip() for _ in example]
+                results = [*_results(comparison, now, is_over=True), gr.update(interactive=False)]
+                if not stopped():
+                    answered.append(results)
+                yield [*boxes, *results]
+
+        page.load(answer, None, [*self._boxes.inputs, *self._results, self._stop_button], **QUIET, **ONE_AT_A_TIME)
 
 
 def _build_endpoint(stage: Stage) -> None:
@@ -115,7 +168,7 @@ def _build_endpoint(stage: Stage) -> None:
             sentence1: the first sentence, or the only one
             sentence2: the second sentence, where the task is about pairs
             adapter: name of the adapter; empty for the one the page starts with
-            precision: of the ONNX graph: fp32, fp16 or int8; empty for fp32
+            precision: of the ONNX graph: fp32, fp16 or int8; empty for the fastest that passed
             pytorch: how PyTorch runs: eager, compiled or bf16; empty for eager
         """
         setup = stage.setup(adapter, precision, pytorch)
@@ -168,6 +221,27 @@ def _engine_facts(opened: OpenedEngines, answers: Sequence[Answer] = (), *, is_o
         )
         for engine, answer in zip_longest(_engines(opened), answers)
     ]
+
+
+def _bars(done: Sequence[EngineLatency]) -> Markup:
+    """A bar for each engine, with its median and whether it agrees with the first."""
+    ran = [one for one in done if isfinite(one.median_ms)]
+    with drawing(6.4, 0.6 + 0.36 * len(done)) as figure:
+        axes = figure.subplots()
+        colors = [PYTORCH_COLOR if one.library == PYTORCH else ONNX_COLOR for one in done]
+        axes.barh([one.name for one in done], [one.median_ms if one in ran else 0 for one in done], color=colors)
+        axes.invert_yaxis()
+        axes.margins(x=0.3)
+        axes.set_xlabel("median latency of one forward pass, ms")
+        for place, one in enumerate(done):
+            words = f" {one.median_ms:.2f} ms, {'same label' if one.agrees else 'ANOTHER LABEL'}"
+            axes.text(
+                one.median_ms if one in ran else 0, place, words if one in ran else " cannot run here", va="center"
+            )
+        described = "; ".join(
+            f"{one.name} {one.median_ms:.2f} ms, {'the same label' if one.agrees else 'another label'}" for one in ran
+        )
+        return to_svg(figure, f"All engines on this text: {described}")
 
 
 def _distribution(comparison: Comparison) -> Markup:

@@ -78,7 +78,7 @@ class _PromptTab:
         task = _choice(self._stage, "").adapter.task
         with gr.Row():
             boxes = sentence_boxes(task, elem_id="prompt-sentence", values=_example_texts(task))
-        examples = boxes.examples(task, "Examples: click one, then the button")
+        examples = boxes.examples(task, "Examples: click one, then the button").dataset
         button = gr.Button("Classify with and without the prompt", variant="primary")
         effect = gr.HTML(effect_html(None), elem_id="prompt-effect")
         gr.on(

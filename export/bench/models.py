@@ -102,7 +102,7 @@ def _halve_plain(graph: Path) -> Path:
 
     model, path = OnnxModel(onnx.load(graph)), graph.with_name("model_fp16.onnx")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # see `export.fold.quantize`
+        warnings.simplefilter("ignore")  # see `export.fold.precision.quantize`
         model.convert_float_to_float16(keep_io_types=True)
     model.save_model_to_file(str(path))
     return path

@@ -79,9 +79,11 @@ class Gate:
     tolerance: float
     """By how much each metric may fall."""
     kept_fp32: tuple[int, ...] = ()
-    """Layers that stay in fp32, as numbers from 0."""
+    """Transformer layers that stay in fp32, as numbers from 0, in bundles from before single products did (`Int8Form`)."""
     is_finite: bool = True
     """Whether every logit is a number: argmax makes a label of NaN as well."""
+    changes: dict[str, tuple[float, float]] | None = None
+    """95 % interval of how much each metric rises, by its name; the rows are the same for both. None in older bundles."""
 
     @property
     def passed(self) -> bool:
@@ -91,11 +93,12 @@ class Gate:
         return self.is_finite and all(fall <= self.tolerance for fall in falls)
 
     def __str__(self) -> str:
-        """For people: "accuracy 80.1 (fp32 80.4), F1 85.9 (fp32 86.0), 3 of 408 labels changed, layer 2 in fp32"."""
-        parts = [
-            f"{METRICS[name]} {100 * value:.1f} (fp32 {100 * self.fp32[name]:.1f})"
-            for name, value in self.scores.items()
-        ]
+        """For people: "accuracy 80.1 (fp32 80.4, change -1.0 to +0.5), …, 3 of 408 labels changed"."""
+        parts = []
+        for name, value in self.scores.items():
+            low, high = (self.changes or {}).get(name, (0.0, 0.0))
+            change = f", change {100 * low:+.1f} to {100 * high:+.1f}" if self.changes else ""
+            parts.append(f"{METRICS[name]} {100 * value:.1f} (fp32 {100 * self.fp32[name]:.1f}{change})")
         if set(self.scores) <= set(METRICS_OF[REGRESSION]):
             parts.append(f"numbers at most {self.max_probability_difference:.2g} apart on {self.n_rows} rows")
         else:
@@ -107,13 +110,82 @@ class Gate:
         return ", ".join(parts)
 
 
+@record(frozen=True, config=ConfigDict(extra="forbid"))
+class Fidelity:
+    """How near a precision's answers are to those of fp32 on texts without labels."""
+
+    texts: str
+    """Where the texts come from."""
+    n_texts: int
+    equal_labels: int
+    """Texts whose most probable label is fp32's."""
+    interval: tuple[float, float]
+    """95 % interval of the share of equal labels."""
+    rms_logit_difference: float
+    max_logit_difference: float
+    least_equal: float
+    """Share of equal labels that is asked for where there are no labelled rows."""
+    is_finite: bool = True
+    """Whether every logit is a number."""
+
+    @property
+    def passed(self) -> bool:
+        return self.is_finite and self.equal_labels >= self.least_equal * self.n_texts
+
+    def __str__(self) -> str:
+        """For people: "297 of 300 labels equal (99.0 %, 97.1 to 99.7), logits differ by 0.08 (RMS), 0.31 at most"."""
+        if not self.is_finite:
+            return "some logits are no numbers"
+        share, (low, high) = self.equal_labels / self.n_texts, self.interval
+        return (
+            f"{self.equal_labels} of {self.n_texts} labels equal ({100 * share:.1f} %, {100 * low:.1f} to "
+            f"{100 * high:.1f}), logits differ by {self.rms_logit_difference:.2g} (RMS), "
+            f"{self.max_logit_difference:.2g} at most"
+        )
+
+
+@record(frozen=True, config=ConfigDict(extra="forbid"))
+class Int8Form:
+    """How a graph in int8 was made."""
+
+    activations: Literal["dynamic", "static"]
+    """Scales of activations: of each batch at run time, or of the calibration texts; then rows do not depend on their
+    batch."""
+    alpha: float | None
+    """SmoothQuant's α; None without smoothing."""
+    kept_fp32: tuple[str, ...]
+    """Names of the dense products that stay in fp32."""
+    calibration: str
+    """Where the calibration texts come from."""
+    n_texts: int
+    dynamic_ms: float | None = None
+    """Median time of one text with dynamic scales on the exporting machine, where both were tried."""
+    static_ms: float | None = None
+
+    def __str__(self) -> str:
+        """For people: "static scales, smoothed with α 0.5, every dense product in int8"."""
+        smoothing = "not smoothed" if self.alpha is None else f"smoothed with α {self.alpha:g}"
+        n_kept = len(self.kept_fp32)
+        kept = f"{n_kept} dense product{'s' * (n_kept > 1)} in fp32" if n_kept else "every dense product in int8"
+        return f"{self.activations} scales, {smoothing}, {kept}"
+
+
 @record(frozen=True)
 class GraphFile:
     """A graph of a bundle in one precision."""
 
     precision: Literal["fp32", "fp16", "int8"]
     gates: tuple[Gate, ...]
-    """One for each task; none for fp32, which the others are compared with, and none for a graph kept ungated."""
+    """One for each task; none for fp32, which the others are compared with, and none without labelled rows."""
+    fidelity: tuple[Fidelity, ...] = ()
+    """One for each task, or none."""
+    int8: Int8Form | None = None
+    """None for other precisions, and in bundles from before there was a choice."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it was measured what it costs; a graph kept ungated was not."""
+        return bool(self.gates or self.fidelity)
 
 
 @record(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from export.fold.gate import run_for_task
+from export.fold.precision.gate import run_for_task
 from export.fold.read import ExportTask
 from export.runtime.batches import random_batch
 from export.runtime.session import open_session

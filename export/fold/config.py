@@ -32,23 +32,28 @@ class ExportConfig:
     """fp32, fp16 (for CUDA), int8, or auto: whatever is fastest and passes the gate"""
     validation_files: Annotated[tuple[Path, ...], Parameter(name="--validation-file", consume_multiple=1)] = ()
     """labelled rows, a file for each adapter, that decide whether a precision is kept: no metric may fall by more than
-    half a point (default: the file the adapter was validated with, where it still lies unchanged)"""
+    half a point (default: the file the adapter was validated with, where it still lies unchanged; without one, 98 % of
+    the labels must be those of fp32 on texts without labels)"""
     text_columns: Words = ()
     """text columns of that file (default: the adapter's)"""
     label_column: str | None = None
     """label column of that file (default: the adapter's)"""
+    calibration_files: Annotated[tuple[Path, ...], Parameter(name="--calibration-file", consume_multiple=1)] = ()
+    """texts without labels, a file for each adapter, on which int8 is calibrated and compared with fp32 (default: the
+    training's file, where it still lies unchanged, else 300 pairs of everyday English that come with the program)"""
     ungated: bool = False
-    """make other precisions also where no labelled rows can say what they cost; they have no gate in the manifest and
-    run only where they are named"""
+    """keep other precisions also where nothing can say what they cost: neither labelled rows nor texts in the model's
+    language; they run only where they are named"""
     overwrite: bool = False
     """replace an older bundle at --out"""
 
     def __post_init__(self) -> None:
-        if self.validation_files and len(self.validation_files) != len(self.adapters):
-            raise UsageError(
-                f"--validation-file names {len(self.validation_files)} files for {len(self.adapters)} adapters. "
-                "Give one for each, in their order."
-            )
+        for flag, files in (("validation", self.validation_files), ("calibration", self.calibration_files)):
+            if files and len(files) != len(self.adapters):
+                raise UsageError(
+                    f"--{flag}-file names {len(files)} files for {len(self.adapters)} adapters. Give one for each, in "
+                    "their order."
+                )
         names = [task_name(folder) for folder in self.adapters]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

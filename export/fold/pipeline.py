@@ -27,7 +27,7 @@ def export_adapters(config: ExportConfig) -> Bundle:
     sources = read_sources(config)
     # What is imported in functions imports torch, which takes seconds.
     from export.fold.compare import compare_with_peft
-    from export.fold.quantize import quantize
+    from export.fold.precision.quantize import quantize
 
     with new_folder(config.out) as folder:
         manifest = _extend(sources, sources.old, folder) if sources.old else _trace(sources, folder)

@@ -1,18 +1,18 @@
 """Step 1, read: the adapters, their labelled rows, the base model and the tokenizer, before anything is computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.bundle.folder import FILES, FP32, Bundle, load_bundle
-from export.fold.config import AUTO, ExportConfig, task_name
+from export.fold.config import ExportConfig, task_name
+from export.fold.precision.texts import CalibrationTexts, read_texts, unchanged_file
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
 from train.adapter.record import Adapter
 from train.common.console import say
 from train.common.errors import AdapterError, UsageError
 from train.common.folder_record import sha256_of_file
-from train.common.limits import MAX_MODEL_BYTES
 from train.data.load import load_split
 from train.data.tasks import Task
 from train.foreign.direct import import_if_foreign
@@ -42,6 +42,8 @@ class ExportTask:
     number: int
     adapter: Adapter
     rows: LabelledRows | None
+    texts: CalibrationTexts | None
+    """None where no precision but fp32 is wanted."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def read_sources(config: ExportConfig) -> Sources:
     old = _read_old_bundle(config) if config.add else None
     n_old = len(old.tasks) if old else 0
     files = config.validation_files or (None,) * len(config.adapters)
+    is_wanted = any(graph.is_judged for graph in old.graphs) if old else config.precision != FP32
     tasks = []
     for number, (folder, file) in enumerate(zip(config.adapters, files, strict=True), start=n_old):
         adapter = load_adapter(import_if_foreign(folder))
@@ -76,11 +79,18 @@ def read_sources(config: ExportConfig) -> Sources:
                 f"{folder} ({adapter.method}) changes the base model's weights, so no other adapter can share its graph. "
                 "Export it alone."
             )
-        rows = _read_rows(adapter, file, config, old)
-        tasks.append(ExportTask(task_name(folder), number, adapter, rows))
+        rows = _read_rows(adapter, file, config, old) if is_wanted else None
+        tasks.append(ExportTask(task_name(folder), number, adapter, rows, None))
     first = tasks[0].adapter
     for task in tasks:
         _check_fit(task.adapter, old or first)
+    tokenizer = load_tokenizer((old or first).folder, first.max_length)
+    if is_wanted:
+        given = config.calibration_files or (None,) * len(tasks)
+        tasks = [
+            replace(task, texts=read_texts(task.adapter, file, tokenizer))
+            for task, file in zip(tasks, given, strict=True)
+        ]
     say(f"[1/5] reading the base model {first.model}")
     base = find_adapter_base(first)
     if first.max_length > text_limit(base, first.virtual_tokens):
@@ -88,7 +98,7 @@ def read_sources(config: ExportConfig) -> Sources:
             f"{first.folder} allows texts of {first.max_length} tokens, more than {base.name} has positions for. "
             "Train the adapter again."
         )
-    return Sources(tuple(tasks), base, load_tokenizer((old or first).folder, first.max_length), old)
+    return Sources(tuple(tasks), base, tokenizer, old)
 
 
 def _read_old_bundle(config: ExportConfig) -> Bundle:
@@ -105,35 +115,17 @@ def _read_old_bundle(config: ExportConfig) -> Bundle:
 
 
 def _read_rows(adapter: Adapter, file: Path | None, config: ExportConfig, old: Bundle | None) -> LabelledRows | None:
-    """The labelled rows of an adapter, where they are there and wanted."""
+    """The labelled rows of an adapter: of a given file, or of the one it was validated with."""
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
-    if old:
-        is_wanted = is_needed = any(graph.gates for graph in old.graphs)
-        reason = f"{config.out} holds other precisions than fp32, and what they cost this task is unknown"
-    else:
-        is_wanted, is_needed = config.precision != FP32, config.precision != AUTO and not config.ungated
-        reason = f"--precision {config.precision} is kept only if labelled rows show what it costs"
-    file = (file or _own_validation_file(adapter)) if is_wanted else None
+    file = file or unchanged_file(adapter.validation_file, adapter.validation_sha256)
     if file is not None:
         return LabelledRows(file, task, load_split(task, "", file))
-    if is_wanted and is_needed:
+    if old and any(graph.gates for graph in old.graphs):
         raise UsageError(
-            f"{reason}, and the file that {adapter.folder} was validated with is not here. Give one with "
-            f"--validation-file{'' if old else f', or take --precision {FP32}'}."
+            f"{config.out} holds other precisions than fp32, and what they cost this task is unknown, and the file that "
+            f"{adapter.folder} was validated with is not here. Give one with --validation-file."
         )
     return None
-
-
-def _own_validation_file(adapter: Adapter) -> Path | None:
-    """The file that an adapter was validated with, if it is on this machine and still the same."""
-    file = adapter.validation_file
-    try:
-        # The rows of a gate are all held in memory.
-        if file is None or not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
-            return None
-        return file if sha256_of_file(file) == adapter.validation_sha256 else None
-    except OSError:  # no right to read the folder, for example
-        return None
 
 
 def _check_fit(adapter: Adapter, other: Adapter | Bundle) -> None:

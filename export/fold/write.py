@@ -7,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.bundle.folder import BUNDLE, GRAPH_FILES, Gate
+from export.bundle.folder import BUNDLE, GRAPH_FILES
 from export.fold.read import ExportTask
 from train.common.folder_record import write_record
 
 if TYPE_CHECKING:
     from export.fold.compare import ParityReport
+    from export.fold.precision.quantize import MadeGraph
 
 
 def write_manifest(
@@ -21,21 +22,21 @@ def write_manifest(
     tasks: Sequence[ExportTask],
     reports: "Sequence[ParityReport]",
     *,
-    kept: Mapping[str, Sequence[Gate]],
-    refused: Mapping[str, Sequence[Gate]],
+    kept: "Sequence[MadeGraph]",
+    refused: "Sequence[MadeGraph]",
 ) -> None:
     """Add tasks and graphs to a manifest, new or old, and write it with the hash of every file in the folder.
 
-    The gates of the graphs that are ``kept`` or ``refused`` come by precision, and after those of the old manifest.
+    What the graphs cost that are ``kept`` or ``refused`` comes after what the old manifest says.
     """
     records = [_task_record(task, report) for task, report in zip(tasks, reports, strict=True)]
     graphs = {record["precision"]: record for record in manifest.get("graphs", [])}
-    for precision, gates in kept.items():
-        graphs[precision] = _graph_record(precision, graphs.get(precision, {"gates": []})["gates"], gates)
+    for made in kept:
+        graphs[made.precision] = _graph_record(made, graphs.get(made.precision, {}))
     more = {
         "tasks": [*manifest.get("tasks", []), *records],
         "graphs": list(graphs.values()),
-        "refused": [*manifest.get("refused", []), *(_graph_record(name, [], gates) for name, gates in refused.items())],
+        "refused": [*manifest.get("refused", []), *(_graph_record(made, {}) for made in refused)],
     }
     write_record(folder, BUNDLE, {"versions": _versions(), **manifest, **more})
 
@@ -58,8 +59,15 @@ def _task_record(task: ExportTask, report: "ParityReport") -> dict[str, object]:
     return record
 
 
-def _graph_record(precision: str, old: Sequence[Any], gates: Sequence[Gate]) -> dict[str, Any]:
-    return {"precision": precision, "file": GRAPH_FILES[precision], "gates": [*old, *map(asdict, gates)]}
+def _graph_record(made: "MadeGraph", old: Mapping[str, Any]) -> dict[str, Any]:
+    new = {
+        "precision": made.precision,
+        "file": GRAPH_FILES[made.precision],
+        "gates": [*old.get("gates", []), *map(asdict, made.cost.gates)],
+    }
+    if made.cost.fidelity:
+        new["fidelity"] = [*old.get("fidelity", []), *map(asdict, made.cost.fidelity)]
+    return {**old, **new} | ({"int8": asdict(made.int8)} if made.int8 else {})
 
 
 def _versions() -> dict[str, str]:

@@ -141,7 +141,7 @@ def with_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.nda
 def best_precision(bundle: Bundle, *, on_cuda: bool) -> str:
     """The precision of the fastest graph that passed its gate: fp16 on a GPU, int8 on a CPU, else fp32."""
     best = FP16 if on_cuda else INT8
-    return best if any(graph.precision == best and graph.gates for graph in bundle.graphs) else FP32
+    return best if any(graph.precision == best and graph.is_judged for graph in bundle.graphs) else FP32
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from onnx import numpy_helper
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 
-import export.fold.int8
 from export.bundle.folder import load_bundle
+from export.fold.precision import integer
+from export.fold.precision.dense import load_graph
 from tests.conftest import ENCODERS, Folders, Precisions, family_of, make_pairs, write_jsonl
 from tests.export.graphs import manifest_of, refusal, run_export
 
@@ -109,11 +110,12 @@ def test_int8_is_written_with_what_it_costs(
     assert (int8["precision"], int8["file"]) == ("int8", "model_int8.onnx")
     assert manifest_of(out)["refused"] == []
     gate = check_gate(out, *read_rows(file))
-    assert (gate["tolerance"], gate["kept_fp32"]) == (0.005, [])
+    assert (gate["tolerance"], int8["int8"]["kept_fp32"]) == (0.005, [])
     assert gate["scores"]["accuracy"] == 0.75
     # It is another graph, and the person at the terminal reads what it costs.
     assert 0 < gate["max_probability_difference"] < 0.1
-    assert "int8 on rows.jsonl: accuracy 75.0 (fp32 75.0), F1" in printed
+    assert "int8 on rows.jsonl: accuracy 75.0 (fp32 75.0, change +0.0 to +0.0), F1" in printed
+    assert f"calibrated on {int8['int8']['n_texts']} texts of everyday English" in printed
     assert "0 of 40 labels changed" in printed
     assert load_bundle(out).precisions == ("fp32", "int8")
 
@@ -127,7 +129,7 @@ def test_a_precision_that_costs_too_much_fails_when_named(
     flags = ("--precision", "int8", "--validation-file", file, "--overwrite")
     error = refusal(capsys, adapter("bert"), "--out", out, *flags)
     assert error.startswith("error: int8 on rows.jsonl: accuracy ")
-    assert "(fp32 100.0)" in error
+    assert "(fp32 100.0, change " in error
     assert "More than 0.5 points may not be lost, so nothing was written. Take --precision auto or fp32." in error
     # An older bundle there outlives the failure, byte by byte.
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -187,12 +189,12 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
 @pytest.mark.parametrize(
     ("precision", "name", "words"),
     [
-        ("int8", "", "--precision int8 is kept only if labelled rows show what it costs"),
-        ("fp16", "", "Give one with --validation-file, or take --precision fp32."),
+        ("int8", "", "What int8 costs is unknown: the tokenizer does not know"),
+        ("fp16", "", "Give labelled rows with --validation-file, or texts in its language with --calibration-file"),
         *(("auto", name, name) for name in ("none.jsonl", "empty.jsonl", "rows.txt")),
     ],
 )
-def test_without_rows_that_can_be_read_no_other_precision_is_made_and_no_work_is_done(
+def test_where_nothing_can_say_what_a_precision_costs_it_is_refused(
     precision: str, name: str, words: str, adapter: Folders, no_leftovers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (no_leftovers / "empty.jsonl").touch()
@@ -203,7 +205,6 @@ def test_without_rows_that_can_be_read_no_other_precision_is_made_and_no_work_is
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert words in printed.err
-    assert "[1/5]" not in printed.out
     assert not (no_leftovers / "b").exists()
 
 
@@ -224,16 +225,10 @@ def test_a_processor_that_would_overflow_gets_weights_of_seven_bits(
     file = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         file.write_text(cpuinfo)
-    monkeypatch.setattr(export.fold.int8, "Path", lambda path: file if path == "/proc/cpuinfo" else Path(path))
+    monkeypatch.setattr(integer, "Path", lambda path: file if path == "/proc/cpuinfo" else Path(path))
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    folder = shutil.copytree(bundle("bert"), tmp_path / "b")
-    export.fold.int8.write_int8(folder, keep=set())
-    names = {path.name for path in bundle("bert").iterdir()}
-    assert {path.name for path in folder.iterdir()} == names | {"model_int8.onnx"}
-    model = onnx.load(folder / "model_int8.onnx")
-    arrays = {item.name: numpy_helper.to_array(item).astype(int) for item in model.graph.initializer}
-    quantized = [name.removesuffix("_zero_point") for name in arrays if name.endswith("_zero_point")]
-    assert len(quantized) == 12
-    # What is multiplied is the distance from the zero point.
-    distances = [np.abs(arrays[f"{name}_quantized"] - arrays[f"{name}_zero_point"]).max() for name in quantized]
-    assert max(distances) == largest
+    model = integer.quantize_products(load_graph(bundle("bert") / "model.onnx"))
+    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    weights = [arrays[node.input[1]] for node in model.graph.node if node.op_type == "MatMulInteger"]
+    assert len(weights) == 12
+    assert {np.abs(weight.astype(int)).max() for weight in weights} == {largest}

@@ -33,6 +33,7 @@ class _ModelRecord:
 
 @dataclass(frozen=True)
 class _SettingsRecord:
+    train_file: Path | None = None
     validation_file: Path | None = None
 
 
@@ -111,6 +112,8 @@ def load_adapter(folder: Path) -> Adapter:
         baseline_rules=record.baseline_rules,
         n_validation=record.n_validation,
         validation_file=record.config.validation_file,
+        train_file=record.config.train_file,
+        train_sha256=record.data_sha256.get("train", ""),
         validation_sha256=record.data_sha256.get("validation", ""),
         sha256=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
     )

@@ -80,6 +80,9 @@ class Adapter:
     """Its name at training; None for the hub's data."""
     validation_sha256: str
     """Empty for the hub's data."""
+    train_file: Path | None
+    """As ``validation_file``."""
+    train_sha256: str
     sha256: str
     """One hash over everything in the folder that changes predictions."""
 

@@ -9,17 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
 from transformers import AutoModel
 
-import export.fold.gate
-import export.fold.int8
-import export.fold.quantize
+import export.fold.precision.gate
 from export.bundle.folder import load_bundle
+from export.fold.precision.dense import dense_products, load_graph
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import Data, Folders, Second, make_base_model, make_pairs, random_batch, write_jsonl
 from tests.export.graphs import manifest_of, refusal, run_export
-from tests.export.test_precision import DENSE, check_gate, easy_rows, hard_rows, read_rows, run_pairs
+from tests.export.test_precision import check_gate, easy_rows, hard_rows, read_rows, run_pairs
 from tests.slow.export.test_every_kind import train_and_export
 
 
@@ -36,11 +34,11 @@ def test_auto_leaves_out_a_precision_that_costs_too_much_and_its_cost_is_counted
     (gate,) = refused["gates"]
     assert gate["fp32"]["accuracy"] - gate["scores"]["accuracy"] == pytest.approx(gate["label_flips"] / 48)
     assert gate["label_flips"] / 48 > gate["tolerance"]
-    # Of two layers one may stay in fp32, and that was tried too.
-    assert len(gate["kept_fp32"]) == 1
+    # Products in fp32, up to half of the time, were tried too.
+    assert refused["int8"]["kept_fp32"]
 
     # With an open gate the graph stays and can be run again.
-    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+    monkeypatch.setattr(export.fold.precision.gate, "GATE_TOLERANCE", 2.0)
     out = tmp_path / "c"
     assert run_export(adapter("bert"), "--out", out, "--precision", "int8", "--validation-file", file) == 0
     gate = check_gate(out, *read_rows(file))
@@ -64,36 +62,27 @@ TRAINING = ("--encoder-hidden-size", "16", "--epochs", "2", "--learning-rate", "
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_layer_that_int8_breaks_stays_in_fp32(layer: int, tmp_path: Path, data: Data) -> None:
-    """In fp32 the model stays what it was. In int8 all units share the outlier's scale, so that the others are 0."""
+def test_an_outlier_that_would_break_int8_is_smoothed_away(layer: int, tmp_path: Path, data: Data) -> None:
+    """In fp32 the model stays what it was. In plain int8 all units share the outlier's scale, so that the others are 0."""
     base = bert_with_an_outlier(tmp_path / "base", layer=layer, activation=1000, weight=0)
     adapter_folder, plain = train_and_export(base, tmp_path / "plain", data, *TRAINING)
     file = easy_rows(tmp_path / "rows.jsonl", plain / "model.onnx", n_rows=200)
     out = tmp_path / "b"
-    assert run_export(adapter_folder, "--out", out, "--precision", "int8", "--validation-file", file) == 0
-    assert check_gate(out, *read_rows(file))["kept_fp32"] == [layer]
-
-    before, after = (onnx.load(out / name) for name in ("model.onnx", "model_int8.onnx"))
-    weights = {item.name: numpy_helper.to_array(item) for item in before.graph.initializer}
-    dense = [
-        node for node in before.graph.node if node.op_type in DENSE and weights.get(node.input[1], np.ones(1)).ndim == 2
-    ]
-    left = {item.name for item in after.graph.initializer if item.data_type == TensorProto.FLOAT}
-    kept = [node.name for node in dense if node.input[1] in left]
-    # Query, key, value, output and two of the feed-forward part; the last layer has its key and value in other form.
-    assert len(kept) == (6 if layer == 0 else 4)
-    integer = [node for node in after.graph.node if node.op_type == "MatMulInteger"]
-    assert len(integer) == len(dense) - len(kept)
-    assert not {name.removesuffix("/Gemm") for name in kept} & {node.name.partition("/Gemm")[0] for node in integer}
-    # And it is the right ones that were spared.
-    spared = AutoModel.from_pretrained(base).encoder.layer[layer].intermediate.dense.weight.detach().numpy()
-    assert any(np.array_equal(weights[node.input[1]], spared) for node in dense if node.name in kept)
+    texts = ("--calibration-file", data.train_file)
+    assert run_export(adapter_folder, "--out", out, "--precision", "int8", "--validation-file", file, *texts) == 0
+    check_gate(out, *read_rows(file))
+    form = load_bundle(out).graphs[1].int8
+    assert form is not None
+    assert form.kept_fp32 == ()
+    assert form.alpha is not None
+    kinds = Counter(node.op_type for node in onnx.load(out / "model_int8.onnx").graph.node)
+    assert kinds["MatMulInteger"] == 12
 
 
 def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unchanged(
     adapter: Folders, bundle: Folders, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+    monkeypatch.setattr(export.fold.precision.gate, "GATE_TOLERANCE", 2.0)
     monkeypatch.chdir(tmp_path)
     copy = Path(shutil.copy(data.validation_file, tmp_path))
     assert run_export(adapter("bert"), "--out", "b") == 0
@@ -112,7 +101,7 @@ def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unc
 def test_the_columns_of_a_validation_file_may_have_other_names(
     adapter: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", 2.0)
+    monkeypatch.setattr(export.fold.precision.gate, "GATE_TOLERANCE", 2.0)
     labels = ("not_equivalent", "equivalent")
     pairs = [(str(row["sentence1"]), str(row["sentence2"])) for row in make_pairs(20, seed=4)]
     rows: list[dict[str, object]]
@@ -155,26 +144,26 @@ def test_a_graph_that_gives_no_numbers_fails_the_gate_whatever_it_seems_to_score
     assert not (tmp_path / "b").exists()
 
 
-def test_a_layer_search_never_keeps_more_than_half_of_the_layers(
+def test_products_go_back_to_fp32_until_half_of_the_time_is_spent_in_them(
     bundle: Folders, adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gate that nothing passes, every candidate is tried, and each leaves one more layer alone."""
-    tried: list[set[int]] = []
-    write_int8 = export.fold.int8.write_int8
-
-    def spy(folder: Path, *, keep: set[int]) -> None:
-        tried.append(set(keep))
-        write_int8(folder, keep=keep)
-
-    monkeypatch.setattr(export.fold.gate, "GATE_TOLERANCE", -1.0)
-    monkeypatch.setattr(export.fold.quantize, "write_int8", spy)
+    """With a gate that nothing passes, ever more products are tried in fp32, and then the graph is refused."""
+    monkeypatch.setattr(export.fold.precision.gate, "GATE_TOLERANCE", -1.0)
     file = easy_rows(tmp_path / "rows.jsonl", bundle("gpt2") / "model.onnx")
-    assert run_export(adapter("gpt2"), "--out", tmp_path / "b", "--precision", "int8", "--validation-file", file) == 2
-    # All of it, each layer spared alone to rank them, and the better of the two.
-    assert tried[:3] == [set(), {0}, {1}]
-    assert len(tried) == 4
-    assert tried[3] in ({0}, {1})
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    out = tmp_path / "b"
+    assert run_export(adapter("gpt2"), "--out", out, "--validation-file", file) == 0
+    (refused,) = manifest_of(out)["refused"]
+    assert refused["precision"] == "int8"
+    model = load_graph(out / "model.onnx")
+    sizes = {item.name: np.prod(item.dims) for item in model.graph.initializer}
+    # Every product but the head's runs for all tokens.
+    times = {product.name: sizes[product.weight] for product in dense_products(model.graph)}
+    kept = set(refused["int8"]["kept_fp32"])
+    assert kept < set(times)
+    assert 0.2 < sum(times[name] for name in kept) / sum(times.values()) < 0.55
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "b"}
+    assert run_export(adapter("gpt2"), "--out", tmp_path / "c", "--precision", "int8", "--validation-file", file) == 2
+    assert not (tmp_path / "c").exists()
 
 
 def test_int8_is_gated_for_each_task(

@@ -1,0 +1,68 @@
+"""One text, every engine of an adapter: each precision of its graph, and each of PyTorch's ways."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+
+from demo.engines.pytorch import EAGER, PYTORCH_MODES
+from demo.engines.stage import ONNX_RUNTIME, PYTORCH, Setup, Stage
+from demo.engines.timing import BurstPlan
+from demo.measure.compare import BURST_BUDGET_SECONDS, MAX_RUNS, MIN_RUNS, PAUSE_SECONDS
+from export.bundle.folder import FP32
+from export.runtime.check_text import check_text
+from train.common.errors import EngineError
+
+
+@dataclass(frozen=True)
+class EngineLatency:
+    """What one engine did with the text."""
+
+    library: str
+    mode: str
+    """Precision of the graph, or one of `PYTORCH_MODES`."""
+    median_ms: float
+    """Of one burst at batch size 1; infinite where the engine cannot run here."""
+    agrees: bool
+    """Whether it predicts what the first engine does, PyTorch eager where the page has it."""
+
+    @property
+    def name(self) -> str:
+        """For people: "PyTorch, compiled"."""
+        return f"{self.library}, {self.mode}"
+
+
+def measure_all(
+    stage: Stage, adapter: str, sentence1: str, sentence2: str = "", *, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[EngineLatency, ...]]:
+    """Time one text in every engine, one after the other; yields what there is after each.
+
+    ``stopped`` is asked before each engine. Raises a TextError for a text that cannot be read.
+    """
+    modes = list(PYTORCH_MODES) if stage.has_pytorch else []
+    done: list[EngineLatency] = []
+    first: np.ndarray | None = None
+    for precision, mode in zip_longest(stage.bundle(adapter).precisions, modes):
+        wanted = [(PYTORCH, mode)] if mode else []
+        wanted += [(ONNX_RUNTIME, precision)] if precision else []
+        try:
+            opened = stage.open(Setup(adapter, precision or FP32, mode or EAGER))
+        except EngineError:
+            # torch.compile needs a C++ compiler, for example.
+            done += [EngineLatency(library, name, float("inf"), agrees=True) for library, name in wanted]
+            continue
+        arrays = opened.tokenize([check_text(opened.task, sentence1, sentence2)]).arrays
+        for library, name in wanted:
+            if stopped():
+                return
+            engine = opened.pytorch if library == PYTORCH else opened.onnx
+            assert engine is not None, "a mode only with PyTorch"
+            with stage.measuring:
+                predicted = opened.task.predict(engine.logits(arrays))
+                time.sleep(PAUSE_SECONDS)
+                burst = engine.burst(arrays, BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS))
+            first = predicted if first is None else first
+            done.append(EngineLatency(library, name, burst.median_ms, bool(np.array_equal(predicted, first))))
+            yield tuple(done)

@@ -1,0 +1,199 @@
+"""Chooses a graph in int8: smoothing first, single products in fp32 only where that is not enough, then static scales.
+
+What is chosen by the logits' error is chosen on calibration texts, never on the rows of the gate.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from export.bundle.folder import FP32, GRAPH_FILES, INT8, Int8Form
+from export.fold.graphs.files import save_graph
+from export.fold.precision.calibration import CalibrationBatches, measure_activations, session_in_memory
+from export.fold.precision.dense import dense_products, load_graph
+from export.fold.precision.fidelity import root_mean_square
+from export.fold.precision.gate import Cost, run_for_task
+from export.fold.precision.integer import quantize_products
+from export.fold.precision.smooth import smooth
+from train.common.console import say
+
+ALPHAS = (0.4, 0.5, 0.6, 0.7)
+CHOOSING_TEXTS = 96
+"""Calibration texts on which candidates are compared by the logits' error."""
+RANKING_TEXTS = 32
+"""The same for single products, of which there are many."""
+TIMED_SHAPE = (1, 60)
+TIMED_RUNS = 15
+SLOWER = 1.02
+"""Static scales are taken up to this ratio of the dynamic graph's time: rows independent of their batch are worth that."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to make int8 of a graph."""
+
+    alpha: float | None
+    """SmoothQuant's α; None without smoothing."""
+    wide: bool = False
+    """Whether a tensor that is wider than what its products make of it gets a Mul too."""
+    kept_fp32: tuple[str, ...] = ()
+    """Names of products that stay in fp32."""
+
+
+class Int8Chooser:
+    """A graph in fp32, and what calibration texts say of it."""
+
+    def __init__(self, folder: Path, texts: Sequence[CalibrationBatches]) -> None:
+        """Run the graph on the calibration texts."""
+        self._path = folder / GRAPH_FILES[INT8]
+        self._model = load_graph(folder / GRAPH_FILES[FP32])
+        self._texts = [task.sample(CHOOSING_TEXTS) for task in texts]
+        self._few = [task.sample(RANKING_TEXTS) for task in texts]
+        self._activations = measure_activations(self._model, self._texts)
+        self._references = _logits(self._model, self._texts)
+        self.products = dense_products(self._model.graph)
+
+    def choose(self, judge: Callable[[Path], Cost], *, may_be_static: bool) -> tuple[Int8Form, Cost]:
+        """Write the graph in int8; ``judge`` says what the graph in a file costs.
+
+        Returns:
+            what was chosen, and its cost, which may be more than is allowed
+        """
+        for wide in (False, True):
+            candidate = self._best_alpha(wide=wide)
+            cost = self._judge(candidate, judge)
+            if cost.passed:
+                break
+        else:
+            candidate, cost = self._give_up_products(candidate, cost, judge)
+        form = Int8Form(
+            activations="dynamic",
+            alpha=candidate.alpha,
+            kept_fp32=candidate.kept_fp32,
+            calibration=self._texts[0].name,
+            n_texts=sum(task.n_texts for task in self._texts),
+        )
+        return self._try_static(candidate, form, cost, judge) if cost.passed and may_be_static else (form, cost)
+
+    def _judge(self, candidate: Candidate, judge: Callable[[Path], Cost]) -> Cost:
+        save_graph(self._quantized(candidate), self._path)
+        cost = judge(self._path)
+        if not cost.passed:
+            say(f"      int8, {_words(candidate, len(self.products))}: {cost}")
+        return cost
+
+    def _smoothed(self, candidate: Candidate) -> onnx.ModelProto:
+        if candidate.alpha is None:
+            return self._model
+        largest = {name: found.largest for name, found in self._activations.items()}
+        return smooth(self._model, largest, candidate.alpha, wide=candidate.wide)
+
+    def _quantized(self, candidate: Candidate) -> onnx.ModelProto:
+        return quantize_products(self._smoothed(candidate), kept_fp32=candidate.kept_fp32)
+
+    def _error(self, model: onnx.ModelProto) -> float:
+        return root_mean_square(self._references, _logits(model, self._texts))
+
+    def _best_alpha(self, *, wide: bool) -> Candidate:
+        candidates = [Candidate(alpha, wide) for alpha in ((*ALPHAS,) if wide else (None, *ALPHAS))]
+        errors = [self._error(self._quantized(candidate)) for candidate in candidates]
+        return candidates[int(np.argmin(errors))]
+
+    def _give_up_products(
+        self, candidate: Candidate, cost: Cost, judge: Callable[[Path], Cost]
+    ) -> tuple[Candidate, Cost]:
+        """Leave products in fp32 until the cost is allowed, or half of the time is spent in them."""
+        ranked = self._by_error_for_time(candidate)
+        whole = sum(self._times().values())
+        kept: list[str] = []
+        last = 0
+        for name in ranked:
+            if sum(self._times()[one] for one in (*kept, name)) > whole / 2:
+                continue
+            kept.append(name)
+            # One more at a time costs an hour in a large model.
+            if len(kept) < max(1.5 * last, last + 1):
+                continue
+            last = len(kept)
+            candidate = replace(candidate, kept_fp32=tuple(kept))
+            cost = self._judge(candidate, judge)
+            if cost.passed:
+                break
+        return candidate, cost
+
+    def _times(self) -> Mapping[str, float]:
+        """A measure of each product's time by its name: multiply-adds."""
+        sizes = {item.name: float(np.prod(item.dims)) for item in self._model.graph.initializer}
+        return {item.name: sizes[item.weight] * self._activations[item.source].n_rows for item in self.products}
+
+    def _by_error_for_time(self, candidate: Candidate) -> list[str]:
+        """The products' names, first the one that wins most when it stays in fp32, for the time that it takes."""
+        references = _logits(self._model, self._few)
+        smoothed = self._smoothed(candidate)
+
+        def error(kept: tuple[str, ...]) -> float:
+            return root_mean_square(references, _logits(quantize_products(smoothed, kept_fp32=kept), self._few))
+
+        say(f"      ranking {len(self.products)} dense products by what int8 in them costs")
+        before, times = error(()), self._times()
+        won = {item.name: (before - error((item.name,))) / times[item.name] for item in self.products}
+        return sorted(won, key=won.__getitem__, reverse=True)
+
+    def _try_static(
+        self, candidate: Candidate, form: Int8Form, cost: Cost, judge: Callable[[Path], Cost]
+    ) -> tuple[Int8Form, Cost]:
+        """Take static scales instead where they pass and are no slower."""
+        smoothed = self._smoothed(candidate)
+        dynamic = quantize_products(smoothed, kept_fp32=candidate.kept_fp32)
+        ranges = {name: found.range for name, found in measure_activations(smoothed, self._texts).items()}
+        if not all(np.isfinite(bounds).all() for bounds in ranges.values()):
+            return form, cost
+        static = quantize_products(smoothed, kept_fp32=candidate.kept_fp32, ranges=ranges)
+        dynamic_ms, static_ms = _time_both(dynamic, static, self._texts[0])
+        form = replace(form, dynamic_ms=dynamic_ms, static_ms=static_ms)
+        if static_ms > SLOWER * dynamic_ms:
+            return form, cost
+        save_graph(static, self._path)
+        static_cost = judge(self._path)
+        if static_cost.passed:
+            return replace(form, activations="static"), static_cost
+        save_graph(dynamic, self._path)
+        return form, cost
+
+
+def _words(candidate: Candidate, n_products: int) -> str:
+    smoothing = "not smoothed" if candidate.alpha is None else f"smoothed with α {candidate.alpha}"
+    if candidate.wide:
+        smoothing += " throughout"
+    n_kept = len(candidate.kept_fp32)
+    return f"{smoothing}, {f'{n_kept} of {n_products} dense products in fp32' if n_kept else 'every dense product'}"
+
+
+def _logits(model: onnx.ModelProto, tasks: Sequence[CalibrationBatches]) -> list[np.ndarray]:
+    """The logits of a graph in memory for each task's texts; float64, shape = (n_texts, n_labels)"""
+    session = session_in_memory(model)
+    found = []
+    for task in tasks:
+        logits = np.concatenate([run_for_task(session, batch, task.number) for batch in task.batches])
+        found.append(logits[:, : len(task.task.labels)].astype(np.float64))
+    return found
+
+
+def _time_both(one: onnx.ModelProto, other: onnx.ModelProto, texts: CalibrationBatches) -> tuple[float, float]:
+    """Medians of one text's time in ms, in turn."""
+    sessions = [session_in_memory(model) for model in (one, other)]
+    longest = texts.batches[-1]
+    batch = {name: np.ascontiguousarray(array[:1]) for name, array in longest.items()}
+    runs_ms: list[list[float]] = [[], []]
+    for _ in range(TIMED_RUNS + 1):
+        for session, times in zip(sessions, runs_ms, strict=True):
+            run_for_task(session, batch, texts.number)  # its threads spin again
+            start = time.perf_counter()
+            run_for_task(session, batch, texts.number)
+            times.append(1000 * (time.perf_counter() - start))
+    dynamic_ms, static_ms = (float(np.median(times[1:])) for times in runs_ms)
+    return dynamic_ms, static_ms

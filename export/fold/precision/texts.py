@@ -1,0 +1,120 @@
+"""Calibration texts: the training's, a given file's, or 300 pairs of everyday English. Their labels are never read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from train.adapter.record import Adapter
+from train.common.errors import DataError
+from train.common.folder_record import sha256_of_file
+from train.common.limits import MAX_MODEL_BYTES
+from train.data.check_rows import check_columns, read_sentences
+from train.data.read_rows import check_source, read_chunks
+from train.data.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Texts = tuple[tuple[str, ...], ...]
+
+EVERYDAY = Path(__file__).with_name("everyday_pairs.txt")
+"""In each line a sentence, a paraphrase of it, and another sentence on the same topic."""
+MOST_TEXTS = 512
+"""Of a longer file, texts from all of its parts are taken; the first 100,000 rows are read."""
+MOST_ROWS = 100_000
+FEWEST_TEXTS = 32
+"""With fewer, the interval of the share of equal labels is too wide to say anything: 32 of 32 may be 89 %."""
+MOST_TOKENS_A_WORD = 2.0
+"""English has 1.2 to 1.5 tokens a word in the tokenizer of an English or a multilingual model."""
+MOST_UNKNOWN = 0.05
+"""Share of the tokens that may be unknown."""
+
+
+@dataclass(frozen=True)
+class CalibrationTexts:
+    """Texts of one task, on which activations are measured and a precision is compared with fp32."""
+
+    name: str
+    """Where they come from, for people."""
+    rows: Texts
+    trouble: str = ""
+    """Why the answers to them say little of this model, in words; else empty."""
+
+
+def read_texts(adapter: Adapter, given: Path | None, tokenizer: "PreTrainedTokenizerFast") -> CalibrationTexts:
+    """The texts of a given file, or of the training's file where it lies unchanged, or everyday English.
+
+    Raises:
+        DataError: the given file cannot be read, lacks a column, or has too few texts.
+    """
+    if given is not None:
+        rows = _read_file(given, adapter.task)
+        if len(rows) < FEWEST_TEXTS:
+            raise DataError(
+                f"--calibration-file {given} has {len(rows)} texts, too few to say what int8 costs: give at least "
+                f"{FEWEST_TEXTS}, better some hundreds."
+            )
+        return CalibrationTexts(given.name, rows)
+    trained = unchanged_file(adapter.train_file, adapter.train_sha256)
+    if trained is not None:
+        rows = _read_file(trained, adapter.task)
+        if len(rows) >= FEWEST_TEXTS:
+            return CalibrationTexts(trained.name, rows)
+    rows = everyday_texts(is_pair=adapter.task.is_pair)
+    return CalibrationTexts("everyday English", rows, _trouble_with_english(rows, tokenizer))
+
+
+def unchanged_file(file: Path | None, sha256: str) -> Path | None:
+    """A file that a training read, if it is on this machine and still the same."""
+    try:
+        # Its rows are held in memory.
+        if file is None or not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
+            return None
+        return file if sha256_of_file(file) == sha256 else None
+    except OSError:  # no right to read the folder, for example
+        return None
+
+
+def everyday_texts(*, is_pair: bool) -> Texts:
+    """The pairs that come with the program, or their sentences alone."""
+    lines = [line.split("\t") for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
+    if is_pair:
+        return tuple((line[0], other) for line in lines for other in line[1:])
+    return tuple((sentence,) for line in lines for sentence in line)
+
+
+def _read_file(file: Path, task: Task) -> Texts:
+    check_source(file, f"--calibration-file {file}")
+    rows: list[tuple[str, ...]] = []
+    for chunk in read_chunks(file, 8192):
+        if not chunk.start:
+            check_columns(
+                chunk.file, chunk.columns, task.text_columns, f"Task {task.name} reads {', '.join(task.text_columns)}."
+            )
+        rows += read_sentences(chunk, task)
+        if len(rows) >= MOST_ROWS:
+            break
+    return spread(rows, MOST_TEXTS)
+
+
+def spread(rows: Sequence[tuple[str, ...]], most: int) -> Texts:
+    """At most so many of the rows, from all parts."""
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), most), dtype=int)
+    return tuple(rows[index] for index in picked)
+
+
+def _trouble_with_english(rows: Texts, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Why everyday English is no measure for a tokenizer, which was made for another language then."""
+    sentences = list(chain.from_iterable(rows))
+    ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
+    n_tokens, n_words = sum(map(len, ids)), sum(len(sentence.split()) for sentence in sentences)
+    n_unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
+    if n_unknown > MOST_UNKNOWN * n_tokens:
+        return f"the tokenizer does not know {100 * n_unknown / n_tokens:.0f} % of the words in everyday English"
+    if n_tokens > MOST_TOKENS_A_WORD * n_words:
+        return f"the tokenizer splits everyday English into {n_tokens / n_words:.1f} tokens a word, so it is for another language"
+    return ""
