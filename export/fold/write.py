@@ -60,14 +60,19 @@ def _task_record(task: ExportTask, report: "ParityReport") -> dict[str, object]:
 
 
 def _graph_record(made: "MadeGraph", old: Mapping[str, Any]) -> dict[str, Any]:
-    new = {
+    record: dict[str, Any] = {
         "precision": made.precision,
         "file": GRAPH_FILES[made.precision],
-        "gates": [*old.get("gates", []), *map(asdict, made.cost.gates)],
+        "gates": [],
+        "int8": old.get("int8"),
     }
-    if made.cost.fidelity:
-        new["fidelity"] = [*old.get("fidelity", []), *map(asdict, made.cost.fidelity)]
-    return {**old, **new} | ({"int8": asdict(made.int8)} if made.int8 else {})
+    if made.int8:
+        record["int8"] = asdict(made.int8)
+    for name, costs in (("gates", made.cost.gates), ("fidelity", made.cost.fidelity)):
+        # One for each task, or none.
+        if costs and (not old or old.get(name)):
+            record[name] = [*old.get(name, []), *map(asdict, costs)]
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _versions() -> dict[str, str]:

@@ -13,12 +13,13 @@ import pytest
 
 from demo.__main__ import main
 from demo.engines.adapters import Choice, choose_adapters
+from demo.measure.all_engines import measure_all
 from demo.page.app import model_facts, quality_words
 from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import VIRTUAL_TOKENS, Folders, Precisions
-from tests.demo.engines import PAIR, both_engines, make_shipped
+from tests.demo.engines import PAIR, both_engines, make_shipped, stage_of
 from train.adapter.folder import load_adapter
 from train.data.tasks import Scores
 
@@ -112,3 +113,17 @@ def test_an_ungated_graph_is_never_taken_unasked_and_never_praised(adapter: Fold
         assert OnnxClassifier(loaded, precision=asked, use_cuda=False).execution.precision == taken
     with both_engines(missing, out, onnx="int8", has_pytorch=False) as pair:
         assert "what it costs in quality was not measured" in readable(model_facts(pair.opened))
+
+
+def test_the_page_starts_with_the_fastest_graph_that_passed_and_times_every_engine(
+    adapter: Folders, bundle_in: Precisions
+) -> None:
+    with stage_of(adapter("bert"), bundles=(bundle_in("bert", "int8"),), has_pytorch=False) as stage:
+        assert stage.default().onnx == "int8"
+        *_, last = measure_all(stage, stage.default().adapter, *PAIR)
+    assert [one.name for one in last] == ["ONNX Runtime, fp32", "ONNX Runtime, int8"]
+    assert all(one.median_ms > 0 for one in last)
+    bundle = load_bundle(bundle_in("bert", "int8"))
+    predicted = [OnnxClassifier(bundle, precision=precision, use_cuda=False) for precision in ("fp32", "int8")]
+    labels = [classifier.logits(classifier.tokenize([PAIR]).arrays).argmax() for classifier in predicted]
+    assert last[1].agrees == (labels[0] == labels[1])

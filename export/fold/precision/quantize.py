@@ -52,8 +52,10 @@ def quantize(folder: Path, sources: Sources, config: ExportConfig) -> tuple[list
     if not precisions:
         return kept, refused
     rows, texts = label_batches(folder, sources), batch_texts(folder, sources)
+    if sources.old and not any(graph.gates for graph in sources.old.graphs):
+        rows = []  # a new task is judged as those before it were
     judge, trouble = _find_judge(folder, sources, rows, texts)
-    if trouble and not config.ungated:
+    if trouble and (sources.old or not config.ungated):
         if sources.old or config.precision != AUTO:
             raise PrecisionError(f"What {precisions[0]} costs is unknown: {trouble}. {_REMEDY}")
         say(f"      left out, as nothing can say what they cost: {trouble}. {_REMEDY}")
