@@ -12,8 +12,8 @@ from train.adapter.record import Adapter
 from train.common.errors import DataError
 from train.common.folder_record import sha256_of_file
 from train.common.limits import MAX_MODEL_BYTES
-from train.data.check_rows import check_columns, read_sentences
-from train.data.read_rows import check_source, read_chunks
+from train.data.check_rows import BadRows, check_columns, check_rows
+from train.data.read_rows import find_source, read_chunks
 from train.data.tasks import Task
 
 if TYPE_CHECKING:
@@ -88,16 +88,19 @@ def everyday_texts(*, is_pair: bool) -> Texts:
 
 
 def _read_file(file: Path, task: Task) -> Texts:
-    check_source(file, f"--calibration-file {file}")
     rows: list[tuple[str, ...]] = []
-    for chunk in read_chunks(file, 8192):
+    bad = BadRows()
+    for chunk in read_chunks(find_source(file, flag="--calibration-file"), 8192):
         if not chunk.start:
             check_columns(
                 chunk.file, chunk.columns, task.text_columns, f"Task {task.name} reads {', '.join(task.text_columns)}."
             )
-        rows += read_sentences(chunk, task)
+        checked = check_rows(chunk, task, with_labels=False)
+        bad.add(chunk, checked)
+        rows += checked.sentences
         if len(rows) >= MOST_ROWS:
             break
+    bad.refuse()
     return spread(rows, MOST_TEXTS)
 
 
