@@ -11,7 +11,7 @@ from export.bundle.folder import FILES, Bundle
 from export.runtime.session import EXPORT_AGAIN
 from train.common.errors import BundleError, first_line, is_of_tokenizers
 from train.common.limits import MAX_TEXT_BYTES, check_file
-from train.data.long_texts import TextCutter, is_long
+from train.data.long_texts import TextShortener
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class TextTokenizer:
         pad_token = self._tokenizer.id_to_token(pad_token_id)
         if pad_token is None:
             raise BundleError(f"{path} has no token {pad_token_id} to pad with. {EXPORT_AGAIN}")
-        self._max_length = max_length
-        self._cutter: TextCutter | None = None
+        self._shorten = TextShortener(self._tokenizer, max_length)
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._tokenizer.enable_padding(pad_id=pad_token_id, pad_token=pad_token)
         self._inputs = tuple(inputs)
@@ -59,8 +58,8 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[tuple[str, ...]]) -> EncodedTexts:
         """Tokenize texts of one or two sentences, at least one text, into a batch that is padded to its longest."""
         with self._library_failures():
-            texts = [self._cut(text) if is_long(text, self._max_length) else text for text in texts]
-            encodings = self._tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+            short = [self._shorten(text) for text in texts]
+            encodings = self._tokenizer.encode_batch([text if len(text) == 2 else text[0] for text, _ in short])
         fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         arrays = {
             name: np.array([getattr(encoding, field) for encoding in encodings], dtype=np.int64)
@@ -69,7 +68,8 @@ class TextTokenizer:
         }
         if not self._token_types and "token_type_ids" in arrays:
             arrays["token_type_ids"][:] = 0
-        return EncodedTexts(arrays, tuple(bool(encoding.overflowing) for encoding in encodings))
+        cut = (bool(encoding.overflowing) or lost for encoding, (_, lost) in zip(encodings, short, strict=True))
+        return EncodedTexts(arrays, tuple(cut))
 
     def characters_read(self, text: tuple[str, ...]) -> tuple[int, ...]:
         """How many characters of each sentence the model reads, when the text is cut to the limit."""
@@ -81,14 +81,6 @@ class TextTokenizer:
             if sequence is not None:
                 ends[sequence] = max(ends[sequence], end)
         return tuple(ends)
-
-    def _cut(self, text: tuple[str, ...]) -> tuple[str, ...]:
-        """A text without an end that the limit cuts off in any case."""
-        if self._cutter is None:
-            from tokenizers import Tokenizer
-
-            self._cutter = TextCutter(Tokenizer.from_file(str(self._path)), self._max_length)
-        return self._cutter.cut(text)
 
     @contextmanager
     def _library_failures(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from train.data.long_texts import TextCutter, is_long
+from train.data.long_texts import TextShortener
 from train.data.tasks import Task
 
 if TYPE_CHECKING:
@@ -36,26 +36,18 @@ def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast",
 
     With ``swap`` the pairs are tokenized in the other order as well.
     """
-    columns = _cut([list(dataset[column]) for column in task.text_columns], tokenizer)
+    shorten = TextShortener(tokenizer.backend_tokenizer, tokenizer.model_max_length)
+    texts, lost = zip(*map(shorten, sentences_of(dataset, task)), strict=True)
+    columns = [list(column) for column in zip(*texts, strict=True)]
     labels = list(dataset[task.label_column])
     whole_lengths = [len(ids) for ids in tokenizer(*columns, verbose=False)["input_ids"]]
     return Encoded(
         rows=_rows(tokenizer, columns, labels),
         swapped=_rows(tokenizer, columns[::-1], labels) if swap else [],
-        texts_cut=sum(length > tokenizer.model_max_length for length in whole_lengths),
+        texts_cut=sum(
+            length > tokenizer.model_max_length or is_lost for length, is_lost in zip(whole_lengths, lost, strict=True)
+        ),
     )
-
-
-def _cut(columns: list[list[str]], tokenizer: "PreTrainedTokenizerFast") -> list[list[str]]:
-    """The texts without ends that the limit cuts off in any case."""
-    texts, limit = list(zip(*columns, strict=True)), tokenizer.model_max_length
-    if not any(is_long(text, limit) for text in texts):
-        return columns
-    from tokenizers import Tokenizer
-
-    cutter = TextCutter(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), limit)
-    texts = [cutter.cut(text) if is_long(text, limit) else text for text in texts]
-    return [list(column) for column in zip(*texts, strict=True)]
 
 
 def _rows(tokenizer: "PreTrainedTokenizerFast", columns: list[list[str]], labels: list[int]) -> list[dict[str, Any]]:
