@@ -1,9 +1,7 @@
 """A visitor's file through both engines: labelled, held against its labels, written again."""
 
-import re
 import threading
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,8 +28,6 @@ SLICE_SECONDS = 0.5
 GIVE_WAY_SECONDS = 0.02
 """Pause between two slices: a lock that is taken again at once never gets to those who wait for it."""
 MAX_PREVIEW_ROWS = 50
-MAX_STEM_BYTES = 150
-"""A name may have 255 bytes, and a letter up to four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,15 +221,9 @@ def write_labelled(scored: Scored, folder: Path) -> Path:
             added |= {f"{PROBABILITY}_{label}_{side}": values for label, values in columns}
     if scored.pytorch is not None and not scored.is_regression:
         added[AGREE] = (~scored.differs).tolist()
-    path = folder / f"{safe_stem(upload.name)}-labelled{upload.suffix}"
+    stem = Path(upload.name).stem
+    stem = Path(stem).stem if upload.name.lower().endswith(PACKED) else stem
+    path = folder / f"{stem}-labelled{upload.suffix}"
     content = encode_rows(upload.rows, added, upload.schema, upload.suffix, style=upload.style, no_formulas=True)
     path.write_bytes(content)
     return path
-
-
-def safe_stem(name: str) -> str:
-    """A file's name without its endings, of letters, digits, blanks and ``-_.`` alone: a link to it is never cut off."""
-    stem = Path(name).stem
-    stem = Path(stem).stem if name.lower().endswith(PACKED) else stem
-    plain = re.sub(r"[^\w. -]+", "_", unicodedata.normalize("NFC", stem)).strip("._ ") or "file"
-    return plain.encode()[:MAX_STEM_BYTES].decode(errors="ignore")

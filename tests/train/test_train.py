@@ -119,7 +119,7 @@ def test_what_is_no_adapter_is_refused_with_the_reason(adapter: Folders, tmp_pat
         "format version 1; this promptfold reads 3": {"format_version": 1},
         r"training\.json, task: Input should be": {"task": None},
         "lacks 'text_columns'": {"task": {}},
-        "method: Input should be 'p-tuning' or 'p-tuning-v2'": {"method": "lora"},
+        "method: Value error, methods are p-tuning; p-tuning-v2;": {"method": "lora"},
         "has no SHA-256 of": {"sha256": {"../x": "0"}},
     }
     for words, change in changes.items():

@@ -1,13 +1,14 @@
 """What a command prints, and what it keeps libraries from printing."""
 
 import csv
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 def names(text: str) -> tuple[str, ...]:
     """Comma-separated words; one in quotes may hold commas: ``"a, b",c``."""
-    cells = next(csv.reader([text.replace("\n", " ")], skipinitialspace=True), [])
+    cells = next(csv.reader([re.sub("[\r\n\0]", " ", text)], skipinitialspace=True), [])
     return tuple(cell.strip() for cell in cells if cell.strip())
 
 
