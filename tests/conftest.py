@@ -294,12 +294,12 @@ def second(made_once: MadeOnce, base_model: Folders, data: Data) -> Second:
 
 @pytest.fixture(scope="session")
 def bundle(made_once: MadeOnce, adapter: Folders) -> Folders:
-    """A function from a kind to a bundle folder that ``python -m export`` wrote from its adapter."""
+    """A function from a kind to a bundle folder that ``python -m export`` wrote from its adapter, in fp32 alone."""
     from export.__main__ import main
 
     def get(kind: str) -> Path:
         def make(folder: Path) -> None:
-            assert main([str(adapter(kind)), "--out", str(folder)]) == 0
+            assert main([str(adapter(kind)), "--out", str(folder), "--precision", "fp32"]) == 0
 
         return made_once(f"bundles/{kind}", make)
 
