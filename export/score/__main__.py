@@ -59,7 +59,7 @@ class ScoreCommand(ScoreOptions):
 def _run(command: ScoreCommand) -> None:
     labelled = _label(command)
     say(
-        f"{command.out}: {labelled.rows} rows, {labelled.rows - labelled.rows_resumed} of them labelled in "
+        f"{command.out}: {labelled.rows} rows, {labelled.rows - labelled.rows_resumed - labelled.rows_skipped} of them labelled in "
         f"{labelled.seconds:.1f} s ({labelled.rows_per_second:.0f} rows/s)"
     )
     if labelled.rows_skipped:
