@@ -10,6 +10,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,14 +46,14 @@ def python_block(word: str) -> str:
     return block
 
 
-def run_block(code: str, places: dict[str, str]) -> str:
-    """Run Python of a README with other addresses; the last line that it prints."""
+def run_block(code: str, places: dict[str, str], names: dict[str, Any] | None = None) -> str:
+    """Run Python of a README with other addresses; the last line that it prints. ``names`` gets what it defines."""
     for written, real in places.items():
         assert written in code
         code = code.replace(written, real)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code, {})  # noqa: S102 -- the README's own lines are what is tested
+        exec(code, {} if names is None else names)  # noqa: S102 -- the README's own lines are what is tested
     return printed.getvalue().strip().splitlines()[-1]
 
 

@@ -169,7 +169,7 @@ def _training_record(run: _Run, progress: Progress, seed: int, scores: Scores) -
     n_validation = len(run.validation.rows)
     files = {"train": config.train_file, "validation": config.validation_file}
     return {
-        "model": {"name": base.name, "hub_name": base.hub_name, "sha256": base.sha256},
+        "model": base.as_json(),
         "task": run.splits.task.as_json(),
         "method": config.method,
         "virtual_tokens": config.virtual_tokens,

@@ -183,7 +183,7 @@ def _record(
 ) -> dict[str, Any]:
     """The content of training.json; what nobody can know of an adapter made elsewhere is left out."""
     return {
-        "model": {"name": base.name, "hub_name": base.hub_name, "sha256": base.sha256},
+        "model": base.as_json(),
         "task": task.as_json(),
         "method": content.method,
         "virtual_tokens": content.virtual_tokens,

@@ -80,6 +80,10 @@ class BaseModel:
         }
         return arguments if self.gguf_file is None else arguments | {"gguf_file": self.gguf_file}
 
+    def as_json(self) -> dict[str, Any]:
+        """As training.json has it."""
+        return {"name": self.name, "hub_name": self.hub_name, "sha256": self.sha256, "is_decoder": self.is_decoder}
+
 
 def find_base_model(name: str) -> BaseModel:
     """Find "minilm", "smollm2", a folder with config.json and safetensors weights, or a GGUF file.

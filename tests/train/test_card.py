@@ -1,0 +1,106 @@
+"""The code that a model card prints for transformers and PEFT alone, run as it stands there."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import SHIPPED, Data, Folders, MadeOnce, Second
+from tests.task_kinds import TASK_KINDS, kind_adapter
+from tests.test_readme import ROOT, run_block
+from tests.train.peft_sources import make_source
+from tests.train.test_gguf import write_gguf
+from train.adapter.card import model_card
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_prompted_classifier
+from train.common.console import quiet_transformers
+from train.common.folder_record import content_of
+from train.import_peft import main as import_main
+from train.model.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = (
+    # GPT-2's padding token is the one that ends texts.
+    ("word3 word4 </s>", "word5 </s>"),
+    # Over every limit.
+    (" ".join(f"word{i % 90}" for i in range(60)), " ".join(f"word{i % 7}" for i in range(30))),
+)
+
+
+def check_card(folder: Path) -> str:
+    """Its code gives the logits that the adapter has here in a padded batch; the code."""
+    adapter = load_adapter(folder)
+    base = find_adapter_base(adapter)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    places = {"path/to/this/folder": str(folder)}
+    if base.gguf_file is None:
+        places[f'"{base.hub_name}"'] = f'"{base.folder}"'
+    with quiet_transformers():
+        printed = ast.literal_eval(run_block(code, places, names))
+    assert len(printed) == len(adapter.labels)
+    texts = [sentences[: len(adapter.task.text_columns)] for sentences in TEXTS]
+    found = torch.tensor([names["logits"](*sentences) for sentences in texts])
+    tokenizer = load_tokenizer(folder, adapter.max_length)
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    batch = tokenizer(*columns, truncation="longest_first", padding=True, return_tensors="pt")
+    assert not batch["attention_mask"].all(), "or the batch has no padding"
+    with torch.inference_mode():
+        logits = load_prompted_classifier(adapter, base)(**batch)["logits"]
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    return str(code)
+
+
+def imported(source: Path, base: Path, out: Path) -> Path:
+    assert import_main([str(source), "--out", str(out), "--base-model", str(base), "--pair"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta-v2", "gpt2"])
+def test_the_code_of_a_card_gives_the_adapters_logits(kind: str, adapter: Folders) -> None:
+    code = check_card(adapter(kind))
+    assert ("register_forward_hook" in code) == (kind == "roberta-v2")
+    assert ("pad_token_id = None" in code) == (kind == "gpt2")
+
+
+def test_the_code_of_a_card_knows_the_number_of_labels(second: Second) -> None:
+    assert "num_labels=3" in check_card(second("bert", three=True))
+
+
+@pytest.mark.parametrize("task_kind", TASK_KINDS)
+def test_the_code_of_a_card_knows_the_kind_of_task(task_kind: str, made_once: MadeOnce, base_model: Folders) -> None:
+    assert f'problem_type="{task_kind}' in check_card(kind_adapter(made_once, base_model, "bert", task_kind))
+
+
+@pytest.mark.parametrize(("kind", "family", "n_labels"), [("lora", "gpt2", 1), ("prefix", "roberta", 3)])
+def test_the_code_of_an_imported_adapters_card(
+    kind: str, family: str, n_labels: int, base_model: Folders, tmp_path: Path
+) -> None:
+    base = base_model(family)
+    source = make_source(tmp_path / "source", base, kind, n_labels=n_labels)
+    code = check_card(imported(source, base, tmp_path / "out"))
+    assert ('problem_type="regression"' in code) == (n_labels == 1)
+    assert ("Its only logit is the number." in (tmp_path / "out" / "README.md").read_text()) == (n_labels == 1)
+
+
+def test_the_code_of_a_card_reads_a_gguf_file(base_model: Folders, data: Data, tmp_path: Path) -> None:
+    from train.__main__ import main
+
+    write_gguf(tmp_path / "tiny.gguf", base_model("llama"))
+    words = ["--model", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out"), "--epochs", "1", *data.flags]
+    assert main([*words, "--virtual-tokens", "5"]) == 0
+    assert 'gguf_file="tiny.gguf"' in check_card(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_card_of_an_adapter_that_ships_is_todays_and_its_code_runs(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / "demo" / "adapters" / name, tmp_path / name)
+    training = json.loads((folder / "training.json").read_text())
+    assert (folder / "README.md").read_text() == model_card(content_of(training))
+    check_card(folder)
