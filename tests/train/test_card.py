@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import SHIPPED, Data, Folders, MadeOnce, Second
+from tests.conftest import SHIPPED, Data, Folders, MadeOnce, Second, train_kind
 from tests.task_kinds import TASK_KINDS, kind_adapter
 from tests.test_readme import ROOT, run_block
 from tests.train.peft_sources import make_source
@@ -33,11 +33,24 @@ TEXTS = (
 )
 
 
+def card_code(folder: Path) -> str:
+    """The Python of an adapter's card."""
+    text = (folder / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return str(code)
+
+
 def check_card(folder: Path) -> str:
-    """Its code gives the logits that the adapter has here in a padded batch; the code."""
+    """Check the code of an adapter's card, and return it."""
+    code = card_code(folder)
+    check_code(code, folder)
+    return code
+
+
+def check_code(code: str, folder: Path) -> None:
+    """It gives the logits that the adapter has here in a padded batch."""
     adapter = load_adapter(folder)
     base = find_adapter_base(adapter)
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
     places = {"path/to/this/folder": str(folder)}
     if base.gguf_file is None:
@@ -54,7 +67,6 @@ def check_card(folder: Path) -> str:
     with torch.inference_mode():
         logits = load_prompted_classifier(adapter, base)(**batch)["logits"]
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
-    return str(code)
 
 
 def imported(source: Path, base: Path, out: Path) -> Path:
@@ -67,6 +79,20 @@ def test_the_code_of_a_card_gives_the_adapters_logits(kind: str, adapter: Folder
     code = check_card(adapter(kind))
     assert ("register_forward_hook" in code) == (kind == "roberta-v2")
     assert ("pad_token_id = None" in code) == (kind == "gpt2")
+
+
+def test_the_code_of_a_card_reads_a_padding_token_that_ends_a_text(
+    base_model: Folders, data: Data, tmp_path: Path
+) -> None:
+    base = shutil.copytree(base_model("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    train_kind("llama-v2", base, tmp_path / "out", "--epochs 1", data.flags)
+    check_card(tmp_path / "out")
+    # What the code guards against: transformers passes over it.
+    code = card_code(tmp_path / "out").replace("model.config.pad_token_id = None", "")
+    with pytest.raises(AssertionError, match="not close"):
+        check_code(code, tmp_path / "out")
 
 
 def test_the_code_of_a_card_knows_the_number_of_labels(second: Second) -> None:
@@ -90,11 +116,8 @@ def test_the_code_of_an_imported_adapters_card(
 
 
 def test_the_code_of_a_card_reads_a_gguf_file(base_model: Folders, data: Data, tmp_path: Path) -> None:
-    from train.__main__ import main
-
     write_gguf(tmp_path / "tiny.gguf", base_model("llama"))
-    words = ["--model", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out"), "--epochs", "1", *data.flags]
-    assert main([*words, "--virtual-tokens", "5"]) == 0
+    train_kind("llama", tmp_path / "tiny.gguf", tmp_path / "out", "--epochs 1", data.flags)
     assert 'gguf_file="tiny.gguf"' in check_card(tmp_path / "out")
 
 
