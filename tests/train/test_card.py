@@ -69,8 +69,8 @@ def check_code(code: str, folder: Path) -> None:
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
-def imported(source: Path, base: Path, out: Path) -> Path:
-    assert import_main([str(source), "--out", str(out), "--base-model", str(base), "--pair"]) == 0
+def imported(source: Path, base: Path, out: Path, sentences: str) -> Path:
+    assert import_main([str(source), "--out", str(out), "--base-model", str(base), sentences]) == 0
     return out
 
 
@@ -110,7 +110,7 @@ def test_the_code_of_an_imported_adapters_card(
 ) -> None:
     base = base_model(family)
     source = make_source(tmp_path / "source", base, kind, n_labels=n_labels)
-    code = check_card(imported(source, base, tmp_path / "out"))
+    code = check_card(imported(source, base, tmp_path / "out", "--pair"))
     assert ('problem_type="regression"' in code) == (n_labels == 1)
     assert ("Its only logit is the number." in (tmp_path / "out" / "README.md").read_text()) == (n_labels == 1)
 
