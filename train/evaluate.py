@@ -13,10 +13,11 @@ from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_prompted_classifier
 from train.common.command_line import Command, Words, check_counts
 from train.common.console import say
+from train.common.errors import AdapterError
 from train.data.files.options import ReadOptions
 from train.data.load import load_split
 from train.data.token_ids import encode
-from train.model.tokenizer import load_tokenizer
+from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def _run(config: EvaluateConfig) -> None:
     rows = load_split(task, "", config.file, ReadOptions.parse(config.delimiter, config.encoding, config.quote))
     base = find_adapter_base(adapter)
     tokenizer = load_tokenizer(adapter.folder, adapter.max_length)
+    fit_vocabulary(tokenizer, base, adapter.folder, AdapterError, "Train the adapter again.")
     encoded = encode(rows, task, tokenizer)
     classifier = load_prompted_classifier(adapter, base)
     scores = evaluate(classifier, task, tokenizer, encoded.rows, batch_size=config.batch_size)

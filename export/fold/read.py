@@ -17,7 +17,7 @@ from train.data.load import load_split
 from train.data.tasks import Task
 from train.foreign.direct import import_if_foreign
 from train.model.find import BaseModel, text_limit
-from train.model.tokenizer import load_tokenizer
+from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,6 +93,7 @@ def read_sources(config: ExportConfig) -> Sources:
         ]
     say(f"[1/5] reading the base model {first.model}")
     base = find_adapter_base(first)
+    fit_vocabulary(tokenizer, base, (old or first).folder, AdapterError, "Train the adapter again.")
     if first.max_length > text_limit(base, first.virtual_tokens):
         raise AdapterError(
             f"{first.folder} allows texts of {first.max_length} tokens, more than {base.name} has positions for. "

@@ -28,7 +28,14 @@ class TextTokenizer:
     """tokenizer.json for single texts and pairs: cut to a limit (longest sentence first), padded on the right."""
 
     def __init__(
-        self, path: Path, *, max_length: int, pad_token_id: int, inputs: Sequence[str], token_types: bool = True
+        self,
+        path: Path,
+        *,
+        max_length: int,
+        pad_token_id: int,
+        inputs: Sequence[str],
+        token_types: bool = True,
+        vocabulary_size: int | None = None,
     ) -> None:
         """Load a tokenizer.
 
@@ -36,9 +43,10 @@ class TextTokenizer:
             max_length: longest text in tokens, special tokens included.
             inputs: names of the graph's inputs; those that a tokenizer does not make are left out.
             token_types: whether the second sentence has another token type than the first.
+            vocabulary_size: how many tokens the graph has embeddings for, if it is known.
 
         Raises:
-            BundleError: it is no tokenizer, or has no such padding token.
+            BundleError: it is no tokenizer, has no such padding token, or has tokens that the graph does not know.
         """
         from tokenizers import Tokenizer
 
@@ -49,6 +57,8 @@ class TextTokenizer:
         pad_token = self._tokenizer.id_to_token(pad_token_id)
         if pad_token is None:
             raise BundleError(f"{path} has no token {pad_token_id} to pad with. {EXPORT_AGAIN}")
+        if vocabulary_size is not None:
+            self._check_vocabulary(vocabulary_size)
         self._shorten = TextShortener(self._tokenizer, max_length)
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._tokenizer.enable_padding(pad_id=pad_token_id, pad_token=pad_token)
@@ -82,6 +92,18 @@ class TextTokenizer:
                 ends[sequence] = max(ends[sequence], end)
         return tuple(ends)
 
+    def _check_vocabulary(self, size: int) -> None:
+        """Refuse tokens without an embedding, at which a later text would fail."""
+        last = max(self._tokenizer.get_added_tokens_decoder(), default=0)
+        if max(last, self._tokenizer.get_vocab_size() - 1) < size:
+            return
+        beyond = [token for token, number in self._tokenizer.get_vocab().items() if number >= size]
+        if beyond:
+            raise BundleError(
+                f"{self._path} has {len(beyond):,} tokens, such as {min(beyond)!r:.40}, beyond the {size:,} that the graph "
+                f"has embeddings for. {EXPORT_AGAIN}"
+            )
+
     @contextmanager
     def _library_failures(self) -> Iterator[None]:
         """Turn the library's errors over a malformed file into a `BundleError`."""
@@ -101,4 +123,5 @@ def bundle_tokenizer(bundle: Bundle) -> TextTokenizer:
         pad_token_id=bundle.pad_token_id,
         inputs=bundle.text_inputs,
         token_types=bundle.token_types,
+        vocabulary_size=bundle.vocabulary_size,
     )

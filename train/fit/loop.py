@@ -4,11 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.common.console import say
-from train.common.errors import UsageError
+from train.common.errors import DataError, UsageError
 from train.common.processes import from_main_process, is_main_process, process_count
 from train.config import TrainConfig
 from train.data.load import Splits, class_weights, load_splits
@@ -63,6 +64,8 @@ class Prepared:
     tokenizer: "PreTrainedTokenizerFast"
     train: Encoded
     validation: Encoded
+    text_ids: tuple[int, ...]
+    """Token ids of the first training rows, without special and unknown ones: the prompt starts from them."""
     class_weights: tuple[float, ...]
     """Of the loss; empty where all classes weigh the same."""
 
@@ -83,7 +86,23 @@ def prepare(config: TrainConfig) -> Prepared:
     validation = encode(splits.validation, splits.task, tokenizer)
     weights = class_weights(splits.task, splits.train) if config.class_weights != "none" else ()
     try_prompt(base, config, splits.task.labels, train.rows[0]["input_ids"])
-    return Prepared(config, splits, base, config.max_length or limit, tokenizer, train, validation, tuple(weights))
+    text_ids = _known_ids(base, splits.task, tokenizer, train)
+    return Prepared(
+        config, splits, base, config.max_length or limit, tokenizer, train, validation, text_ids, tuple(weights)
+    )
+
+
+def _known_ids(base: BaseModel, task: Task, tokenizer: "PreTrainedTokenizerFast", train: Encoded) -> tuple[int, ...]:
+    """The token ids of the first 100 rows that have any beside special and unknown ones."""
+    special = set(tokenizer.all_special_ids)
+    known = ([token for token in row["input_ids"] if token not in special] for row in train.rows)
+    text_ids = tuple(token for ids in islice(filter(None, known), 100) for token in ids)
+    if not text_ids:
+        raise DataError(
+            f"The tokenizer of {base.name} knows no token of the {len(train.rows)} training texts in "
+            f"{', '.join(task.text_columns)}. Check what these columns hold, or take a base model of their language."
+        )
+    return text_ids
 
 
 def fit(run: Prepared, *, seed: int, checkpoints: Path, log_folder: Path) -> "tuple[PeftModel, Progress]":
@@ -102,9 +121,7 @@ def fit(run: Prepared, *, seed: int, checkpoints: Path, log_folder: Path) -> "tu
             checkpoints.mkdir(parents=True, exist_ok=True)  # the Trainer would too, but outside of `saving`
     arguments = _arguments(config, seed, checkpoints, log_folder)
     set_seed(seed)
-    special = set(tokenizer.all_special_ids)
-    text_ids = [token for row in train.rows[:100] for token in row["input_ids"] if token not in special]
-    peft_model, classifier = _new_classifier(config, task, base, text_ids)
+    peft_model, classifier = _new_classifier(config, task, base, run.text_ids)
     if run.class_weights:
         classifier.class_weights = torch.tensor(run.class_weights)
     if is_main_process():

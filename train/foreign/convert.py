@@ -73,9 +73,8 @@ def import_adapter(config: ImportConfig) -> Imported:
     is_renamed = tensors.keys() != stored.keys()
     with reference_model(source, tensors, base, task.labels, is_renamed=is_renamed) as reference:
         max_length = text_limit(base, content.virtual_tokens)
-        size = reference.get_input_embeddings().num_embeddings
         accepted = accepted_inputs(reference)
-        tokenizer = source_tokenizer(source, base, max_length, vocabulary_size=size, accepted=accepted)
+        tokenizer = source_tokenizer(source, base, max_length, accepted=accepted)
         with new_folder(config.out) as folder:
             write_peft_files(folder, content.tensors, content.config)
             tokenizer.save_pretrained(folder)

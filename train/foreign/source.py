@@ -17,7 +17,8 @@ from train.untrusted.settings import read_plain_object
 PICKLE = "adapter_model.bin"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
 )
 _OPENED = (FILES.config, FILES.weights, PICKLE, *TOKENIZER_FILES)
 """Everything in the folder that is ever opened: not training_args.bin, optimizer.pt and other pickles of the Trainer."""

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from train.common.errors import AdapterError
 from train.foreign.source import TOKENIZER_FILES, Source
 from train.model.find import BaseModel
-from train.model.tokenizer import load_tokenizer
+from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def source_tokenizer(
-    source: Source, base: BaseModel, max_length: int, *, vocabulary_size: int, accepted: set[str]
+    source: Source, base: BaseModel, max_length: int, *, accepted: set[str]
 ) -> "PreTrainedTokenizerFast":
     """The tokenizer beside an adapter, else the base model's; what stands around a sentence stays as its author had it.
 
@@ -32,13 +32,7 @@ def source_tokenizer(
     else:
         tokenizer = load_tokenizer(base.folder, max_length, gguf_file=base.gguf_file)
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocabulary_size}
-    # A padding token that was added for the training is masked wherever it stands, so another one will do.
-    if tokenizer.pad_token is None or set(beyond) == {tokenizer.pad_token}:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    elif beyond:
-        raise AdapterError(
-            f"The tokenizer in {source.folder} has {len(beyond)} tokens, such as {min(beyond)!r:.40}, beyond the "
-            f"{vocabulary_size:,} words of {base.name}. Give the base model of this vocabulary with --base-model."
-        )
+    remedy = "Give the base model of this vocabulary with --base-model."
+    fit_vocabulary(tokenizer, base, source.folder if source.has_tokenizer else base.folder, AdapterError, remedy)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

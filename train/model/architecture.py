@@ -29,6 +29,8 @@ class Architecture:
     """Whether it is causal: then the row of the last real token is classified."""
     embedding_width: int
     """Width of the token embeddings, which may differ from that of the layers."""
+    vocabulary_size: int
+    """How many tokens have an embedding."""
     positions: int
     """How many tokens it can number."""
     takes_token_types: bool
@@ -87,9 +89,11 @@ def read_architecture(name: str, settings: "PretrainedConfig", max_numbers: int)
     n_types = getattr(settings, "type_vocab_size", None) or 0
     # GPT-2 takes words in place of types.
     has_types = n_types > 1 and not is_decoder and "token_type_ids" in signature(model.forward).parameters
+    vocabulary_size, embedding_width = model.get_input_embeddings().weight.shape
     return Architecture(
         is_decoder=is_decoder,
-        embedding_width=model.get_input_embeddings().weight.shape[1],
+        embedding_width=embedding_width,
+        vocabulary_size=vocabulary_size,
         positions=_positions(model),
         takes_token_types=has_types,
         takes_keys_values="past_key_values" in backbone,

@@ -10,7 +10,7 @@ from train.common.processes import is_main_process
 from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import Scores, Task, score
 from train.model.find import BaseModel
-from train.model.tokenizer import load_tokenizer
+from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,6 +141,7 @@ def _cosines(base: BaseModel, task: Task, dataset: "Dataset", *, batch_size: int
 
     # The tokenizer as it is, without the special tokens that `base_tokenizer` adds for a classifier.
     tokenizer = load_tokenizer(base.folder, base.positions, gguf_file=base.gguf_file)
+    fit_vocabulary(tokenizer, base, base.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with quiet_transformers():
         model = AutoModel.from_pretrained(**base.source).eval()

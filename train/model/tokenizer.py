@@ -1,15 +1,21 @@
 """The tokenizer of a base model or an adapter, set up for texts and pairs."""
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.console import quiet_transformers
-from train.common.errors import ModelError, first_line, is_of_tokenizers
+from train.common.errors import ModelError, PromptfoldError, first_line, is_of_tokenizers
 from train.model.find import MALFORMED, BaseModel
 from train.untrusted.base_model import refuse_tokenizer_detours
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt")
+"""Files from which transformers makes a fast tokenizer by itself."""
 
 
 def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = None) -> "PreTrainedTokenizerFast":
@@ -27,9 +33,10 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
             )
         tokenizer("a", "a")  # some broken files load and fail at their first text
     except BaseException as cause:
-        if not (is_of_tokenizers(cause) or isinstance(cause, MALFORMED)):
+        if not (is_of_tokenizers(cause) or isinstance(cause, (*MALFORMED, ImportError))):
             raise
-        raise ModelError(f"{folder} holds no tokenizer that can be loaded ({first_line(cause)}).") from cause
+        why = first_line(cause) if gguf_file else _lacking(folder) or first_line(cause)[:300]
+        raise ModelError(f"{folder} holds no tokenizer that can be loaded ({why}).") from cause
     if not tokenizer.is_fast:
         raise ModelError(f"The tokenizer in {folder} has no fast (tokenizer.json) form, which promptfold needs.")
     tokenizer.model_max_length = max_length
@@ -40,13 +47,78 @@ def load_tokenizer(folder: Path, max_length: int, *, gguf_file: str | None = Non
     return tokenizer
 
 
+def _lacking(folder: Path) -> str:
+    """What a folder without tokenizer.json lacks to be read, as far as its files tell; else empty.
+
+    transformers converts other files, with these packages; its own messages name neither the file nor the package.
+    """
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    if (folder / "tokenizer.json").is_file():
+        return ""
+    for path in sorted(folder.glob("*.model")):
+        with path.open("rb") as file:
+            is_sentencepiece = file.read(1) == b"\n"  # a protobuf message whose first field is a token; else base64
+        here = {"tiktoken": find_spec("tiktoken") is not None}
+        if is_sentencepiece:
+            here = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+        missing = " ".join(name for name, is_here in here.items() if not is_here)
+        if missing:
+            return f"converting its {path.name} needs a package that is not installed; run: pip install {missing}"
+    if not any((folder / name).is_file() for name in _VOCABULARIES) and not any(folder.glob("*.model")):
+        return f"it has none of tokenizer.json, {', '.join(_VOCABULARIES)} and *.model; copy them from where the model is from"
+    return ""
+
+
+def fit_vocabulary(
+    tokenizer: "PreTrainedTokenizerFast",
+    base: BaseModel,
+    owner: Path,
+    error: type[PromptfoldError] = ModelError,
+    remedy: str = "Take the two that belong together, or leave these tokens out of the tokenizer's files.",
+) -> None:
+    """Refuse a tokenizer, found in the folder ``owner``, with tokens for which the base model has no embedding.
+
+    A padding token that was added alone is left out, and another takes its place: padding is masked wherever it stands.
+    """
+    size, padding = base.vocabulary_size, tokenizer.pad_token
+    beyond = _tokens_from(tokenizer, size)
+    if padding is not None and beyond == [padding]:
+        named = tokenizer.special_tokens_map
+        # Where it is another token as well, such as the one that ends a text, it is in texts too.
+        if [name for name in named if padding in ([named[name]] if isinstance(named[name], str) else named[name])] == [
+            "pad_token"
+        ]:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+            plain = json.loads(tokenizer.backend_tokenizer.to_str())
+            plain["added_tokens"] = [token for token in plain["added_tokens"] if token["id"] < size]
+            tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(plain))
+            beyond = _tokens_from(tokenizer, size)
+    if beyond:
+        named = ", ".join(f"{token!r:.40}" for token in beyond[:3])
+        raise error(
+            f"The tokenizer in {owner} has {len(tokenizer):,} tokens and {base.name} has embeddings for {size:,}, so "
+            f"{len(beyond):,} tokens have none, such as {named}. {remedy}"
+        )
+
+
+def _tokens_from(tokenizer: "PreTrainedTokenizerFast", first: int) -> list[str]:
+    """The tokens with this number or a larger one, by number."""
+    numbers = tokenizer.get_vocab()
+    return sorted((token for token, number in numbers.items() if number >= first), key=lambda token: numbers[token])
+
+
 def base_tokenizer(base: BaseModel, max_length: int) -> "PreTrainedTokenizerFast":
     """A base model's tokenizer as an adapter keeps it.
 
     A decoder's own puts nothing between two sentences, and the row of its last word would be pooled. So each sentence
     ends with a newline (or the end-of-text token, where a newline is no single token), by a rule in tokenizer.json.
+
+    Raises:
+        ModelError: it cannot be loaded, or has tokens for which the model has no embedding.
     """
     tokenizer = load_tokenizer(base.folder, max_length, gguf_file=base.gguf_file)
+    fit_vocabulary(tokenizer, base, base.folder)
     if not base.is_decoder:
         if not base.takes_token_types:
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

@@ -1,0 +1,190 @@
+"""Base models as people bring them: other files than tokenizer.json and safetensors, and vocabularies that do not fit."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoModel, AutoTokenizer
+
+from export.__main__ import main as export_main
+from export.bundle.folder import BUNDLE, load_bundle
+from export.runtime.classifier import OnnxClassifier
+from tests.conftest import Data, Folders, write_jsonl
+from tests.test_untrusted import rehash
+from train.__main__ import main as train_main
+from train.adapter.record import ADAPTER
+from train.common.errors import BundleError, ModelError
+from train.common.folder_record import FolderKind
+from train.evaluate import main as evaluate_main
+from train.model.find import find_base_model
+from train.model.tokenizer import base_tokenizer
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def copied(base_model: Folders, tmp_path: Path) -> Folders:
+    """A function from a family to a copy of its base model."""
+    return lambda family: shutil.copytree(base_model(family), tmp_path / family)
+
+
+def add_tokens(folder: Path, *tokens: str, **special: str) -> None:
+    """Add tokens as people do, and forget to resize the model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(token) for token in tokens])
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+
+
+def without_tokenizer(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_tokens_without_an_embedding_are_refused_before_training(
+    family: str, copied: Folders, data: Data, tmp_path: Path, capsys: Capture
+) -> None:
+    base = copied(family)
+    n_tokens = len(AutoTokenizer.from_pretrained(base))
+    add_tokens(base, "<user>", "<city>")
+    assert train_main(["--model", str(base), "--out", str(tmp_path / "a"), *data.flags]) == 2
+    error = capsys.readouterr().err
+    sizes = f"has {n_tokens + 2:,} tokens and {base} has embeddings for {n_tokens:,}, so 2 tokens have none"
+    assert f"{sizes}, such as '<user>', '<city>'. Take the two that belong together" in error
+    assert not (tmp_path / "a").exists()
+    # A model with an embedding for each is what the tokenizer belongs to, and one with more is usual.
+    model = AutoModel.from_pretrained(base)
+    for n_rows in (n_tokens + 2, n_tokens + 60):
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
+        model.save_pretrained(base)
+        found = find_base_model(str(base))
+        assert found.vocabulary_size == n_rows
+        assert n_tokens in base_tokenizer(found, 40)("<user>")["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_padding_token_that_was_added_alone_gives_way_to_another(
+    family: str, copied: Folders, tmp_path: Path
+) -> None:
+    base = copied(family)
+    add_tokens(base, pad_token="<new pad>")
+    found = find_base_model(str(base))
+    tokenizer = base_tokenizer(found, 40)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert max(one.get_vocab().values()) < found.vocabulary_size
+        assert max(one("a text with <new pad> in it")["input_ids"]) < found.vocabulary_size
+        assert one.pad_token_id < found.vocabulary_size
+    # As the end of a text it is no padding.
+    add_tokens(base, eos_token="<new pad>")
+    with pytest.raises(ModelError, match="1 tokens have none, such as '<new pad>'"):
+        base_tokenizer(found, 40)
+
+
+def with_a_token_more(folder: Path, kind: FolderKind, other: Path) -> Path:
+    """A copy of an adapter or a bundle whose tokenizer was changed by somebody who knows how records are written."""
+    shutil.copytree(folder, other)
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_tokens(["<user>"])
+    tokenizer.save(str(other / "tokenizer.json"))
+    rehash(other, kind)
+    return other
+
+
+def test_an_adapter_and_a_bundle_with_more_tokens_are_refused_when_they_are_opened(
+    adapter: Folders, bundle: Folders, data: Data, tmp_path: Path, capsys: Capture
+) -> None:
+    changed = with_a_token_more(adapter("bert"), ADAPTER, tmp_path / "adapter")
+    for main, words in (
+        (evaluate_main, ["--adapter", str(changed), "--file", str(data.validation_file)]),
+        (export_main, [str(changed), "--out", str(tmp_path / "b"), "--precision", "fp32"]),
+    ):
+        assert main(words) == 2
+        assert "so 1 tokens have none, such as '<user>'. Train the adapter again." in capsys.readouterr().err
+    changed = with_a_token_more(bundle("bert"), BUNDLE, tmp_path / "bundle")
+    with pytest.raises(BundleError, match="has 1 tokens, such as '<user>', beyond the"):
+        OnnxClassifier(load_bundle(changed))
+
+
+def test_a_vocabulary_of_word_pieces_is_converted(copied: Folders) -> None:
+    base = without_tokenizer(copied("bert"))
+    (base / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "fox", "##es"]))
+    tokenizer = base_tokenizer(find_base_model(str(base)), 20)
+    assert tokenizer("Red foxes", "dog")["input_ids"] == [2, 5, 6, 7, 3, 1, 3]
+
+
+def test_a_sentencepiece_file_is_converted_or_the_package_that_lacks_is_named(copied: Folders) -> None:
+    base = without_tokenizer(copied("xlm-roberta"))
+    code = (
+        "from transformers.utils import sentencepiece_model_pb2_new as pb\n"
+        "model = pb.ModelProto()\n"
+        "kinds = {'<unk>': 2, '<s>': 3, '</s>': 3}\n"
+        "for i, piece in enumerate([*kinds, '▁', '▁red', '▁fox', 'es']):\n"
+        "    model.pieces.add(piece=piece, score=-float(i), type=kinds.get(piece, 1))\n"
+        "model.trainer_spec.model_type = 1\n"
+        "model.normalizer_spec.name = 'identity'\n"
+        f"open({str(base / 'sentencepiece.bpe.model')!r}, 'wb').write(model.SerializeToString())\n"
+    )
+    # Not in this process: sentencepiece brings the same description of the file, and protobuf takes it but once.
+    subprocess.run([sys.executable, "-c", code], check=True)
+    found = find_base_model(str(base))
+    if find_spec("sentencepiece") is None:
+        with pytest.raises(
+            ModelError, match=r"converting its sentencepiece\.bpe\.model needs .*pip install sentencepiece"
+        ):
+            base_tokenizer(found, 20)
+    else:
+        tokens = base_tokenizer(found, 20).convert_ids_to_tokens(base_tokenizer(found, 20)("red foxes")["input_ids"])
+        assert tokens == ["<s>", "▁red", "▁fox", "es", "</s>"]
+
+
+def test_a_tiktoken_file_needs_tiktoken_and_no_file_at_all_is_said(copied: Folders) -> None:
+    base = without_tokenizer(copied("llama"))
+    found = find_base_model(str(base))
+    with pytest.raises(ModelError, match=r"it has none of tokenizer\.json, vocab\.txt, vocab\.json, merges\.txt and"):
+        base_tokenizer(found, 20)
+    (base / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    if find_spec("tiktoken") is None:
+        with pytest.raises(ModelError, match=r"converting its tokenizer\.model needs .*pip install tiktoken"):
+            base_tokenizer(found, 20)
+
+
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(copied: Folders, tmp_path: Path) -> None:
+    base = copied("bert")
+    weights = load_file(base / "model.safetensors")
+    torch.save(weights, base / "pytorch_model.bin")
+    sha256 = find_base_model(str(base)).sha256
+    (base / "model.safetensors").unlink()
+    folder = base.rename(tmp_path / "it's a model")
+    with pytest.raises(ModelError, match=r"A pytorch_model\.bin is a pickle, which is not opened here") as raised:
+        find_base_model(str(folder))
+    command = str(raised.value).split(" Run: ")[1]
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
+    named = re.search(r"it for --model (.*)\. Run: ", str(raised.value))
+    assert named is not None
+    found = find_base_model(shlex.split(named[1])[0])
+    assert found.sha256 != sha256  # it has a head
+    converted = load_file(found.folder / "model.safetensors")
+    assert all(torch.equal(converted[f"bert.{name}"], tensor) for name, tensor in weights.items())
+    assert len(base_tokenizer(found, 20)) == found.vocabulary_size
+
+
+def test_texts_of_which_the_tokenizer_knows_no_token_are_refused(
+    base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = [{"text": text, "label": label} for label, text in enumerate(("¿¿", "¡¡"))]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows * 8)
+    words = ["--model", str(base_model("bert")), "--out", str(tmp_path / "a"), "--text-columns", "text"]
+    assert train_main([*words, "--train-file", str(file), "--validation-file", str(file)]) == 2
+    assert "knows no token of the 16 training texts in text. Check what" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
