@@ -52,7 +52,7 @@ def _lacking(folder: Path) -> str:
 
     transformers converts other files, with these packages; its own messages name neither the file nor the package.
     """
-    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+    from transformers.utils import is_protobuf_available
 
     if (folder / "tokenizer.json").is_file():
         return ""
@@ -61,12 +61,14 @@ def _lacking(folder: Path) -> str:
             is_sentencepiece = file.read(1) == b"\n"  # a protobuf message whose first field is a token; else base64
         here = {"tiktoken": find_spec("tiktoken") is not None}
         if is_sentencepiece:
-            here = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+            here = {"sentencepiece": find_spec("sentencepiece") is not None, "protobuf": is_protobuf_available()}
         missing = " ".join(name for name, is_here in here.items() if not is_here)
         if missing:
-            return f"converting its {path.name} needs a package that is not installed; run: pip install {missing}"
+            return f"converting its {path.name} needs what is not installed; run: pip install {missing}"
     if not any((folder / name).is_file() for name in _VOCABULARIES) and not any(folder.glob("*.model")):
-        return f"it has none of tokenizer.json, {', '.join(_VOCABULARIES)} and *.model; copy them from where the model is from"
+        return (
+            f"it has none of tokenizer.json, {', '.join(_VOCABULARIES)} and *.model; copy them from the model's source"
+        )
     return ""
 
 
@@ -81,25 +83,28 @@ def fit_vocabulary(
 
     A padding token that was added alone is left out, and another takes its place: padding is masked wherever it stands.
     """
-    size, padding = base.vocabulary_size, tokenizer.pad_token
+    size = base.vocabulary_size
     beyond = _tokens_from(tokenizer, size)
-    if padding is not None and beyond == [padding]:
-        named = tokenizer.special_tokens_map
-        # Where it is another token as well, such as the one that ends a text, it is in texts too.
-        if [name for name in named if padding in ([named[name]] if isinstance(named[name], str) else named[name])] == [
-            "pad_token"
-        ]:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-            plain = json.loads(tokenizer.backend_tokenizer.to_str())
-            plain["added_tokens"] = [token for token in plain["added_tokens"] if token["id"] < size]
-            tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(plain))
-            beyond = _tokens_from(tokenizer, size)
+    if beyond == [tokenizer.pad_token]:
+        _leave_padding_out(tokenizer, size)
+        beyond = _tokens_from(tokenizer, size)
     if beyond:
         named = ", ".join(f"{token!r:.40}" for token in beyond[:3])
         raise error(
             f"The tokenizer in {owner} has {len(tokenizer):,} tokens and {base.name} has embeddings for {size:,}, so "
             f"{len(beyond):,} tokens have none, such as {named}. {remedy}"
         )
+
+
+def _leave_padding_out(tokenizer: "PreTrainedTokenizerFast", size: int) -> None:
+    """Take another padding token and leave out the tokens from number ``size`` on, if the padding token is nothing else."""
+    for role, token in tokenizer.special_tokens_map.items():
+        if role != "pad_token" and (token == tokenizer.pad_token or tokenizer.pad_token in list(token)):
+            return  # such as the one that ends a text, which is no padding there
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    plain = json.loads(tokenizer.backend_tokenizer.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["id"] < size]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(plain))
 
 
 def _tokens_from(tokenizer: "PreTrainedTokenizerFast", first: int) -> list[str]:
