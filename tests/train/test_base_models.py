@@ -17,13 +17,14 @@ from transformers import AutoModel, AutoTokenizer
 from export.__main__ import main as export_main
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import Data, Folders, write_jsonl
+from tests.conftest import Data, Folders, make_base_model, write_jsonl
 from tests.test_untrusted import rehash
 from train.__main__ import main as train_main
 from train.adapter.record import ADAPTER
 from train.common.errors import BundleError, ModelError
 from train.common.folder_record import FolderKind
 from train.evaluate import main as evaluate_main
+from train.fit import loop
 from train.model.find import find_base_model
 from train.model.tokenizer import base_tokenizer
 
@@ -179,12 +180,26 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(copied: F
     assert len(base_tokenizer(found, 20)) == found.vocabulary_size
 
 
-def test_texts_of_which_the_tokenizer_knows_no_token_are_refused(
-    base_model: Folders, tmp_path: Path, capsys: Capture
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # transformers' own, in Funnel
+def test_a_type_that_no_exporter_writes_is_refused_before_it_is_trained(
+    data: Data, tmp_path: Path, capsys: Capture
 ) -> None:
+    base = make_base_model(tmp_path / "base", "funnel")
+    assert train_main(["--model", str(base), *data.flags, "--out", str(tmp_path / "a")]) == 2
+    assert "in its last layer, and no exporter writes such a graph. Take another one." in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_texts_of_which_the_tokenizer_knows_no_token_are_refused(
+    base_model: Folders, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that a model is too large for a bundle is said before, here with a lower limit."""
+    monkeypatch.setattr(loop, "MAX_BASE_BYTES", 2**10)
     rows = [{"text": text, "label": label} for label, text in enumerate(("¿¿", "¡¡"))]
     file = write_jsonl(tmp_path / "rows.jsonl", rows * 8)
     words = ["--model", str(base_model("bert")), "--out", str(tmp_path / "a"), "--text-columns", "text"]
     assert train_main([*words, "--train-file", str(file), "--validation-file", str(file)]) == 2
-    assert "knows no token of the 16 training texts in text. Check what" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "cannot be exported: in fp32 its graph would have 0.0 GiB" in printed.out
+    assert "knows no token of the 16 training texts in text. Check what" in printed.err
     assert not (tmp_path / "a").exists()

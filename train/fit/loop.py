@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.common.console import say
 from train.common.errors import DataError, UsageError
+from train.common.limits import MAX_BASE_BYTES
 from train.common.processes import from_main_process, is_main_process, process_count
 from train.config import TrainConfig
 from train.data.load import Splits, class_weights, load_splits
@@ -75,6 +76,11 @@ def prepare(config: TrainConfig) -> Prepared:
     splits = load_splits(config)  # first, as a wrong file should not cost a download of the model
     base = find_base_model(config.model)
     check_method(base, config.method)
+    if 4 * base.n_numbers > MAX_BASE_BYTES and is_main_process():
+        say(
+            f"{base.name} cannot be exported: in fp32 its graph would have {4 * base.n_numbers / 2**30:,.1f} GiB, and a bundle "
+            f"holds {MAX_BASE_BYTES / 2**30:,.0f} at most; python -m train.evaluate runs the adapter in PyTorch"
+        )
     limit = text_limit(base, config.virtual_tokens)
     if config.max_length is not None and config.max_length > limit:
         raise UsageError(

@@ -31,6 +31,8 @@ class Architecture:
     """Width of the token embeddings, which may differ from that of the layers."""
     vocabulary_size: int
     """How many tokens have an embedding."""
+    n_numbers: int
+    """Count of its weights."""
     positions: int
     """How many tokens it can number."""
     takes_token_types: bool
@@ -94,6 +96,7 @@ def read_architecture(name: str, settings: "PretrainedConfig", max_numbers: int)
         is_decoder=is_decoder,
         embedding_width=embedding_width,
         vocabulary_size=vocabulary_size,
+        n_numbers=sum(tensor.numel() for tensor in model.parameters()),
         positions=_positions(model),
         takes_token_types=has_types,
         takes_keys_values="past_key_values" in backbone,

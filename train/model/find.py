@@ -61,6 +61,8 @@ class BaseModel:
     """Width of the embeddings."""
     vocabulary_size: int
     """How many tokens have an embedding: a tokenizer may have fewer, but none with a larger number."""
+    n_numbers: int
+    """Count of its weights."""
     positions: int
     """How many tokens it can number, prompt included."""
     is_decoder: bool
@@ -224,6 +226,7 @@ def _base_model(
         settings.model_type,
         hidden_size=found.embedding_width,
         vocabulary_size=found.vocabulary_size,
+        n_numbers=found.n_numbers,
         positions=found.positions,
         is_decoder=found.is_decoder,
         takes_token_types=found.takes_token_types,
