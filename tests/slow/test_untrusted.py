@@ -65,7 +65,7 @@ def test_a_file_that_an_adapter_names_is_opened_only_by_its_hash(copies: Copies,
         rehash(folder, kind, config=training["config"] | {"validation_file": str(named)})
         capsys.readouterr()
         assert export_main([str(folder), "--out", str(folder.parent / f"b{len(str(named))}")]) == 0
-        assert "fp32 alone" in capsys.readouterr().out
+        assert "compared with fp32 on" in capsys.readouterr().out
     changed = training["config"] | {"validation_file": str(data.validation_file)}
     rehash(folder, kind, config=changed, data_sha256={"validation": sha256_of_file(data.validation_file)})
     assert export_main([str(folder), "--out", str(folder.parent / "b")]) == 0

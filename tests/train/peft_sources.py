@@ -1,6 +1,7 @@
 """Adapters made by transformers and PEFT alone, as other people have them, and the logits that PEFT gives for them."""
 
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ PROMPT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """PEFT's class of settings, and the settings, by a short name."""
 MERGED_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("LoraConfig", {"r": 4, "bias": "lora_only"}),
+    # From 0.7 to 0.10 PEFT loses the biases that it trained: such an adapter is refused.
+    "lora": ("LoraConfig", {"r": 4, "bias": "none" if version("peft") in {"0.6.2", "0.10.0"} else "lora_only"}),
     "ia3": ("IA3Config", {}),
     **{
         name: (f"{name_of_class}Config", {"target_modules": ["query", "value"]} | settings)

@@ -71,7 +71,7 @@ def check_fit(source: Source, table: "torch.Tensor", base: BaseModel, settings: 
         raise AdapterError(
             f"{source.weights} holds a prompt for another base model: it is {table.shape[1]} wide for "
             f"{sizes['num_layers']} layers, and {base.name} has {settings.num_hidden_layers} layers of width "
-            f"{settings.hidden_size}. Give the right one with --base-model."
+            f"{settings.hidden_size} and embeddings of width {base.hidden_size}. Give the right one with --base-model."
         )
     return sizes
 

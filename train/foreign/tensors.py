@@ -70,4 +70,10 @@ def todays_names(source: Source, tensors: "Mapping[str, torch.Tensor]") -> "dict
         if new in renamed:
             raise AdapterError(f"{source.weights} holds {new:.80} twice, the second time as {name:.80}. {REMEDY}")
         renamed[new] = tensor
-    return renamed
+    # Until 0.10 PEFT wrote the bias that it trains beside LoRA by the module's own name.
+    layers = {name.partition(".lora_")[0] for name in renamed if ".lora_" in name}
+    return {
+        f"{layer}.base_layer.bias" if kind == "bias" and layer in layers else name: tensor
+        for name, tensor in renamed.items()
+        for layer, _, kind in [name.rpartition(".")]
+    }
