@@ -564,3 +564,29 @@ def test_blocks_are_the_rows_of_the_file_in_whatever_order_they_are_read(tmp_pat
     os.utime(tmp_path / "in" / "2.parquet", ns=(1, 1))
     with pytest.raises(DataError, match="changed while it was read"):
         BlockReader(data_set).read(Block(0, 1, 0, 5))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_that_cannot_be_used_are_skipped_where_wanted(
+    suffix: str, label: Label, refusal: Refusal, bundle: Folders, tmp_path: Path
+) -> None:
+    """The others get what they get alone, in every chunk; by default nothing is written."""
+    good = shuffled_pairs(6, seed=21)
+    rows = [*good[:2], {"sentence1": "a", "sentence2": ""}, {"sentence1": " ", "sentence2": "b"}, *good[2:]]
+    source, alone = write_rows(tmp_path / f"in{suffix}", rows), write_rows(tmp_path / f"good{suffix}", good)
+    message = refusal(str(bundle("bert")), "--in", str(source), "--out", str(tmp_path / f"no{suffix}"))
+    assert "2 rows cannot be used" in message
+    assert "--skip-bad-rows" in message
+    assert not (tmp_path / f"no{suffix}").exists()
+    found = label(bundle("bert"), source, tmp_path / f"out{suffix}", "--skip-bad-rows", "--chunk-rows", "2")
+    assert (found["rows"], found["rows_skipped"]) == (8, 2)
+    label(bundle("bert"), alone, tmp_path / f"expected{suffix}", "--chunk-rows", "2")
+    written, expected = read_rows(tmp_path / f"out{suffix}"), read_rows(tmp_path / f"expected{suffix}")
+    kept = [row for row in written if not row["problem"]]
+    assert [row["prediction"] for row in kept] == [row["prediction"] for row in expected]
+    assert np.allclose([float(row["probability"]) for row in kept], [float(row["probability"]) for row in expected])
+    assert [row["problem"] for row in written[2:4]] == [
+        "column 'sentence2' holds no text",
+        "column 'sentence1' holds no text",
+    ]
+    assert not any(row["prediction"] for row in written[2:4])
