@@ -19,3 +19,5 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
         onnx.save(model, path)
     else:
         onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+        # onnx.save takes the numbers out of the graph in memory.
+        onnx.load_external_data_for_model(model, str(path.parent))
