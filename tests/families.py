@@ -24,7 +24,7 @@ class Family:
     """A model type."""
 
     sizes: dict[str, Any]
-    """Of its tiny configuration."""
+    """Settings of its tiny configuration."""
     takes_v2: bool = False
     """Whether PEFT's prefix tuning runs on it."""
     is_decoder: bool = False

@@ -24,7 +24,7 @@ class EngineLatency:
     mode: str
     """Precision of the graph, or one of `PYTORCH_MODES`."""
     median_ms: float
-    """Of one burst at batch size 1; infinite where the engine cannot run here."""
+    """Median of one burst at batch size 1; infinite where the engine cannot run here."""
     agrees: bool
     """Whether it predicts what the first engine does, PyTorch eager where the page has it."""
 

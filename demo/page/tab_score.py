@@ -30,7 +30,7 @@ SCORE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "score"
 """One file at a time, in a queue of its own: a file takes minutes, during which others can measure."""
 
 MAX_NAME_BYTES = 255
-"""Of a file, on the file systems in use."""
+"""The longest name of a file on the file systems in use."""
 
 NAMES = {"pytorch": "PyTorch", "onnx": "ONNX Runtime"}
 """Names of the engines for people."""

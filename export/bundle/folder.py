@@ -75,7 +75,7 @@ class Gate:
     label_flips: int
     """Rows whose labels changed; 0 for a regression."""
     max_probability_difference: float
-    """Of a regression, of its number."""
+    """Largest change of a probability; for a regression, of its number."""
     tolerance: float
     """By how much each metric may fall."""
     kept_fp32: tuple[int, ...] = ()

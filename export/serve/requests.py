@@ -84,7 +84,7 @@ class Answer(BaseModel):
     label: str | None = None
     """A classification's class"""
     probability: float | None = None
-    """Of that class"""
+    """The probability of that class."""
     labels: list[str] | None = None
     """Those of a text that may have several"""
     value: float | None = None

@@ -15,7 +15,7 @@ _FIRST_CHARACTERS = 4096
 _CHARACTERS_PER_TOKEN = 16
 """The first cut has so many characters for each token that is read, and at least those above."""
 _UNSURE_CHARACTERS = 1024
-"""Of a word without an end: how far before a cut it may change the tokens."""
+"""How far before a cut a word without an end may change the tokens."""
 _MOST_CHARACTERS = 2**20
 """Nothing beyond is read, also where so many characters hold fewer tokens than are read (blanks, or one endless word)."""
 _LONGEST_WORD = 1000

@@ -43,7 +43,7 @@ class Written:
 
     encoding: Encoding | None = None
     dialect: Dialect | None = None
-    """Of a CSV file."""
+    """Delimiter and quotes of a CSV file."""
 
     def __str__(self) -> str:
         """For people."""

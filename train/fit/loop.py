@@ -68,7 +68,7 @@ class Prepared:
     text_ids: tuple[int, ...]
     """Token ids of the first training rows, without special and unknown ones: the prompt starts from them."""
     class_weights: tuple[float, ...]
-    """Of the loss; empty where all classes weigh the same."""
+    """Weights of the classes in the loss; empty where all weigh the same."""
 
 
 def prepare(config: TrainConfig) -> Prepared:

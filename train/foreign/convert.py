@@ -180,7 +180,7 @@ def _task_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
 def _record(
     source: Source, config: ImportConfig, base: BaseModel, task: Task, *, content: _Content, max_length: int
 ) -> dict[str, Any]:
-    """The content of training.json; what nobody can know of an adapter made elsewhere is left out."""
+    """The content of training.json; what cannot be known of an adapter made elsewhere is left out."""
     return {
         "model": base.as_json(),
         "task": task.as_json(),

@@ -34,7 +34,7 @@ class CalibrationBatches:
     name: str
     """Where they come from, for people."""
     number: int
-    """Of the task."""
+    """The task's place in the graph, for ``task_ids``."""
     task: Task
     batches: tuple[dict[str, np.ndarray], ...]
     """Text inputs by name."""

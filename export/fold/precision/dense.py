@@ -16,7 +16,7 @@ class DenseProduct:
     """One dense product, x·W."""
 
     name: str
-    """Of the node."""
+    """The node's name."""
     source: str
     """The tensor x; its channels are its last axis."""
     weight: str

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GATE_TOLERANCE = 0.005
 """By how much a metric may fall: half a point."""
 RESAMPLES = 1000
-"""Of the bootstrap; a fifth where scikit-learn or SciPy scores each, which takes milliseconds."""
+"""Samples of the bootstrap; a fifth where scikit-learn or SciPy scores each, which takes milliseconds."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class MadeGraph:
 
 
 NOTHING = Cost((), ())
-"""Of fp32, with which the others are compared, and of a graph that is kept ungated."""
+"""The cost of fp32, with which the others are compared, and of a graph that is kept ungated."""
 
 
 def quantize(folder: Path, sources: Sources, config: ExportConfig) -> tuple[list[MadeGraph], list[MadeGraph]]:
@@ -89,7 +89,7 @@ _REMEDY = "Give labelled rows with --validation-file, or texts in its language w
 def _find_judge(
     folder: Path, sources: Sources, rows: list[LabelledBatches], texts: list[CalibrationBatches]
 ) -> tuple[Judge | None, str]:
-    """Who says what a precision costs, or nobody and why not."""
+    """The judge of what a precision costs, or None and the reason."""
     trouble = next((task.texts.trouble for task in sources.tasks if task.texts and task.texts.trouble), "")
     judge = Judge(folder, rows, [] if trouble else texts)
     if not trouble:

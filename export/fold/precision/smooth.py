@@ -16,7 +16,7 @@ from export.fold.precision.dense import DenseProduct, dense_products
 HEADS_FIRST = [0, 2, 1, 3]
 """The order of axes that makes (batch, token, head, channel) of (batch, head, token, channel), and back."""
 SMALLEST_WEIGHT = 1e-5
-"""Of the largest: what a channel's weights count at least, as in SmoothQuant's own code."""
+"""Share of the largest that a channel's weights count at least, as in SmoothQuant's own code."""
 LARGEST_SCALE = 1e4
 """Bounds of a scale, with its inverse: beyond, fp32's own rounding would show in the logits."""
 

@@ -24,7 +24,7 @@ Texts = tuple[tuple[str, ...], ...]
 EVERYDAY = Path(__file__).with_name("everyday_pairs.txt")
 """In each line a sentence, a paraphrase of it, and another sentence on the same topic."""
 MOST_TEXTS = 512
-"""Of a longer file, texts from all of its parts are taken; the first 100,000 rows are read."""
+"""A longer file gives texts from all of its parts; the first 100,000 rows are read."""
 MOST_ROWS = 100_000
 FEWEST_TEXTS = 32
 """With fewer, the interval of the share of equal labels is too wide to say anything: 32 of 32 may be 89 %."""
