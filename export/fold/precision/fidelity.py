@@ -6,6 +6,7 @@ import numpy as np
 
 from export.bundle.folder import Fidelity
 from export.fold.precision.calibration import CalibrationBatches
+from export.runtime.batches import differ
 from train.config import REGRESSION
 from train.data.tasks import Task
 
@@ -40,7 +41,7 @@ def same_labels(task: Task, reference: np.ndarray, logits: np.ndarray) -> np.nda
     one, other = task.predict(reference), task.predict(np.nan_to_num(logits))
     if task.kind == REGRESSION:
         return np.asarray(np.abs(one - other) <= NEAR * one.std())
-    return np.asarray((one == other).reshape(len(one), -1).all(axis=1))
+    return ~differ(task, one, other)
 
 
 def wilson_interval(n_hits: int, n: int) -> tuple[float, float]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from export.bundle.folder import FP32, GRAPH_FILES, Fidelity, Gate
 from export.fold.precision.calibration import CalibrationBatches, text_tokenizer
-from export.fold.precision.fidelity import compare_logits, same_labels
+from export.fold.precision.fidelity import compare_logits
 from export.fold.read import Sources
-from export.runtime.batches import count_pairs, in_batches, score_counts
+from export.runtime.batches import count_pairs, differ, in_batches, score_counts
 from export.runtime.classifier import with_task
 from export.runtime.session import open_session, run_session
 from train.common.machine import usable_cores
@@ -136,7 +136,7 @@ class Judge:
 
 def _gate(rows: LabelledBatches, reference: np.ndarray, logits: np.ndarray) -> Gate:
     expected = np.concatenate(rows.expected)
-    is_finite, is_regression = bool(np.isfinite(logits).all()), rows.task.kind == REGRESSION
+    is_finite = bool(np.isfinite(logits).all())
     before, after = (rows.task.predict(np.nan_to_num(found)) for found in (reference, logits))
     changes = np.abs(rows.task.probabilities(logits) - rows.task.probabilities(reference))
     return Gate(
@@ -144,8 +144,7 @@ def _gate(rows: LabelledBatches, reference: np.ndarray, logits: np.ndarray) -> G
         n_rows=len(expected),
         fp32=score(rows.task, before, expected).values,
         scores=score(rows.task, after, expected).values,
-        # A number is no label; how far numbers move is the largest difference.
-        label_flips=0 if is_regression else int((~same_labels(rows.task, reference, logits)).sum()),
+        label_flips=int(differ(rows.task, before, after).sum()),
         max_probability_difference=float(changes.max()) if is_finite else 1.0,
         tolerance=GATE_TOLERANCE,
         is_finite=is_finite,
