@@ -81,7 +81,17 @@ def test_a_command_line_becomes_its_dataclass(parse: Parse, words: str, expected
 
 @pytest.mark.parametrize(
     ("error", "status", "printed"),
-    [(None, 0, ""), (ModelError("No model."), 2, "error: No model.\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+    [
+        (None, 0, ""),
+        (ModelError("No model."), 2, "error: No model.\n"),
+        (
+            PermissionError(13, "Permission denied", "a/config.json"),
+            2,
+            "error: a/config.json: permission denied. Give the user of this process the right to it, or give another "
+            "path.\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
 )
 def test_the_exit_status_tells_how_a_command_ended(
     error: BaseException | None, status: int, printed: str, capsys: pytest.CaptureFixture[str]

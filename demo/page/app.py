@@ -11,7 +11,7 @@ from demo.access.limits import QUEUE_SIZE
 from demo.engines.adapters import Choice
 from demo.engines.pytorch import PYTORCH_MODES
 from demo.engines.stage import OpenedEngines, Stage
-from demo.page.controls import LABELS_SHOWN, ONE_AT_A_TIME, Selectors, StopFlags, errors_shown
+from demo.page.controls import LABELS_SHOWN, LATEST_LAST, ONE_AT_A_TIME, Selectors, StopFlags, errors_shown
 from demo.page.html import render
 from demo.page.tab_compare import CompareTab, build_compare_tab
 from demo.page.tab_lab import build_lab_tab
@@ -146,6 +146,7 @@ def _follow_choices(
         [selectors.onnx, model, quality, *compare_tab.outputs],
         api_visibility="private",
         show_progress_on=model,
+        **LATEST_LAST,
         **ONE_AT_A_TIME,
     )
 

@@ -23,6 +23,10 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
 """For events that must not wait in the queue, where the event that they stop may be waiting."""
 
+LATEST_LAST: dict[str, Any] = {"trigger_mode": "always_last"}
+"""For events about what the visitor may change meanwhile: the latest one follows the one that runs. By default Gradio
+drops it without a word, and the page would show results of an older text or adapter beside the new one."""
+
 LABELS_SHOWN = 10
 """The most probable ones; a task may have a thousand."""
 

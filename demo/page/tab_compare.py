@@ -17,6 +17,7 @@ from demo.page.controls import (
     AT_ONCE,
     EXAMPLES,
     LABELS_SHOWN,
+    LATEST_LAST,
     ONE_AT_A_TIME,
     QUIET,
     Selectors,
@@ -106,6 +107,7 @@ class CompareTab:
             "inputs": [*selectors.inputs, *self._boxes.inputs],
             "outputs": [*self._results, self._stop_button],
             **QUIET,
+            **LATEST_LAST,
             **ONE_AT_A_TIME,
         }
         gr.on([self._button.click, self._boxes.sentence1.submit, self._boxes.sentence2.submit], **call)
@@ -115,6 +117,7 @@ class CompareTab:
             [selectors.adapter, *self._boxes.inputs],
             [self._all_engines, self._stop_button],
             **QUIET,
+            **LATEST_LAST,
             **ONE_AT_A_TIME,
         )
         self._stop_button.click(stops.stop, None, None, **AT_ONCE)

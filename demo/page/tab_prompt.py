@@ -26,6 +26,7 @@ from demo.page.charts import drawing, to_svg
 from demo.page.controls import (
     EXAMPLES,
     LABELS_SHOWN,
+    LATEST_LAST,
     ONE_AT_A_TIME,
     QUIET,
     Selectors,
@@ -87,6 +88,7 @@ class _PromptTab:
             [*selectors.inputs, *boxes.inputs],
             effect,
             **MINIMAL,
+            **LATEST_LAST,
             **ONE_AT_A_TIME,
         )
         return [*boxes.inputs, examples, effect]

@@ -9,7 +9,7 @@ from export.ray_cluster import check_address
 from export.serve.ports import PORT_FLAGS, PortFlags, check_port
 from train.common.command_line import check_counts
 from train.common.errors import UsageError
-from train.common.machine import usable_cores
+from train.common.machine import core_limit, usable_cores
 
 DEFAULT_HTTP_PORT = 8000
 LOCAL = "127.0.0.1"
@@ -67,10 +67,10 @@ class ServingConfig:
         if self.address is not None:
             check_address(self.address)
             return
-        wanted, cores = self.most_replicas * self.threads_per_replica, usable_cores()
-        if wanted > cores:
+        wanted, limit = self.most_replicas * self.threads_per_replica, core_limit()
+        if wanted > limit.cores:
             raise UsageError(
                 f"{self.most_replicas} replicas of {self.threads_per_replica} "
-                f"thread{'s' * (self.threads_per_replica > 1)} want {wanted} cores, and there are {cores}. Take fewer "
-                "replicas or threads, or join a cluster with --address."
+                f"thread{'s' * (self.threads_per_replica > 1)} want {wanted} cores, and there are {limit.cores} "
+                f"({limit.reason}). Take fewer replicas or threads, or join a cluster with --address."
             )

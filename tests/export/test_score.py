@@ -125,8 +125,8 @@ def refusal(capsys: Capsys) -> Refusal:
         assert main([str(word) for word in words]) == 2
         errors = capsys.readouterr().err  # Ray may write lines of its own
         assert "Traceback" not in errors
-        (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-        return error
+        assert [line.startswith("error: ") for line in errors.splitlines()].count(True) == 1
+        return errors[errors.index("error: ") :]
 
     return run
 

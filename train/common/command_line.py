@@ -45,14 +45,23 @@ class Command(Generic[T]):
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         """Run; without ``argv`` on the words that this process was started with.
 
-        0 when it finished, 2 with one line on standard error where the user can put right what went wrong, 130 after
-        Ctrl-C. Anything else is a bug of ours and keeps its traceback.
+        0 when it finished, 2 with one line on standard error where the user can put right what went wrong (a path that
+        may not be read or written is always such a thing), 130 after Ctrl-C. Anything else is a bug of ours and keeps its traceback.
         """
         give_libraries_usable_cores()
         try:
             self.run(self.parse(sys.argv[1:] if argv is None else argv))
         except PromptfoldError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            print(
+                f"error: {error.filename}: permission denied. Give the user of this process the right to it, or give "
+                "another path.",
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -83,6 +83,17 @@ def test_a_visitor_stops_the_measuring_and_keeps_the_answers(page: Page) -> None
     assert 0 < measured.count() < 6
 
 
+def test_a_text_that_is_sent_while_another_is_measured_is_measured_next(page: Page) -> None:
+    page.get_by_label("Sentence 1").first.fill(REDWOODS[0] + " trees" * 1000)
+    page.get_by_label("Sentence 2").first.fill(REDWOODS[1])
+    press(page, "Compare")
+    expect(page.locator("#speedup")).to_contain_text("Sentence 1 was cut after “…")
+    page.get_by_label("Sentence 1").first.fill(REDWOODS[0])
+    compare(page)
+    expect(page.locator("#speedup")).not_to_contain_text("was cut")
+    expect(page.locator("#speedup")).to_contain_text("in 4 rounds")
+
+
 def test_the_page_can_be_used_by_keyboard_alone(page: Page) -> None:
     page.get_by_label("Sentence 1").first.focus()
     page.keyboard.type("It rains.")

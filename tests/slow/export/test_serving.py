@@ -25,7 +25,7 @@ from export.bundle.folder import Bundle
 from export.serve.config import ServingConfig
 from export.serve.requests import MAX_TEXTS
 from export.serve.service import Service
-from tests.conftest import ON_CPU, Folders
+from tests.conftest import Folders
 from tests.demo.server import connect, serve, wait_until_gone
 from tests.export.test_serving import PAIRS, WAIT_SECONDS, Models, ask, load, models_fixture, wait_until  # noqa: F401
 from train.common.errors import EngineError
@@ -118,7 +118,9 @@ def test_a_bundle_that_is_not_on_the_replicas_machine_is_refused_in_words(
 def test_the_page_in_front_of_replicas_gives_pefts_answers(models: Models, adapter: Folders, tmp_path: Path) -> None:
     """A cluster of its own, which ends with the page."""
     flags = ["--engine", "ray", "--replicas", "2", "--apis", "2", "--threads", "1", "--adapter", str(adapter("bert"))]
-    with serve([*flags, "--bundle", str(models.bert.bundle.folder)], tmp_path / "cache", ON_CPU) as server:
+    with serve(
+        [*flags, "--bundle", str(models.bert.bundle.folder)], tmp_path / "cache", {"CUDA_VISIBLE_DEVICES": ""}
+    ) as server:
         page, url = server.wait_for_url(), server.wait_for(r"POST (http://\S+) needs no page")[1]
         with connect(page) as client:
             compared = client.predict(*PAIRS[2], api_name="/compare")
