@@ -8,6 +8,9 @@ import json
 import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_prompted_classifier
@@ -15,7 +18,9 @@ from train.common.command_line import Command, Words, check_counts
 from train.common.console import say
 from train.common.errors import AdapterError
 from train.data.files.options import ReadOptions
+from train.data.intervals import Interval, metric_intervals, rise_intervals
 from train.data.load import load_split
+from train.data.tasks import METRICS, score
 from train.data.token_ids import encode
 from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
@@ -47,7 +52,7 @@ class EvaluateConfig:
 
 
 def _run(config: EvaluateConfig) -> None:
-    from train.fit.loop import evaluate
+    from train.fit.loop import predict
 
     adapter = load_adapter(config.adapter)
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
@@ -57,18 +62,34 @@ def _run(config: EvaluateConfig) -> None:
     fit_vocabulary(tokenizer, base, adapter.folder, AdapterError, "Train the adapter again.")
     encoded = encode(rows, task, tokenizer)
     classifier = load_prompted_classifier(adapter, base)
-    scores = evaluate(classifier, task, tokenizer, encoded.rows, batch_size=config.batch_size)
+    predicted = predict(classifier, task, tokenizer, encoded.rows, batch_size=config.batch_size)
+    expected = np.array(rows[task.label_column])
+    scores, intervals = score(task, predicted, expected), metric_intervals(task, predicted, expected)
     # An adapter made elsewhere has none, as its training data is not known.
-    baselines = adapter.baseline_rules.score(task, base, rows) if adapter.baseline_rules else {}
+    answers = adapter.baseline_rules.predict(task, base, rows) if adapter.baseline_rules else {}
+    baselines = {name: score(task, values, expected) for name, values in answers.items()}
+    rises = {name: rise_intervals(task, values, predicted, expected) for name, values in answers.items()}
     say(f"{config.adapter} on the {len(encoded.rows)} rows of {config.file}")
     if encoded.texts_cut:
         say(f"{encoded.texts_cut} texts are longer than {adapter.max_length} tokens and lost their end")
-    for name, values in {"this adapter": scores, **baselines}.items():
-        say(f"  {name}: {values.with_recalls()}")
+    say(f"  this adapter: {scores.with_recalls()}; 95 % intervals: {_in_percent(intervals, '.1f')}")
+    for name, values in baselines.items():
+        say(f"  {name}: {values.with_recalls()}; from it the adapter rises by {_in_percent(rises[name], '+.1f')}")
     document = {"adapter": str(config.adapter), "file": str(config.file), "rows": len(encoded.rows)}
-    results = {"scores": scores.values, "baselines": {name: values.values for name, values in baselines.items()}}
-    results["recalls"] = scores.recalls
+    results: dict[str, Any] = {
+        "scores": scores.values,
+        "baselines": {name: values.values for name, values in baselines.items()},
+    }
+    results |= {"recalls": scores.recalls, "intervals": intervals, "rises": rises}
     say(json.dumps(document | {"texts_cut": encoded.texts_cut} | results))
+
+
+def _in_percent(intervals: dict[str, Interval], form: str) -> str:
+    shown = (
+        f"{METRICS[name]} {format(100 * low, form)} to {format(100 * high, form)}"
+        for name, (low, high) in intervals.items()
+    )
+    return ", ".join(shown)
 
 
 main = Command(EvaluateConfig, _run, "python -m train.evaluate")

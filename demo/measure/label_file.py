@@ -13,13 +13,13 @@ import numpy as np
 from demo.engines.pytorch import COMPILED
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.measure.upload import AGREE, SIDES, Upload
-from export.runtime.batches import Classified, count_pairs, differ, in_batches, score_counts
+from export.runtime.batches import Classified, differ, in_batches
 from export.score.label import PREDICTION, PROBABILITY
 from export.score.write_rows import encode_rows
 from train.common.errors import EngineError
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from train.data.files.find import PACKED
-from train.data.tasks import Scores, score_numbers
+from train.data.tasks import Scores, count_pairs, score_counts, score_numbers
 
 BATCH_ROWS = 8
 """Rows in one run. On a CPU more are no faster, and a cancelled file ends the sooner."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from export.bench.engines import CPU, CUDA, ENGINES, Plan
+from export.bench.engines import CPU, CUDA, ENGINES, INSTALLS, OPENVINO, TORCHAO, Plan
 from export.bench.random_model import SHAPES
 from train.common.command_line import Words, check_counts
 from train.common.errors import UsageError
@@ -64,6 +64,8 @@ class BenchConfig:
     """threads of every engine (default: all usable cores)"""
     openvino_python: Path | None = None
     """interpreter of an environment with openvino and nncf, whose requirements contradict ours"""
+    torchao_python: Path | None = None
+    """interpreter of an environment with requirements.txt and torchao"""
     png: Path | None = None
     """file for the chart"""
     pause: float = 0.5
@@ -86,11 +88,12 @@ class BenchConfig:
             raise UsageError(f"--engines {unknown[0]}: there is no such engine. Choose from {', '.join(ENGINES)}.")
         if not self.all_shapes and self.file is None:
             raise UsageError("There is nothing to time. Give --shapes, such as 1x60, or --file.")
-        if self.openvino_python is not None and not self.openvino_python.is_file():
-            raise UsageError(
-                f"--openvino-python {self.openvino_python}: there is no such program. Give the interpreter of an "
-                "environment in which `pip install openvino nncf` was run."
-            )
+        for name, path in self.interpreters.items():
+            if path is not None and not path.is_file():
+                raise UsageError(
+                    f"--{name}-python {path}: there is no such program. Give the interpreter of an environment in which "
+                    f"`{INSTALLS[name]}` was run."
+                )
         if self.png is not None and not (self.png.suffix == ".png" and self.png.absolute().parent.is_dir()):
             raise UsageError(f"--png {self.png}: give a name that ends in .png, in a folder that exists.")
 
@@ -107,6 +110,11 @@ class BenchConfig:
             raise UsageError(
                 f"--shape-of {self.shape_of}: give {', '.join(SHAPES)}, or a folder that holds a model's config.json."
             )
+
+    @property
+    def interpreters(self) -> dict[str, Path | None]:
+        """By name of a library that is not among the requirements, the interpreter that has it."""
+        return {OPENVINO: self.openvino_python, TORCHAO: self.torchao_python}
 
     @property
     def plan(self) -> Plan:

@@ -12,6 +12,9 @@ CPU, CUDA = "cpu", "cuda"
 GPU = (CUDA,)
 PEFT, PLAIN, OPENVINO, OURS = "peft", "plain", "openvino", "ours"
 """Families: PEFT in PyTorch, the usual export in ONNX Runtime and in OpenVINO, and promptfold's bundle."""
+TORCHAO = "torchao"
+INSTALLS = {OPENVINO: "pip install openvino nncf", TORCHAO: "pip install -r requirements.txt torchao"}
+"""By name of a library that is not among the requirements, what makes an environment with it."""
 REFERENCE = "peft-eager"
 """The engine that every other one is compared with: PEFT's tutorial, as it stands."""
 Batch = dict[str, np.ndarray]
@@ -31,6 +34,8 @@ class Engine:
     """The mode of `torch.compile`; empty where it is not used."""
     cuda_graphs: bool = False
     """Whether each shape of a bundle is captured as a CUDA graph."""
+    needs: str = ""
+    """A library that is not among promptfold's requirements; its process runs in another environment's interpreter."""
 
 
 _ENGINES = (
@@ -39,12 +44,14 @@ _ENGINES = (
     Engine("peft-eager-fp16", "the same in float16", PEFT, "fp16", GPU),
     Engine("peft-compile", "the same under torch.compile", PEFT, "fp32", compile_mode="default"),
     Engine("peft-compile-bf16", "that in bfloat16", PEFT, "bf16", (CPU,), "default"),
+    Engine("peft-compile-int8", "that in int8 by torchao, dynamic", PEFT, "int8", (CPU,), "default", needs=TORCHAO),
     Engine("peft-compile-fp16", "that in float16", PEFT, "fp16", GPU, "default"),
     Engine("peft-compile-graphs-fp16", "that with torch.compile's CUDA graphs", PEFT, "fp16", GPU, "reduce-overhead"),
     Engine("plain-fp32", "optimum's export of base and prompt, ONNX Runtime", PLAIN, "fp32"),
     Engine("plain-fp16", "that graph converted to float16, ONNX Runtime", PLAIN, "fp16", GPU),
     Engine("plain-int8", "that graph quantized by optimum's defaults, ONNX Runtime", PLAIN, "int8", (CPU,)),
-    Engine("openvino-int8", "that graph quantized by NNCF, OpenVINO", OPENVINO, "int8", (CPU,)),
+    Engine("plain-static-int8", "that graph quantized by ONNX Runtime's quantize_static", PLAIN, "int8", (CPU,)),
+    Engine("openvino-int8", "that graph quantized by NNCF, OpenVINO", OPENVINO, "int8", (CPU,), needs=OPENVINO),
     Engine("ours-fp32", "promptfold's bundle", OURS, "fp32"),
     Engine("ours-int8", "promptfold's bundle", OURS, "int8", (CPU,)),
     Engine("ours-fp16", "promptfold's bundle", OURS, "fp16"),
@@ -92,7 +99,7 @@ class Inputs:
     rows: Mapping[str, np.ndarray]
     """By name of a cell that is a file, the row numbers in the order of its batches; int64, shape = (n_rows,)"""
     calibration: Sequence[Batch]
-    """Texts for OpenVINO's quantizer, one a batch."""
+    """Texts for the quantizers with static scales, one a batch."""
     check: Batch
     """A small batch on which all engines are compared."""
     reference: np.ndarray

@@ -46,7 +46,9 @@ def plain_classifier(adapter: Adapter, base: BaseModel) -> "PromptedClassifier":
     return classifier
 
 
-def plain_graphs(engines: Sequence[str], adapter: Adapter, base: BaseModel, folder: Path) -> dict[str, Path | str]:
+def plain_graphs(
+    engines: Sequence[str], adapter: Adapter, base: BaseModel, folder: Path, calibration: Sequence[Batch]
+) -> dict[str, Path | str]:
     """Make the usual exports in a new folder: by name of an engine its graph's file, or why there is none."""
     graphs: dict[str, Path | str] = {}
     path = folder / "model.onnx"
@@ -58,7 +60,7 @@ def plain_graphs(engines: Sequence[str], adapter: Adapter, base: BaseModel, fold
         return dict.fromkeys(engines, f"the plain export failed ({type(cause).__name__}: {first_line(cause)})")
     for name in engines:
         try:
-            graphs[name] = CONVERSIONS[name](path) if name in CONVERSIONS else path
+            graphs[name] = CONVERSIONS[name](path, calibration) if name in CONVERSIONS else path
         except Exception as cause:
             graphs[name] = f"the plain graph cannot be converted ({type(cause).__name__}: {first_line(cause)})"
     return graphs
@@ -83,7 +85,7 @@ def _export_plain(adapter: Adapter, base: BaseModel, path: Path) -> None:
     classifier.config.save_pretrained(path.parent)
 
 
-def _quantize_plain(graph: Path) -> Path:
+def _quantize_plain(graph: Path, _: Sequence[Batch]) -> Path:
     """A graph in int8 by optimum's dynamic quantization, with its own choice of operators."""
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
@@ -95,7 +97,34 @@ def _quantize_plain(graph: Path) -> Path:
     return graph.with_name("model_int8.onnx")
 
 
-def _halve_plain(graph: Path) -> Path:
+def _quantize_plain_statically(graph: Path, calibration: Sequence[Batch]) -> Path:
+    """A graph in int8 as ONNX Runtime's documentation has it: its preparation, then quantize_static by its defaults."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Texts(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._batches = iter(calibration)
+
+        def get_next(self) -> Batch | None:
+            batch = next(self._batches, None)
+            return batch and {name: batch[name] for name in names}
+
+    prepared, path = graph.with_name("prepared.onnx"), graph.with_name("model_static_int8.onnx")
+    quant_pre_process(graph, prepared, skip_symbolic_shape=True)
+    names = [item.name for item in onnx.load(prepared, load_external_data=False).graph.input]
+    quantize_static(prepared, path, Texts(), per_channel=True)
+    # It names sets of operators of which it uses none, and `open_session` refuses those that it does not know.
+    model = onnx.load(path)
+    used = [item for item in model.opset_import if item.domain in {node.domain for node in model.graph.node}]
+    del model.opset_import[:]
+    model.opset_import.extend(used)
+    onnx.save(model, path)
+    return path
+
+
+def _halve_plain(graph: Path, _: Sequence[Batch]) -> Path:
     """A graph in fp16 by ONNX Runtime's converter; its inputs and logits keep their types."""
     import onnx
     from onnxruntime.transformers.onnx_model import OnnxModel
@@ -108,7 +137,11 @@ def _halve_plain(graph: Path) -> Path:
     return path
 
 
-CONVERSIONS = {"plain-int8": _quantize_plain, "plain-fp16": _halve_plain}
+CONVERSIONS = {
+    "plain-int8": _quantize_plain,
+    "plain-static-int8": _quantize_plain_statically,
+    "plain-fp16": _halve_plain,
+}
 
 
 def family_module(family: str, adapter: Adapter, base: BaseModel, pad_token_id: int) -> "torch.nn.Module":

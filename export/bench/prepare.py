@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from export.bench.config import FILE, TUTORIAL, BenchConfig, Cell, Shape
-from export.bench.engines import CUDA, ENGINES, OPENVINO, OURS, PLAIN, Batch, Inputs, Job
+from export.bench.engines import CUDA, ENGINES, INSTALLS, OPENVINO, OURS, PLAIN, Batch, Inputs, Job
 from export.bench.models import count_multiply_adds, family_module, peft_for_batches, plain_graphs
 from export.bench.random_model import RANDOM_ROWS, make_random_bundle
 from export.bundle.folder import Bundle, load_bundle
@@ -75,7 +75,7 @@ def prepare(config: BenchConfig, work: Path, threads: int) -> Prepared:
     plain = [name for name in config.all_engines if ENGINES[name].family in {PLAIN, OPENVINO} and name not in graphs]
     if plain:
         say("exporting the same model the usual way")
-        graphs |= plain_graphs(plain, adapter, base, work / "plain")
+        graphs |= plain_graphs(plain, adapter, base, work / "plain", inputs.calibration)
     folders = str(adapter.folder), str(bundle.folder)
     job = Job(config.device, threads, config.plan, *folders, task_name, pad_id, str(inputs_file))
     packages = ("torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx")
@@ -174,8 +174,8 @@ def _cannot_run(config: BenchConfig, bundle: Bundle) -> dict[str, str]:
             absent[engine.name] = (
                 f"{bundle.folder} holds no {engine.precision} graph, only {', '.join(bundle.precisions)}"
             )
-        elif engine.family == OPENVINO and config.openvino_python is None:
-            absent[engine.name] = "--openvino-python names no environment with OpenVINO (pip install openvino nncf)"
+        elif engine.needs and config.interpreters[engine.needs] is None:
+            absent[engine.name] = f"--{engine.needs}-python names no environment with it ({INSTALLS[engine.needs]})"
     return absent
 
 

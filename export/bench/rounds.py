@@ -70,12 +70,13 @@ def time_engines(config: BenchConfig, prepared: Prepared, work: Path) -> dict[st
 
 def _measure(config: BenchConfig, prepared: Prepared, name: str, work: Path) -> Measured | str:
     """Load and time an engine; where it cannot run, the reason."""
-    job, graph, interpreter = prepared.job, prepared.graphs.get(name, Path()), sys.executable
+    job, graph, needs = prepared.job, prepared.graphs.get(name, Path()), ENGINES[name].needs
+    interpreter = str(config.interpreters[needs]) if needs else sys.executable
     if isinstance(graph, str):
         return graph
-    if ENGINES[name].family == OPENVINO:
+    if needs == OPENVINO:
         # Paths go as strings: Python 3.13 pickles them as no earlier version reads them.
-        plain, graph, interpreter = str(graph), work / f"{name}.xml", str(config.openvino_python)
+        plain, graph = str(graph), work / f"{name}.xml"
         if not graph.is_file():
             say("quantizing the plain graph for OpenVINO")
             failure = _in_worker(partial(calibrate, job, plain, str(graph)), interpreter, job, work)

@@ -23,7 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from export.bench.engines import ENGINES, OPENVINO, OURS, PEFT, PLAIN, Batch, Engine, Inputs, Job, Measured, Plan, Timed
+from export.bench.engines import (
+    ENGINES,
+    OPENVINO,
+    OURS,
+    PEFT,
+    PLAIN,
+    TORCHAO,
+    Batch,
+    Engine,
+    Inputs,
+    Job,
+    Measured,
+    Plan,
+    Timed,
+)
 from train.common.errors import first_line
 from train.common.machine import gpu_memory_used_mib, peak_memory_mib
 
@@ -58,9 +72,13 @@ def _load_peft(job: Job, engine: Engine, _: Path) -> Loaded:
     torch.set_num_threads(job.threads)
     adapter = load_adapter(Path(job.adapter))
     base = find_adapter_base(adapter)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
     start = time.perf_counter()
-    model: Any = peft_for_batches(adapter, base, job.pad_token_id).to(job.device, dtype)
+    model: Any = peft_for_batches(adapter, base, job.pad_token_id).to(job.device, dtypes[engine.precision])
+    if engine.needs == TORCHAO:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
     if engine.compile_mode:
         model = torch.compile(model, mode=engine.compile_mode)
 

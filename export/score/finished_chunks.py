@@ -44,7 +44,7 @@ class ChunkRecord:
     texts_cut: int
     """How many rows were longer than the model reads and lost their end."""
     counts: Sequence[Sequence[int]]
-    """``[row, column, n]``: what is not 0 in `export.runtime.batches.count_pairs`; empty without labels."""
+    """``[row, column, n]``: what is not 0 in `train.data.tasks.count_pairs`; empty without labels."""
     n_bytes: int
     sha256: str
     numbers: Sequence[Sequence[float]] = ()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.runtime.batches import Classified, classify, count_pairs, score_counts
+from export.runtime.batches import Classified, classify
 from export.runtime.classifier import OnnxClassifier
 from export.score.finished_chunks import ChunkRecord, FinishedChunks
 from export.score.options import Opened, ScoreOptions
@@ -16,7 +16,7 @@ from train.common.errors import DataError, UsageError
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from train.data.check_rows import BadRows, check_columns, check_rows
 from train.data.files.chunks import Chunk
-from train.data.tasks import Scores, Task, score_numbers
+from train.data.tasks import Scores, Task, count_pairs, score_counts, score_numbers
 
 if TYPE_CHECKING:
     import pyarrow

@@ -75,6 +75,7 @@ def test_the_page_says_how_good_the_adapter_is(adapter: Folders, second: Callabl
     assert "P-Tuning v2: accuracy 77.5, against 71.1 of P-Tuning (plain), which ships too: 6.4 points more." in best
     worst = readable(quality_words(choices["worst"]))
     assert "the model's accuracy is 10.0 points BELOW it." in worst
+    assert worst.startswith("An example of its method, not for use. ") and "a better accuracy; take better." in worst
     assert "P-Tuning: accuracy 60.0, against 77.5 of P-Tuning v2 (better), which ships too: 17.5 points less." in worst
     equal = replace(load_adapter(shipped / "plain"), scores=Scores({"accuracy": 0.7, "f1": 0.1}))
     assert "the model's accuracy is no better." in readable(quality_words(Choice("equal", equal, ())))

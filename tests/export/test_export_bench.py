@@ -61,7 +61,7 @@ def test_engines_are_measured(adapter: Folders, bundle: Folders, data: Data, tmp
     reasons = {name: item["reason"] for name, item in engines.items() if item["status"] == "not run"}
     assert reasons == {
         "peft-eager-fp16": "runs on cuda only",
-        "openvino-int8": "--openvino-python names no environment with OpenVINO (pip install openvino nncf)",
+        "openvino-int8": "--openvino-python names no environment with it (pip install openvino nncf)",
         "ours-fp16": f"{bundle('bert')} holds no fp16 graph, only fp32",
     }
     assert all(f"{name}: not run: {reason}" in lines for name, reason in reasons.items())

@@ -25,7 +25,6 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import export.runtime.session
-from export.runtime.batches import score_counts
 from export.score.__main__ import main
 from export.score.data_set import Block, BlockReader, find_data_set
 from export.score.finished_chunks import ChunkRecord, FinishedChunks
@@ -33,7 +32,7 @@ from export.score.place import parse_place
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Folders, flip_bit, make_pairs, peft_logits, write_jsonl
 from tests.train.test_data import GOOD
 from train.common.errors import DataError
-from train.data.tasks import MRPC, TASKS, Task, custom_task, score
+from train.data.tasks import MRPC, TASKS, Task, custom_task, score, score_counts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Capsys = pytest.CaptureFixture[str]

@@ -15,7 +15,6 @@ from export.bundle.folder import load_bundle
 from export.fold.precision.calibration import CalibrationBatches, measure_activations
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import compare_logits, wilson_interval
-from export.fold.precision.gate import paired_intervals
 from export.fold.precision.integer import quantize_products
 from export.fold.precision.smooth import channel_scales, smooth
 from export.fold.precision.texts import everyday_texts
@@ -216,20 +215,6 @@ def test_fidelity_and_its_intervals_are_those_of_scipy() -> None:
     assert found.max_logit_difference == np.abs(reference - logits).max()
     assert found.passed == (found.equal_labels >= 196)
     assert not compare_logits(CalibrationBatches("", 0, MNLI, ()), reference, np.full((200, 3), np.nan)).passed
-
-
-def test_a_metric_s_change_has_a_paired_interval() -> None:
-    generator = np.random.default_rng(0)
-    expected = generator.integers(0, 2, 400)
-    before = np.where(generator.random(400) < 0.8, expected, 1 - expected)
-    assert paired_intervals(MRPC, before, before, expected) == {"accuracy": (0, 0), "f1": (0, 0)}
-    # Four rows become wrong that were right: the standard error of their share is a half of a percent.
-    after = before.copy()
-    right = np.flatnonzero(before == expected)[:4]
-    after[right] = 1 - after[right]
-    low, high = paired_intervals(MRPC, before, after, expected)["accuracy"]
-    assert low == pytest.approx(-0.01 - 1.96 * 0.005, abs=0.003)
-    assert high == pytest.approx(-0.01 + 1.96 * 0.005, abs=0.003)
 
 
 def test_the_everyday_pairs_are_300_and_no_two_alike() -> None:

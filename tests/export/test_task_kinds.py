@@ -12,7 +12,6 @@ from scipy.special import expit
 
 from export.__main__ import main as export
 from export.bundle.folder import load_bundle
-from export.runtime.batches import count_pairs, score_counts
 from export.runtime.classifier import OnnxClassifier
 from export.score.__main__ import main as label_file
 from export.serve.requests import ClassifyResponse, LogitsResponse
@@ -20,7 +19,7 @@ from export.triton import main as write_triton
 from tests import task_kinds
 from tests.conftest import Folders, MadeOnce, family_of, write_jsonl
 from tests.task_kinds import COLUMNS, LABEL_COLUMNS, TAGS, TASK_KINDS, Rows, kind_adapter, kind_bundle
-from train.data.tasks import custom_task, score
+from train.data.tasks import count_pairs, custom_task, score, score_counts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Capture = pytest.CaptureFixture[str]

@@ -24,6 +24,7 @@ def model_card(training: dict[str, Any]) -> str:
     )
     # An adapter made elsewhere tells nothing of its training.
     name = "card_imported.md.jinja" if "imported" in training else "card.md.jinja"
+    baselines, first = training.get("baselines", {}), training["task"]["metrics"][0]
     recalls = training.get("recalls", {"validation": {}, "baselines": {}})
     return _render(
         name,
@@ -34,6 +35,7 @@ def model_card(training: dict[str, Any]) -> str:
         metric_names=METRICS,
         recall_words=lambda found: Scores({}, found).recall_words,
         recalls=recalls,
+        best_baseline=max(baselines, key=lambda name: baselines[name][first], default=None),
         more_validation=training.get("more_validation", {}),
         kind=training["task"].get("kind", CLASSIFICATION),
         percent=lambda value: f"{100 * value:.1f}",

@@ -272,6 +272,63 @@ def score(task: Task, predicted: Sequence[Any] | np.ndarray, expected: Sequence[
     return Scores({name: float(metrics[name]()) for name in task.metrics}, named)
 
 
+def count_pairs(task: Task, expected: Sequence[Any] | np.ndarray, predicted: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """How often labels and predictions met; int64.
+
+    The confusion matrix of class indices, shape = (n_labels expected, n_labels predicted). Where it is multi-label, for
+    each label the rows that neither have nor get it, only get it, only have it, and both; shape = (n_labels, 4). Of a
+    regression, whose numbers cannot be counted, nothing; shape = (0, 0).
+    """
+    n_labels = len(task.labels)
+    if task.kind == REGRESSION:
+        return np.zeros((0, 0), np.int64)
+    if task.kind == MULTI_LABEL:
+        codes = 2 * np.array(expected, np.int64).reshape(-1, n_labels) + np.array(predicted, np.int64).reshape(
+            -1, n_labels
+        )
+        return np.stack([(codes == code).sum(axis=0) for code in range(4)], axis=1)
+    counts = np.zeros((n_labels, n_labels), np.int64)
+    np.add.at(counts, (np.asarray(expected, np.int64), np.asarray(predicted, np.int64)), 1)
+    return counts
+
+
+def score_counts(task: Task, counts: np.ndarray) -> Scores:
+    """The metrics of `score` from `count_pairs`, whose size the rows do not change; of no regression."""
+    if task.kind == MULTI_LABEL:
+        return _score_label_counts(task, counts)
+    right = np.diag(counts).astype(np.float64)
+    expected, predicted = counts.sum(axis=1).astype(np.float64), counts.sum(axis=0).astype(np.float64)
+    n_rows = expected.sum()
+    # F1 = 2·TP / (2·TP + FP + FN), and 0 for a class that is neither expected nor predicted
+    f1 = 2 * right / np.maximum(expected + predicted, 1)
+    # The correlation of the one-hot classes; 0 where one side never varies.
+    spread = (n_rows**2 - expected @ expected) * (n_rows**2 - predicted @ predicted)
+    values = {
+        "accuracy": right.sum() / n_rows,
+        "f1_macro": f1.mean(),
+        "matthews": (right.sum() * n_rows - expected @ predicted) / np.sqrt(spread) if spread else 0.0,
+    }
+    if task.positive_label is not None:
+        values["f1"] = f1[task.labels.index(task.positive_label)]
+    return Scores({name: float(values[name]) for name in task.metrics}, _recalls(task, right, expected))
+
+
+def _score_label_counts(task: Task, counts: np.ndarray) -> Scores:
+    only_predicted, missed, right = counts[:, 1:].astype(np.float64).T
+    # The same F1 as above, of each label and of all of them together.
+    values = {
+        "f1_micro": 2 * right.sum() / max((2 * right + only_predicted + missed).sum(), 1),
+        "f1_macro": (2 * right / np.maximum(2 * right + only_predicted + missed, 1)).mean(),
+    }
+    return Scores({name: float(values[name]) for name in task.metrics}, _recalls(task, right, right + missed))
+
+
+def _recalls(task: Task, right: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """By label, from rows that have it and get it, and rows that have it; both float64, shape = (n_labels,)"""
+    rows = zip(task.labels, right.tolist(), expected.tolist(), strict=True)
+    return {name: found / there for name, found, there in rows if there}
+
+
 def score_numbers(predicted: Sequence[float] | np.ndarray, expected: Sequence[float] | np.ndarray) -> Scores:
     """A regression's metrics; numbers, each of shape (n_rows,). Predictions that are all equal have no correlation: 0.
 

@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from train.common.console import say
 from train.common.errors import DataError, UsageError
 from train.common.limits import MAX_BASE_BYTES
@@ -256,17 +258,30 @@ def evaluate(
     batch_size: int = 32,
 ) -> Scores:
     """Score a classifier on encoded rows, on a GPU where there is one."""
+    predicted = predict(classifier, task, tokenizer, rows, batch_size=batch_size)
+    return score(task, predicted, [row["labels"] for row in rows])
+
+
+def predict(
+    classifier: "PromptedClassifier",
+    task: Task,
+    tokenizer: "PreTrainedTokenizerFast",
+    rows: "Sequence[dict[str, Any]]",
+    *,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """A classifier's predictions for encoded rows, in their order, as from `Task.predict`; on a GPU where there is one."""
     import torch
     from transformers import DataCollatorWithPadding
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classifier.to(device).eval()
     collate: Any = DataCollatorWithPadding(tokenizer)
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     logits: list[torch.Tensor] = []
     with torch.inference_mode():
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size]).to(device)
+        for start in range(0, len(order), batch_size):
+            batch = collate([rows[index] for index in order[start : start + batch_size]]).to(device)
             del batch["labels"]
             logits.append(classifier(**batch)["logits"].float().cpu())
-    return score(task, task.predict(torch.cat(logits).numpy()), [row["labels"] for row in ordered])
+    return task.predict(torch.cat(logits).numpy())[np.argsort(order)]

@@ -94,13 +94,17 @@ class Baselines:
     def score(self, task: Task, base: BaseModel, dataset: "Dataset") -> dict[str, Scores]:
         """The scores of all on other rows, by a name for people."""
         expected = np.array(dataset[task.label_column])
-        predicted = {}
+        return {name: score(task, answers, expected) for name, answers in self.predict(task, base, dataset).items()}
+
+    def predict(self, task: Task, base: BaseModel, dataset: "Dataset") -> dict[str, np.ndarray]:
+        """The predictions of all for other rows, in the form of `Task.predict`, by a name for people."""
+        n_rows, predicted = len(dataset), {}
         for constant in (self.constant, *([self.frequent] if self.frequent not in {(), self.constant} else [])):
             name, answer = _constant_answer(task, constant)
-            predicted[f"always {name}"] = np.repeat(answer[None], len(expected), axis=0)
+            predicted[f"always {name}"] = np.repeat(answer[None], n_rows, axis=0)
         if self.cosine is not None:
             predicted["cosine of the frozen model's embeddings"] = self.cosine.predict(_cosines(base, task, dataset))
-        return {name: score(task, answers, expected) for name, answers in predicted.items()}
+        return predicted
 
     def as_json(self) -> dict[str, Any]:
         """For training.json."""

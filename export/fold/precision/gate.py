@@ -11,11 +11,11 @@ from export.bundle.folder import FP32, GRAPH_FILES, Fidelity, Gate
 from export.fold.precision.calibration import CalibrationBatches, text_tokenizer
 from export.fold.precision.fidelity import compare_logits
 from export.fold.read import Sources
-from export.runtime.batches import count_pairs, differ, in_batches, score_counts
+from export.runtime.batches import differ, in_batches
 from export.runtime.classifier import with_task
 from export.runtime.session import open_session, run_session
 from train.common.machine import usable_cores
-from train.config import CLASSIFICATION, REGRESSION
+from train.data.intervals import rise_intervals
 from train.data.tasks import Task, score
 from train.data.token_ids import sentences_of
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 GATE_TOLERANCE = 0.005
 """By how much a metric may fall: half a point."""
-RESAMPLES = 1000
-"""Samples of the bootstrap; a fifth where scikit-learn or SciPy scores each, which takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -148,32 +146,5 @@ def _gate(rows: LabelledBatches, reference: np.ndarray, logits: np.ndarray) -> G
         max_probability_difference=float(changes.max()) if is_finite else 1.0,
         tolerance=GATE_TOLERANCE,
         is_finite=is_finite,
-        changes=paired_intervals(rows.task, before, after, expected),
+        changes=rise_intervals(rows.task, before, after, expected),
     )
-
-
-def paired_intervals(
-    task: Task, before: np.ndarray, after: np.ndarray, expected: np.ndarray
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals of how much each metric rises from one prediction of the same rows to another, by its name.
-
-    A paired bootstrap: rows are drawn with both predictions, which are as from `Task.predict` (Efron & Tibshirani 1993,
-    percentiles).
-    """
-    generator = np.random.default_rng(0)
-    changes: dict[str, list[float]] = {name: [] for name in task.metrics}
-    is_counted = task.kind == CLASSIFICATION
-    for _ in range(RESAMPLES if is_counted else RESAMPLES // 5):
-        drawn = generator.integers(0, len(expected), len(expected))
-        if task.kind == REGRESSION and np.ptp(expected[drawn]) == 0:
-            continue
-        one, other = (
-            score_counts(task, count_pairs(task, expected[drawn], predicted[drawn])).values
-            if is_counted
-            else score(task, predicted[drawn], expected[drawn]).values
-            for predicted in (before, after)
-        )
-        for name, values in changes.items():
-            values.append(other[name] - one[name])
-    bounds = {name: np.percentile(values or [0.0], [2.5, 97.5]) for name, values in changes.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
