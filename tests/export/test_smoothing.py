@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import pytest
 from onnx import numpy_helper, parser
 from scipy.stats import binomtest
 
+from export.__main__ import main as export
 from export.bundle.folder import load_bundle
 from export.fold.precision.calibration import CalibrationBatches, measure_activations
 from export.fold.precision.dense import dense_products, load_graph
@@ -256,6 +258,18 @@ def test_calibration_files_that_say_nothing_are_refused_and_leave_nothing(
     file = write_jsonl(no_leftovers / "texts.jsonl", list(rows))
     flags = ("--precision", "int8", "--calibration-file", file)
     assert words in refusal(capsys, adapter("bert"), "--out", no_leftovers / "b", *flags)
+    assert [path.name for path in no_leftovers.iterdir()] == ["texts.jsonl"]
+
+
+def test_an_interrupted_quantization_leaves_nothing(
+    adapter: Folders, no_leftovers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C while the second of its candidates is made."""
+    quantize = Mock(side_effect=[DEFAULT, KeyboardInterrupt], wraps=quantize_products)
+    monkeypatch.setattr("export.fold.precision.choose.quantize_products", quantize)
+    words = [str(adapter("bert")), "--out", str(no_leftovers / "b"), "--precision", "int8"]
+    assert export([*words, "--calibration-file", str(calibration_file(no_leftovers / "texts.jsonl", 80))]) == 130
+    assert quantize.call_count == 2
     assert [path.name for path in no_leftovers.iterdir()] == ["texts.jsonl"]
 
 
