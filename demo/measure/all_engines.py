@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 
@@ -12,8 +11,10 @@ from demo.engines.stage import ONNX_RUNTIME, PYTORCH, Setup, Stage
 from demo.engines.timing import BurstPlan
 from demo.measure.compare import BURST_BUDGET_SECONDS, MAX_RUNS, MIN_RUNS, PAUSE_SECONDS
 from export.bundle.folder import FP32
+from export.runtime.batches import differ
 from export.runtime.check_text import check_text
 from train.common.errors import EngineError
+from train.config import REGRESSION
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class EngineLatency:
     """Precision of the graph, or one of `PYTORCH_MODES`."""
     median_ms: float
     """Median of one burst at batch size 1; infinite where the engine cannot run here."""
-    agrees: bool
-    """Whether it predicts what the first engine does, PyTorch eager where the page has it."""
+    agrees: bool | None
+    """Whether it predicts what the first engine does, PyTorch eager where the page has it; None for numbers, which are
+    no labels, and where it cannot run."""
 
     @property
     def name(self) -> str:
@@ -41,28 +43,28 @@ def measure_all(
 
     ``stopped`` is asked before each engine. Raises a TextError for a text that cannot be read.
     """
-    modes = list(PYTORCH_MODES) if stage.has_pytorch else []
+    runs = [(PYTORCH, mode, Setup(adapter, FP32, mode)) for mode in PYTORCH_MODES if stage.has_pytorch]
+    runs += [(ONNX_RUNTIME, name, Setup(adapter, name, EAGER)) for name in stage.bundle(adapter).precisions]
     done: list[EngineLatency] = []
     first: np.ndarray | None = None
-    for precision, mode in zip_longest(stage.bundle(adapter).precisions, modes):
-        wanted = [(PYTORCH, mode)] if mode else []
-        wanted += [(ONNX_RUNTIME, precision)] if precision else []
+    for library, name, setup in runs:
+        if stopped():
+            return
         try:
-            opened = stage.open(Setup(adapter, precision or FP32, mode or EAGER))
+            opened = stage.open(setup)
         except EngineError:
             # torch.compile needs a C++ compiler, for example.
-            done += [EngineLatency(library, name, float("inf"), agrees=True) for library, name in wanted]
+            done.append(EngineLatency(library, name, float("inf"), agrees=None))
+            yield tuple(done)
             continue
         arrays = opened.tokenize([check_text(opened.task, sentence1, sentence2)]).arrays
-        for library, name in wanted:
-            if stopped():
-                return
-            engine = opened.pytorch if library == PYTORCH else opened.onnx
-            assert engine is not None, "a mode only with PyTorch"
-            with stage.measuring:
-                predicted = opened.task.predict(engine.logits(arrays))
-                time.sleep(PAUSE_SECONDS)
-                burst = engine.burst(arrays, BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS))
-            first = predicted if first is None else first
-            done.append(EngineLatency(library, name, burst.median_ms, bool(np.array_equal(predicted, first))))
-            yield tuple(done)
+        engine = opened.pytorch if library == PYTORCH else opened.onnx
+        assert engine is not None, "a mode only with PyTorch"
+        with stage.measuring:
+            predicted = opened.task.predict(engine.logits(arrays))
+            time.sleep(PAUSE_SECONDS)
+            burst = engine.burst(arrays, BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS))
+        first = predicted if first is None else first
+        agrees = None if opened.task.kind == REGRESSION else not differ(opened.task, predicted, first).any()
+        done.append(EngineLatency(library, name, burst.median_ms, agrees))
+        yield tuple(done)

@@ -32,6 +32,7 @@ from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import MRPC, Task
 
 HISTOGRAM_BINS = 24
+_AGREEMENT = {True: ", same label", False: ", ANOTHER LABEL", None: ""}
 
 ENGINES = (("PyTorch (PEFT)", "pytorch"), ("ONNX Runtime", "onnx"))
 """Names of the engines for people, and in ids of elements."""
@@ -236,14 +237,10 @@ def _bars(done: Sequence[EngineLatency]) -> Markup:
         axes.invert_yaxis()
         axes.margins(x=0.3)
         axes.set_xlabel("median latency of one forward pass, ms")
-        for place, one in enumerate(done):
-            words = f" {one.median_ms:.2f} ms, {'same label' if one.agrees else 'ANOTHER LABEL'}"
-            axes.text(
-                one.median_ms if one in ran else 0, place, words if one in ran else " cannot run here", va="center"
-            )
-        described = "; ".join(
-            f"{one.name} {one.median_ms:.2f} ms, {'the same label' if one.agrees else 'another label'}" for one in ran
-        )
+        words = [f"{one.median_ms:.2f} ms{_AGREEMENT[one.agrees]}" if one in ran else "cannot run here" for one in done]
+        for place, (one, shown) in enumerate(zip(done, words, strict=True)):
+            axes.text(one.median_ms if one in ran else 0, place, f" {shown}", va="center")
+        described = "; ".join(f"{one.name} {shown}" for one, shown in zip(done, words, strict=True))
         return to_svg(figure, f"All engines on this text: {described}")
 
 

@@ -83,6 +83,19 @@ def test_a_visitor_stops_the_measuring_and_keeps_the_answers(page: Page) -> None
     assert 0 < measured.count() < 6
 
 
+def test_the_page_opens_with_the_first_example_answered_and_a_click_runs_another(page: Page) -> None:
+    expect(page.get_by_label("Sentence 1").first).to_have_value(REDWOODS[0])
+    expect(page.locator("#speedup")).to_contain_text("both give the same label")
+    expect(page.locator("#onnx-answer").get_by_role("heading")).to_have_text("equivalent")
+    press(page, "Two pieces of news")
+    expect(page.locator("#onnx-answer").get_by_role("heading")).to_have_text("not_equivalent")
+    press(page, "All engines on this text")
+    bars = page.locator("#all-engines").get_by_role("img")
+    for name in ("PyTorch, eager", "PyTorch, compiled", "PyTorch, bf16", "ONNX Runtime, fp32", "ONNX Runtime, int8"):
+        said = re.compile(rf"{name} (\d+\.\d\d ms, same label|cannot run here)")
+        expect(bars).to_have_accessible_name(said)
+
+
 def test_a_text_that_is_sent_while_another_is_measured_is_measured_next(page: Page) -> None:
     page.get_by_label("Sentence 1").first.fill(REDWOODS[0] + " trees" * 1000)
     page.get_by_label("Sentence 2").first.fill(REDWOODS[1])
