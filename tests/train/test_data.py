@@ -226,7 +226,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     (
         "in.jsonl",
         b'{"sentence1": "a", "sentence2": "b", "label": -1}',
-        "column 'label' holds no label: it is empty or -1 in all 1 rows",
+        "column 'label' holds no label: it is -1 in all 1 rows",
     ),
     ("in.parquet", GOOD.encode(), "in.parquet cannot be read as parquet (Parquet magic bytes not found"),
 ]

@@ -4,6 +4,7 @@ import gzip
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,24 @@ Rows = list[dict[str, Any]]
 Capture = pytest.CaptureFixture[str]
 TEXT = custom_task(("text",), "label", ("0", "1"))
 FILES: dict[str, tuple[str, bytes, Rows, str]] = {
-    "semicolon": ("a.csv", b"text;label\na, b;1\n", [{"text": "a, b", "label": "1"}], "delimiter semicolon"),
+    "semicolon": (
+        "a.csv",
+        b"text;label\na, b;1\n",
+        [{"text": "a, b", "label": "1"}],
+        "UTF-8, delimiter semicolon, columns text, label",
+    ),
     "tab": ("a.tsv", b"text\tlabel\na, b\t1\n", [{"text": "a, b", "label": "1"}], "delimiter tab"),
     "pipe": ("a.csv", b"text|label\na, b|1\n", [{"text": "a, b", "label": "1"}], "delimiter pipe"),
     "sep line": ("a.csv", b"sep=;\ntext;label\na,1;1\n", [{"text": "a,1", "label": "1"}], "delimiter semicolon"),
     "blanks": ("a.csv", b'text , label\n"a, ""b""" , 1\n', [{"text": 'a, "b"', "label": "1"}], "delimiter comma"),
+    "two marks": ("a.csv", b"\xef\xbb\xbf" * 2 + b"text,label\na,1\n", [{"text": "a", "label": "1"}], "comma"),
+    "unseen blanks": (
+        "a.csv",
+        "\u00a0text,\u200blabel\u2060\na,1\n".encode(),
+        [{"text": "a", "label": "1"}],
+        "comma",
+    ),
+    "nothing but an ending": (".csv", b"text,label\na,1\n", [{"text": "a", "label": "1"}], "comma"),
     "mark": ("a.CSV", b"\xef\xbb\xbftext,label\na,1\n", [{"text": "a", "label": "1"}], "with byte-order mark"),
     "cp1252": ("a.csv", "text,label\nÖl “q” 5 €,1\n".encode("cp1252"), [{"text": "Öl “q” 5 €", "label": "1"}], "1252"),
     "UTF-16": ("a.csv", "text\tlabel\nÖl\t1\n".encode("utf-16"), [{"text": "Öl", "label": "1"}], "UTF-16"),
@@ -37,7 +51,12 @@ FILES: dict[str, tuple[str, bytes, Rows, str]] = {
     "trailing": ("a.csv", b"text,label,,\na,1,,\nb,0\n", [{"text": t, "label": n} for t, n in ("a1", "b0")], "comma"),
     "index of R": ("a.csv", b'"text","label"\n"1","a","1"\n', [{"": "1", "text": "a", "label": "1"}], "comma"),
     "index of pandas": ("a.csv", b",text,label\n0,a,1\n", [{"": "0", "text": "a", "label": "1"}], "comma"),
-    "apostrophes": ("a.csv", b"'text','label'\n'a, b','1'\n", [{"text": "a, b", "label": "1"}], "quoted by '"),
+    "apostrophes": (
+        "a.csv",
+        b"'text','label'\n'a, b','1'\n",
+        [{"text": "a, b", "label": "1"}],
+        "quoted by ', columns text, label",
+    ),
     "no quotes": (
         "a.tsv",
         b'text\tlabel\n"a\t1\nb"\t0\n',
@@ -94,6 +113,15 @@ def test_what_is_written_far_from_the_start_is_read_too(tmp_path: Path) -> None:
         ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-4], "cannot be unpacked"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "line 1: there is no comma between two objects"),
         ("a.json", b'[{"text": "a"},\n', "line 2 is no JSON"),
+        ("a.json", b'{\n "text": "a",\n "label": 1\n}\n', "line 1: a JSON object goes on over several lines"),
+        ("a.json", b'{"text": {"0": "a"}, "label": {"0": 1}}', "holds one JSON object of columns, not rows"),
+        ("a.json", b'{"text": ["a", "b"], "label": [1, 0]}\n', "holds one JSON object of columns, not rows"),
+        ("a.jsonl", b'{"text": "a"\n{"text": "b", "label": 1}\n', "row 1 (line 1): it is no JSON"),
+        ("a.csv", b"text,label\na,1\ntext,label\nb,0\n", "row 2 (line 3): it is the first line again"),
+        ("a.csv", b"\xef\xbb\xbftext,label\na,1\n\xef\xbb\xbftext, label\nb,0\n", "it is the first line again"),
+        ("a.csv", "text,label\n\u200b\ufeff,1\n".encode(), "row 1 (line 2): column 'text' holds no text"),
+        ("a.csv", "text,label\nEs f\u00e4hrt,1\n".encode("mac_roman"), "name its --encoding"),
+        ("a.csv", "text,label\nEs f\u00e4hrt,1\n".encode("cp850"), "name its --encoding"),
         ("a.csv", b"text,label,label\na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
         ("a.csv", b"text,label, label \na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
         ("a.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "it has 'label' twice, as its 2. and its 3. name"),
@@ -175,6 +203,8 @@ def test_names_of_classes_and_saved_data_sets_are_read(tmp_path: Path) -> None:
         assert (list(splits.train["text"]), list(splits.train["label"])) == (["a", "b", "d"], [1, 0, 1])
     with pytest.raises(DataError, match=r"splits holds several splits \(train\). Give the folder of one"):
         load_split(TEXT, "train", tmp_path / "splits")
+    with pytest.raises(DataError, match="row 1: label 'neg' in column 'label' is none of"):
+        load_split(custom_task(("text",), "label", ("a", "pos")), "", tmp_path / "a.parquet")
     # Another order of the names does not turn them round.
     other = custom_task(("text",), "label", ("neg", "pos"))
     assert list(load_split(other, "", tmp_path / "a.parquet")["label"]) == [0, 1, 0]
@@ -205,29 +235,76 @@ def labels_of(
 
 
 def test_values_that_are_no_class_are_left_out_or_refused(tmp_path: Path, capsys: Capture) -> None:
-    for nothing in (-1, "-1", "-", "", " ", None, float("nan"), -1.0):
+    signs = [(value, "empty") for value in ("", " ", "\u200b", None, float("nan"))] + [(-1, "-1"), (-1.0, "-1")]
+    for nothing, sign in [*signs, *((text, text) for text in ("-1", "-", "nan", "NA", "N/A", "NULL", "<NA>"))]:
         assert labels_of(tmp_path, [0, 1, nothing, 1]) == (("0", "1"), [0, 1, 1])
-        assert "left out 1 of 4 rows, whose 'label' is empty or -1: they have no label" in capsys.readouterr().out
-        with pytest.raises(DataError, match="it is empty or -1 in all 2 rows"):
+        assert f"left out 1 of 4 rows, whose 'label' is {sign}: they have no label." in capsys.readouterr().out
+        with pytest.raises(DataError, match=f"it is {sign} in all 2 rows"):
             labels_of(tmp_path, [nothing, nothing], task=TEXT)
+    assert labels_of(tmp_path, [0, 1, "NA", "", 1])[1] == [0, 1, 1]
+    told = capsys.readouterr().out
+    assert (
+        "left out 2 of 5 rows, whose 'label' is NA or empty: they have no label. If NA is a class, it is one of" in told
+    )
     assert labels_of(tmp_path, [-1, 0, 1], labels=("-1", "0", "1")) == (("-1", "0", "1"), [0, 1, 2])
+    assert labels_of(tmp_path, ["NA", "x", "na"], labels=("na", "x")) == (("na", "x"), [0, 1, 0])
+    assert labels_of(tmp_path, ["None", "x"])[0] == ("None", "x")
     with pytest.raises(DataError, match=r"1 labels beside -1.*--labels=-1,1"):
         labels_of(tmp_path, [-1, 1, 1, -1])
-    for value in (["a"], ["a", "b"], []):
+    for value in (["a"], ["a", "b"], [], "['a', 'b']", '["a"]', "[]", "[0 1 0]", "[1. 0.]"):
         with pytest.raises(DataError, match="--kind multi_label"):
             labels_of(tmp_path, ["a", value])
         with pytest.raises(DataError, match="--kind multi_label"):
             labels_of(tmp_path, [value], task=TEXT)
 
 
-@pytest.mark.parametrize("values", [["pos", "Pos", "neg"], ["pos", "pos ", "neg"], [" neg", "pos", "NEG"]])
+def test_several_labels_are_names(tmp_path: Path) -> None:
+    """In a list, or in the list that pandas writes into a CSV file; not a 0 or 1 for each label."""
+    (tmp_path / "a.csv").write_text('text;label\na;[\'x\', \'Y\']\nb;[]\nc;"[""y""]"\nd;x, y\n')
+    (tmp_path / "b.csv").write_text("text;label\na;['x', 'y']\nb;[]\nc;[\"y\"]\nd;x, Y\n")
+    config = TrainConfig(
+        out=tmp_path,
+        train_file=tmp_path / "a.csv",
+        validation_file=tmp_path / "b.csv",
+        text_columns=("text",),
+        kind="multi_label",
+    )
+    with pytest.raises(DataError, match="labels 'y' and 'Y', which differ"):
+        load_splits(config)
+    splits = load_splits(replace(config, merge_labels=True))
+    assert splits.task.labels == ("x", "y")
+    assert list(splits.train["label"]) == list(splits.validation["label"]) == [[1, 1], [0, 0], [0, 1], [1, 1]]
+    for value, words in (([1, 0, 1], "names a label twice"), ([1.0, 0.0], "no list"), ([True, False], "no list")):
+        with pytest.raises(DataError, match=words):
+            labels_of(tmp_path, [value, [0, 1]], kind="multi_label")
+
+
+SPELLINGS = [
+    ["pos", "Pos", "neg"],
+    ["pos", "pos ", "neg"],
+    [" neg", "pos", "NEG"],
+    ["pos", "pos\u00a0", "neg"],
+    ["pos", "pos\u200b", "neg"],
+    ["pos", "\uff50\uff4f\uff53", "neg"],
+]
+
+
+@pytest.mark.parametrize("values", SPELLINGS)
 def test_spellings_of_one_label_are_refused_or_merged(values: list[str], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"which differ in case or blanks alone\. Add --merge-labels .* --labels"):
+    with pytest.raises(DataError, match=r"which differ in case or blanks alone, .*\. Add --merge-labels .* --labels"):
         labels_of(tmp_path, values)
     merged, indices = labels_of(tmp_path, [*values, "pos", "neg", "pos", "neg"], merge_labels=True)
     assert merged == ("neg", "pos")
-    assert indices[:3] == [int(value.strip().lower() == "pos") for value in values]
+    assert indices[:3] == [int("neg" not in value.lower()) for value in values]
     assert labels_of(tmp_path, values, labels=("neg", "pos"))[1] == indices[:3]
+
+
+def test_spellings_that_look_alike_are_shown_by_their_codes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"labels 'caf\\xe9' and 'cafe\\u0301'"):
+        labels_of(tmp_path, ["caf\u00e9", "cafe\u0301", "tea"])
+    for values in (["not  equal", "not equal", "equal"], ["01", "1", "0"], [True, 1, False], ["TRUE", "0", "1"]):
+        with pytest.raises(DataError, match="or as Unicode or numbers are written"):
+            labels_of(tmp_path, values)
 
 
 def test_truth_and_whole_numbers_are_one_class_in_any_spelling(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """What is refused in labelled rows: a missing column, a row that cannot be read, has no text or an unknown label."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from train.common.errors import DataError
-from train.data.files.chunks import Chunk
+from train.data.files.chunks import Chunk, trim
 from train.data.labels import Label, has_no_label, parse_label
 from train.data.tasks import Task
 
@@ -18,7 +19,10 @@ def check_columns(file: str, columns: Sequence[str], wanted: Iterable[str], reme
     for name in wanted:
         if name not in columns:
             few = ", ".join(columns[:8]) + (" …" if len(columns) > 8 else "")
-            raise DataError(f"{file} has no column {name!r:.80}; it has {few:.300}. {remedy}")
+            # A file of one column is rare; more often its delimiter is one that is not recognised.
+            is_csv = len(columns) == 1 and re.search(r"\.[ct]sv(\.\w+)?$", file, re.IGNORECASE)
+            other = " If another character stands between its cells, add --delimiter." * bool(is_csv)
+            raise DataError(f"{file} has no column {name!r:.80}; it has {few:.300}. {remedy}{other}")
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def check_rows(
 def _fault(texts: Sequence[object], task: Task, max_characters: int | None) -> str:
     """Why a row's texts cannot be used, or nothing."""
     for name, text in zip(task.text_columns, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            return f"column {name!r} holds no text"
+        if not isinstance(text, str) or not trim(text):
+            but = "" if text is None or isinstance(text, str) else f" but {text!r:.40}"
+            return f"column {name!r} holds no text{but}"
         if max_characters is not None and len(text) > max_characters:
             return f"column {name!r} has {len(text):,} characters; at most {max_characters:,} are read"
     return ""

@@ -1,8 +1,11 @@
 """What a label column may hold, by kind of task: a class, a number, or several labels."""
 
+import ast
 import math
+import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
+from typing import Any
 
 from train.common.errors import DataError
 from train.data.classes import find_class, is_no_class, named_value
@@ -32,11 +35,15 @@ def parse_label(task: Task, value: object, names: Sequence[str] = ()) -> Label:
     if task.kind == MULTI_LABEL:
         several = split_labels(value)
         if several is None:
-            raise DataError(f"label {value!r:.80} {column} is no list of labels, and no text with commas between them")
-        unknown = next((name for name in several if name not in known), None)
-        if unknown is None:
-            return tuple(float(label in several) for label in task.labels)
-        value = unknown
+            raise DataError(no_labels(value, task.label_column))
+        if len(set(several)) < len(several):
+            raise DataError(
+                f"label {value!r:.80} {column} names a label twice. Give the names of a row's labels, not a 0 or 1 for each"
+            )
+        indices = [find_class(name, known) for name in several]
+        if None not in indices:
+            return tuple(float(index in indices) for index in range(len(task.labels)))
+        value = several[indices.index(None)]
     else:
         if isinstance(value, list | dict):
             raise DataError(_not_one(task.label_column, value))
@@ -45,16 +52,47 @@ def parse_label(task: Task, value: object, names: Sequence[str] = ()) -> Label:
             found = find_class(value, known)  # learned before the file had names
         if found is not None:
             return found
+        if isinstance(value, str) and holds_list(value):
+            raise DataError(_not_one(task.label_column, value))
+        value = named_value(value, names)
     raise DataError(f"label {value!r:.80} {column} is none of task {task.name}'s ({task.label_choices})")
+
+
+def no_labels(value: object, column: str) -> str:
+    """Why a cell of a multi-label column cannot be used where `split_labels` gives None."""
+    return f"label {value!r:.80} in column {column!r} is no list of labels, and no text with commas between them"
 
 
 def split_labels(value: object) -> list[str] | None:
     """The labels of a row: a list, or names with a comma between; none of an empty string. None for anything else."""
-    if isinstance(value, list) and all(isinstance(item, str | int) for item in value):
+    if isinstance(value, str) and holds_list(value):
+        value = _list_in(value.strip())
+    if isinstance(value, list) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value):
         return [str(item) for item in value]
     if isinstance(value, str):
         return [name.strip() for name in value.split(SEPARATOR) if name.strip()]
     return [str(value)] if isinstance(value, int) else None
+
+
+_NUMBERS = re.compile(r"\[[\d.\s]*\]")
+"""An array as NumPy prints it."""
+
+
+def _list_in(text: str) -> list[Any] | None:
+    """The list that stands in a text, as pandas writes one into a CSV file: "['a', 'b']"; None if there is none."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def holds_list(text: str) -> bool:
+    """Whether a text is a list of labels in brackets, which is not the name of a class."""
+    text = text.strip()
+    return _NUMBERS.fullmatch(text) is not None or _list_in(text) is not None
 
 
 def _parse_number(value: object, column: str) -> float:
@@ -70,13 +108,14 @@ def _parse_number(value: object, column: str) -> float:
 
 def refuse_other_kind(place: str, column: str, value: object) -> None:
     """Refuse a cell of a classification's label column that holds a list."""
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict) or (isinstance(value, str) and holds_list(value)):
         raise DataError(f"{place}: {_not_one(column, value)}.")
 
 
 def _not_one(column: str, value: object) -> str:
+    kind = "dict" if isinstance(value, dict) else "list"
     return (
-        f"column {column!r} holds a {type(value).__name__}, and a classification has one label a row. For several labels a "
+        f"column {column!r} holds a {kind}, and a classification has one label a row. For several labels a "
         f"row add --kind {MULTI_LABEL} to the training"
     )
 

@@ -10,11 +10,18 @@ from train.common.console import say
 from train.common.errors import DataError, HubError
 from train.common.processes import is_main_process
 from train.config import MINILM, TrainConfig
-from train.data.check_rows import BadRows, check_columns, check_rows
+from train.data.check_rows import BadRows, CheckedRows, check_columns, check_rows
 from train.data.classes import class_text, is_no_class, name_classes, named_value
 from train.data.files.chunks import ArrowChunk, Chunk
 from train.data.files.options import ReadOptions
-from train.data.labels import Label, refuse_equal_numbers, refuse_fractions, refuse_other_kind, split_labels
+from train.data.labels import (
+    Label,
+    no_labels,
+    refuse_equal_numbers,
+    refuse_fractions,
+    refuse_other_kind,
+    split_labels,
+)
 from train.data.read_rows import find_source, read_chunks
 from train.data.tasks import (
     CLASSIFICATION,
@@ -84,28 +91,36 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     file, found = config.train_file, Counter[str]()
     names: tuple[str, ...] = ()
     assert file is not None  # TrainConfig has checked
-    has_minus = False
+    no_class: set[str] = set()
+    bad = BadRows()
     for chunk in _read_file(file, "train", read_options(config)):
         wanted = (*config.text_columns, label_column)
-        _check_columns(chunk, wanted, "--text-columns and --label-column")
+        _check_columns(chunk, wanted, "--text-columns and --label-column name")
         names = chunk.class_names(label_column) or names
+        unusable = dict(chunk.unreadable)
         for row, value in enumerate(chunk.column(label_column)):
             if kind == MULTI_LABEL:
-                found.update(split_labels(value) or ())  # what is no list is refused when rows are read
+                if (several := split_labels(value)) is None:
+                    unusable.setdefault(row, no_labels(value, label_column))
+                found.update(several or ())
                 continue
             refuse_other_kind(chunk.place(row), label_column, value)
-            if not is_no_class(value, {}):
-                named = named_value(value, names)
-                found[named if isinstance(named, str) else class_text(named) or ""] += 1
-            has_minus = has_minus or class_text(value) == "-1"
-    if kind == MULTI_LABEL:
-        return _in_order(found)
+            if is_no_class(value, {}):
+                no_class.add(class_text(value) or "")
+                continue
+            named = named_value(value, names)
+            found[named if isinstance(named, str) else class_text(named) or ""] += 1
+        bad.add(chunk, CheckedRows([], [], unusable, bad_label=False))
     labels = name_classes(found, file, label_column, merge=config.merge_labels)
+    if len(labels) < 2:
+        bad.refuse()  # else named with all other bad rows
+    if kind == MULTI_LABEL:
+        return _in_order(labels)
     refuse_fractions(file, label_column, labels)
-    if has_minus and len(labels) < 2:
+    if (nothing := max(no_class, default="")) and len(labels) < 2:
         raise DataError(
-            f"{file}: column {label_column!r} has {len(labels)} labels beside -1, which many data sets write where a row has "
-            f"none. If it is a class, name all: --labels={','.join(['-1', *labels]):.80}"
+            f"{file}: column {label_column!r} has {len(labels)} labels beside {nothing}, which many data sets write where a "
+            f"row has none. If it is a class, name all: --labels={','.join([nothing, *labels]):.80}"
         )
     return sorted(labels, key=names.index) if set(labels) <= set(names) else _in_order(labels)
 
@@ -145,41 +160,42 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
     )
     sentences: list[tuple[str, ...]] = []
     labels: list[Label] = []
-    bad, n_rows, n_missing = BadRows(), 0, 0
+    bad, n_rows, missing = BadRows(), 0, Counter[str]()
     for chunk in chunks:
-        _check_columns(chunk, (*task.text_columns, task.label_column), f"Task {task.name}")
+        _check_columns(chunk, (*task.text_columns, task.label_column), f"Task {task.name} reads")
         checked = check_rows(chunk, task, with_labels=True, needs_labels=False)
         bad.add(chunk, checked)
         n_rows += len(chunk)
+        values = chunk.column(task.label_column)
         for row, (texts, label) in enumerate(zip(checked.sentences, checked.labels, strict=True)):
             if label is not None:
                 sentences.append(texts)
                 labels.append(label)
             elif row not in checked.bad:
-                n_missing += 1
+                missing[class_text(values[row]) or "empty"] += 1
     bad.refuse()
     source = file or f"{GLUE}/{task.hub_config} ({split})"
-    if n_missing:
-        _tell_missing(str(source), task, n_rows, n_missing)
+    if missing:
+        _tell_missing(str(source), task, n_rows, missing)
     if task.kind == REGRESSION:
         refuse_equal_numbers(source, task.label_column, labels)
     columns = dict(zip(task.text_columns, map(list, zip(*sentences, strict=True)), strict=True))
     return Dataset.from_dict({**columns, task.label_column: labels})
 
 
-def _tell_missing(source: str, task: Task, n_rows: int, n_missing: int) -> None:
-    column = task.label_column
+def _tell_missing(source: str, task: Task, n_rows: int, missing: Counter[str]) -> None:
+    """Say which rows are left out, from how often the label column has which sign that there is none."""
+    column, n_missing, signs = task.label_column, missing.total(), " or ".join(sorted(missing))
     if n_missing == n_rows:
         raise DataError(
-            f"{source}: column {column!r} holds no label: it is empty or -1 in all {n_rows:,} rows, as in test sets whose "
+            f"{source}: column {column!r} holds no label: it is {signs} in all {n_rows:,} rows, as in test sets whose "
             "labels are kept back. Give a file with labels."
         )
     if is_main_process():
-        hint = (
-            " A -1 that is a class is one of --labels." if task.name == "custom" and task.kind == CLASSIFICATION else ""
-        )
+        named = sorted(set(missing) - {"empty"})
+        hint = f" If {named[0]} is a class, it is one of --labels." if named and task.name == "custom" else ""
         say(
-            f"{source}: left out {n_missing:,} of {n_rows:,} rows, whose {column!r} is empty or -1: they have no label.{hint}"
+            f"{source}: left out {n_missing:,} of {n_rows:,} rows, whose {column!r} is {signs}: they have no label.{hint}"
         )
 
 
@@ -193,7 +209,7 @@ def _read_file(file: Path, split: str, options: ReadOptions, *, is_told: bool = 
 def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str) -> None:
     # In JSON lines a later chunk may lack a column; then its rows are named. A row that cannot be read has none.
     if not chunk.start and len(chunk.unreadable) < len(chunk):
-        check_columns(chunk.file, chunk.columns, wanted, f"{reader} reads {', '.join(wanted)}.")
+        check_columns(chunk.file, chunk.columns, wanted, f"{reader} {', '.join(wanted)}.")
 
 
 def _load_from_hub(task: Task, split: str) -> ArrowChunk:

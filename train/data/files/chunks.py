@@ -10,6 +10,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+"""Blanks, those without a width and the byte-order mark too, which Python's own strip leaves."""
+
+
+def trim(text: str) -> str:
+    """A text without blanks around it, visible or not."""
+    return text.strip(_BLANKS)
+
 
 @dataclass(frozen=True)
 class TextChunk:

@@ -14,7 +14,7 @@ from itertools import islice
 
 from train.common.errors import DataError
 from train.common.limits import MIB
-from train.data.files.chunks import Row
+from train.data.files.chunks import Row, trim
 from train.data.files.dialect import Dialect, detect_dialect, fit_cells, trim_header
 from train.data.files.find import SourceFile
 from train.data.files.options import Limits, ReadOptions
@@ -140,7 +140,9 @@ def _read_rows(
                 "part of the texts, add --quote none, else --quote '\"'"
             )
         if fitted is not None:
-            yield NumberedRow(lines.begin, dict(zip(columns, fitted, strict=True)))
+            repeats = len(columns) > 1 and fitted[-1].strip() == columns[-1] and [*map(trim, fitted)] == columns
+            reason = "it is the first line again, as where one file was added to another" if repeats else ""
+            yield NumberedRow(lines.begin, dict(zip(columns, fitted, strict=True)), reason)
             continue
         lines.keep(1)
         reason = reason or f"it has {len(cells)} cells, the first line names {len(columns)} columns"

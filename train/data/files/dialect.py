@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from train.data.files.chunks import trim
 from train.data.files.options import DELIMITERS, NO_QUOTE, ReadOptions
 
 MAX_CELL_CHARACTERS = 1 << 26
@@ -28,6 +29,8 @@ class Dialect:
     """Whether the blanks after a delimiter are no part of the cell."""
     has_sep_line: bool = False
     """Whether the line ``sep=;`` comes before the header."""
+    columns: tuple[str, ...] = ()
+    """The names in the header, for people."""
 
     def reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         """The csv module's reader, strict: what is not quite CSV is an error."""
@@ -46,7 +49,9 @@ class Dialect:
         """For people."""
         delimiter = DELIMITERS.get(self.delimiter, repr(self.delimiter))
         quote = f", cells quoted by {self.quote}" if self.quote not in {"", '"'} else ""
-        return f"delimiter {delimiter}{quote}" + ("" if self.quote else ", quotes taken as text")
+        quote = quote if self.quote else ", quotes taken as text"
+        few = ", ".join(" ".join(name.split()) for name in self.columns[:8]) + (" …" if len(self.columns) > 8 else "")
+        return f"delimiter {delimiter}{quote}" + (f", columns {few:.200}" if few else "")
 
 
 def fit_cells(cells: Sequence[str], n_columns: int) -> list[str] | None:
@@ -61,7 +66,9 @@ def detect_dialect(lines: Sequence[str], suffix: str, options: ReadOptions, *, i
 
     ``suffix`` is the file's ending, ``is_whole`` says that the lines are all that it has.
     """
-    has_sep_line, delimiters = False, [*DELIMITERS] if suffix != ".tsv" else ["\t", *(set(DELIMITERS) - {"\t"})]
+    has_sep_line = False
+    # Of a .tsv the tab is tried first.
+    delimiters = sorted(DELIMITERS, key=lambda character: suffix != ".tsv" or character != "\t")
     if lines and (named := _SEP_LINE.fullmatch(lines[0].lstrip("\ufeff"))):
         has_sep_line, lines, delimiters = True, lines[1:], [named[1]]
     if options.delimiter is not None:
@@ -82,7 +89,15 @@ def detect_dialect(lines: Sequence[str], suffix: str, options: ReadOptions, *, i
             is_worth_it = quote or len(quotes) == 1 or (n_bad == 0 and not _has_quoted(text, tried.delimiter))
             if n_bad < best_bad and is_worth_it:
                 best, best_bad = tried, n_bad
-    return replace(best, has_sep_line=has_sep_line, skips_blanks=best.skips_blanks or _has_blanks(lines, best))
+    best = replace(best, skips_blanks=best.skips_blanks or _has_blanks(lines, best))
+    return replace(best, has_sep_line=has_sep_line, columns=_header(lines, best))
+
+
+def _header(lines: Sequence[str], dialect: Dialect) -> tuple[str, ...]:
+    try:
+        return tuple(trim_header(next((cells for cells in dialect.reader(lines) if any(map(trim, cells))), ())))
+    except csv.Error:
+        return ()
 
 
 def _variants(quote: str, delimiters: Sequence[str], text: str) -> Iterator[Dialect]:
@@ -123,7 +138,7 @@ def _count_bad(lines: Sequence[str], dialect: Dialect, *, is_whole: bool) -> int
 
 def trim_header(cells: Sequence[str]) -> list[str]:
     """The names in a header, without blanks around them and without empty ones at its end."""
-    names = [cell.strip() for cell in cells]
+    names = [trim(cell) for cell in cells]
     while len(names) > 1 and not names[-1]:
         names.pop()
     return names

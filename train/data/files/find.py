@@ -12,9 +12,7 @@ CSV, TSV, JSONL, JSON, PARQUET, ARROW = ".csv", ".tsv", ".jsonl", ".json", ".par
 FILE_TYPES = (CSV, JSONL, PARQUET, TSV, JSON, ".ndjson", ARROW, ".feather")
 PACKED = (".gz", ".zst")
 """Endings of compressed text files, after their own."""
-_CHOICES = (
-    f"{', '.join((CSV, JSONL, PARQUET, TSV, JSON, ARROW))}, or in one of the text files' and {' or '.join(PACKED)}"
-)
+_CHOICES = f"{', '.join((CSV, JSONL, PARQUET, TSV, JSON, ARROW))}; a text file also as {' or '.join(CSV + end for end in PACKED)}"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 """What `datasets.Dataset.save_to_disk` and `DatasetDict.save_to_disk` write beside the data."""
 
@@ -34,8 +32,14 @@ class SourceFile:
 
 def split_suffix(path: Path) -> tuple[str, str]:
     """The endings of a file's name that say of what kind it is and how it is compressed: (".csv", ".gz")."""
-    last = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), last) if last in PACKED else (last, "")
+    stem, last = _ending(path.name)
+    return (_ending(stem)[1], last) if last in PACKED else (last, "")
+
+
+def _ending(name: str) -> tuple[str, str]:
+    """A name in two: "a" and ".csv"; of a file that is called ".csv" pathlib says that it has no ending."""
+    stem, dot, end = name.rpartition(".")
+    return stem, (dot + end).lower() if dot else ""
 
 
 def find_files(path: Path, name: str) -> tuple[SourceFile, ...]:

@@ -35,9 +35,29 @@ def read_json(file: SourceFile, encoding: Encoding, limits: Limits | None) -> It
     with open_text(file, encoding, "\n", limits) as stream:
         for n_before, line in enumerate(stream):
             if line.strip():
-                is_array = line.lstrip().startswith("[")
-                read = _read_array(file.name, line, stream, n_before) if is_array else None
-                yield from read or _read_lines(chain([line], stream), n_before)
+                if line.lstrip().startswith("["):
+                    yield from _read_array(file.name, line, stream, n_before)
+                    return
+                second = stream.readline()
+                _refuse_one_object(file.name, line, second)
+                yield from _read_lines(chain([line, second], stream), n_before)
+                return
+
+
+def _refuse_one_object(name: str, first: str, second: str) -> None:
+    """Refuse a file whose first line begins an object of several lines, or holds whole columns."""
+    remedy = "Write one object a row, each on a line of its own or all in one array (pandas: orient='records')."
+    try:
+        value = _DECODER.decode(first)
+    except json.JSONDecodeError as cause:
+        if cause.pos >= len(first.rstrip()) and second.strip() and not second.lstrip().startswith("{"):
+            raise DataError(f"{name}, line 1: a JSON object goes on over several lines. {remedy}") from cause
+        return
+    except (ValueError, RecursionError):
+        return  # a row that is named with all others
+    is_container = isinstance(value, dict) and bool(value) and all(isinstance(v, list | dict) for v in value.values())
+    if is_container and not second.strip():
+        raise DataError(f"{name} holds one JSON object of columns, not rows. {remedy}")
 
 
 def _read_lines(lines: Iterator[str], n_before: int) -> Iterator[NumberedRow]:

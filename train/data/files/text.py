@@ -26,8 +26,11 @@ UTF8, CP1252 = "utf-8", "cp1252"
 
 _NO_CP1252 = re.compile(
     rb"[\x81\x8d\x8f\x90\x9d]|[A-Za-z\xc0-\xff][\xa1-\xac\xae-\xb3\xb5\xb6\xb8-\xbf][A-Za-z\xc0-\xff]"
+    rb"|[A-Za-z][\x83\x84\x86-\x89\x8b\x93\x94\x98\x9b][A-Za-z]|[a-z][\x8a\x8c\x8e\x9f][a-z]"
 )
-"""Bytes that cp1252 does not have, or a sign within a word: another encoding has a letter there."""
+"""Bytes that cp1252 does not have, or a sign or a capital letter within a word: another encoding (cp1250, that of DOS, of
+the old Mac) has a small letter there.
+"""
 _UTF8_CHARACTER = re.compile(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
 _HIGH = bytes(range(128, 256))
@@ -66,6 +69,8 @@ def open_bytes(file: SourceFile, limits: Limits | None = None) -> Iterator[Any]:
     except (EOFError, gzip.BadGzipFile, pyarrow.ArrowException) as cause:
         raise DataError(f"{file.name} cannot be unpacked ({cause}). Pack it anew.") from cause
     except OSError as cause:
+        if file.packed and cause.errno is None:  # pyarrow's
+            raise DataError(f"{file.name} cannot be unpacked ({cause}). Pack it anew.") from cause
         raise DataError(f"{file.name} cannot be read ({cause.strerror or cause}).") from cause
 
 
