@@ -116,7 +116,12 @@ class Scored:
         """For the endpoint ``/score_file``."""
         value: dict[str, Any] = {"file": self.upload.name, "adapter": self.setup.adapter, "precision": self.setup.onnx}
         labels = list(self.upload.task.labels)
-        value |= {"rows": len(self.upload.rows), "texts_cut": self.texts_cut, "labels": labels}
+        value |= {
+            "read_as": self.upload.description,
+            "rows": len(self.upload.rows),
+            "texts_cut": self.texts_cut,
+            "labels": labels,
+        }
         if self.pytorch is not None:
             value |= {"pytorch_mode": self.setup.pytorch, "disagreements": int(self.differs.sum())}
             if self.is_regression:

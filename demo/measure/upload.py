@@ -83,7 +83,8 @@ def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_
     label = label_column.strip() or None
     task = task.with_columns(names(text_columns), label, owner="this model")
     wanted = [*task.text_columns, *([] if label is None else [label])]
-    check_columns(name, columns, wanted, "Name its own text columns or label column.")
+    if len(rows.unreadable) < len(rows):
+        check_columns(name, columns, wanted, "Name its own text columns or label column.")
     each = [f"{PROBABILITY}_{label}" for label in task.labels] if task.kind == MULTI_LABEL else []
     added = [f"{what}_{side}" for side in SIDES for what in (PREDICTION, PROBABILITY, *each)]
     check_added(name, columns, [*added, AGREE])

@@ -178,13 +178,13 @@ def _build_endpoint(stage: Stage) -> None:
     def score_file(  # noqa: PLR0917 -- Gradio passes by position and shows these names
         file: str, text_columns: str, label_column: str, adapter: str, precision: str, pytorch: str
     ) -> list[Any]:
-        """Label every row of a CSV, JSON lines or Parquet file with both engines, and score them where it has labels.
+        """Label every row of a CSV, JSON, Parquet or Arrow file with both engines, and score them where it has labels.
 
         Gives a summary (rows, counts by label, metrics and confusion matrix of each engine, how many rows they
         disagree on) and the labelled file.
 
         Args:
-            file: the file, whose name ends in .csv, .jsonl or .parquet
+            file: the file, whose name ends in .csv, .tsv, .json, .jsonl, .parquet or .arrow
             text_columns: its text columns, with a comma between; empty for those of the training
             label_column: its label column; empty for that of the training, where the file has it
             adapter: name of the adapter; empty for the one the page starts with

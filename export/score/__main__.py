@@ -1,6 +1,7 @@
 """``python -m export.score BUNDLE --in F --out G``: label a file of any size with ONNX Runtime.
 
-Reads and writes .csv, .jsonl and .parquet, each as any other. The output has the same rows in the same order with all
+Reads CSV, JSON, Parquet and Arrow files and writes .csv, .tsv, .jsonl and .parquet, each from any other; a CSV file keeps its
+delimiter and byte-order mark. The output has the same rows in the same order with all
 their columns, then
 
     prediction             name of the most probable label
@@ -11,9 +12,10 @@ Of a regression there is only ``prediction``, a number. Where a text may have se
 with commas between, or nothing, and each has its ``probability_LABEL``.
 
 Where the file holds true labels, the task's metrics are printed too; the last line on standard output is one JSON
-document. Memory does not grow with the file: a first pass reads every row and refuses the first one that cannot be
-used; the second labels chunk after chunk, and keeps each in G.partial until the last is done (``--resume``). Needs
-neither torch nor transformers. With ``--engine ray`` a data set of many Parquet files is labelled on a cluster.
+document. Memory does not grow with the file: a first pass reads every row and refuses those that cannot be used, or
+skips them (``--skip-bad-rows``); the second labels chunk after chunk, and keeps each in G.partial until the last is done (``--resume``). Needs
+neither torch nor transformers. With ``--engine ray`` a data set of many Parquet files, and of no others, is labelled on a
+cluster.
 """
 
 import json

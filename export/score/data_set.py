@@ -16,6 +16,7 @@ from export.score.place import WILDCARD, Place
 from train.common.errors import DataError, UsageError, first_line
 from train.data.files.arrow_rows import open_parquet, parquet_batches
 from train.data.files.chunks import ArrowChunk
+from train.data.files.find import FILE_TYPES, JSON, PACKED
 from train.data.read_rows import unreadable
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".parquet"
 
+_OTHERS = (*(set(FILE_TYPES) - {SUFFIX, JSON}), *PACKED)
+"""Endings of rows in other formats; a .json file beside Parquet files describes them."""
 _LISTING_THREADS = 16
 """Files whose footers are read at a time: on S3 most of that is waiting."""
 _BATCH_ROWS = 4096
@@ -136,8 +139,13 @@ def _list_files(place: Place) -> "list[fs.FileInfo]":
     files = sorted((info for info in found if info.path.endswith(SUFFIX)), key=lambda info: str(info.path))
     if not files:
         raise DataError(
-            f"--in {place}: no file there ends in {SUFFIX}, which --engine ray reads alone. --engine local labels a "
-            ".csv or .jsonl file of any size."
+            f"--in {place}: no file there ends in {SUFFIX}, and --engine ray reads Parquet alone. --engine local reads CSV, "
+            "JSON lines and Arrow files too, of any size."
+        )
+    if left := [info.path for info in found if PurePosixPath(info.path.lower()).name.endswith(_OTHERS)]:
+        raise DataError(
+            f"--in {place}: {place.name(left[0])} would be left out, as --engine ray reads {SUFFIX} files alone. Name those by a "
+            "pattern, or convert the others."
         )
     return files
 

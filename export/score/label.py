@@ -115,15 +115,18 @@ class ChunkLabeller:
         counts = count_pairs(self.task, expected, classified.predicted if expected else [])
         values = added_values(classified, self.options)
         added = {name: _spread(items, good, len(chunk)) for name, items in values.items()}
+        numbers = [name for name in added if name != PREDICTION or self.task.kind == REGRESSION]
         if self.options.skip_bad_rows:
             added[PROBLEM] = [checked.bad.get(row) for row in range(len(chunk))]
-        content = encode_rows(chunk, added, self.schema, self.chunks.suffix, style=self.style, with_header=number == 0)
+        content = encode_rows(
+            chunk, added, self.schema, self.chunks.suffix, style=self.style, with_header=number == 0, numbers=numbers
+        )
         pairs = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
-        numbers = []
+        points = []
         if self.task.kind == REGRESSION and expected:
-            numbers = np.stack([np.array(expected, np.float64), classified.predicted], axis=1).tolist()
+            points = np.stack([np.array(expected, np.float64), classified.predicted], axis=1).tolist()
         n_cut = int(classified.cut.sum())
-        return self.chunks.add(number, content, rows=len(chunk), texts_cut=n_cut, counts=pairs, numbers=numbers)
+        return self.chunks.add(number, content, rows=len(chunk), texts_cut=n_cut, counts=pairs, numbers=points)
 
 
 @dataclass(frozen=True)

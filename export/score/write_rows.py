@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
@@ -146,15 +146,16 @@ def encode_rows(
     style: CsvStyle = COMMAS,
     with_header: bool = True,
     no_formulas: bool = False,
+    numbers: Collection[str] = (),
 ) -> bytes:
     """A chunk and the columns that are added to it, in the format of a file name ending.
 
     ``schema`` is that of the whole file, from `merge_schema`. The first chunk of a CSV file has its header. With
-    ``no_formulas`` a spreadsheet that opens a CSV file
-    finds no formula in a cell.
+    ``no_formulas`` a spreadsheet that opens a CSV file finds no formula in a cell. ``numbers`` are the added columns that
+    hold numbers: a chunk of bad rows alone has none, and in Parquet a column has one type in all chunks.
     """
     if suffix == ".parquet":
-        return _encode_parquet(chunk, added, schema)
+        return _encode_parquet(chunk, added, schema, numbers)
     rows = [
         {name: _plain(value) for name, value in row.items()} | dict(zip(added, values, strict=True))
         for row, *values in zip(chunk.rows, *added.values(), strict=True)
@@ -201,7 +202,9 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _encode_parquet(chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "pyarrow.Schema") -> bytes:
+def _encode_parquet(
+    chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "pyarrow.Schema", numbers: Collection[str]
+) -> bytes:
     """One Parquet row group; ``schema`` is that of the chunk's own columns."""
     import pyarrow
     from pyarrow import parquet
@@ -217,9 +220,8 @@ def _encode_parquet(chunk: Chunk, added: Mapping[str, Sequence[Any]], schema: "p
             f"({first_line(cause)}). Give an --out that ends in .jsonl."
         ) from cause
     for name, values in added.items():
-        # Where a chunk has only bad rows, the type is that of the other chunks.
         is_empty = all(value is None for value in values)
-        kind = pyarrow.float64() if name.startswith("probability") else pyarrow.string()
+        kind = pyarrow.float64() if name in numbers else pyarrow.string()
         table = table.append_column(name, pyarrow.array(values, kind if is_empty else None))
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink, row_group_size=len(table), write_page_checksum=True)

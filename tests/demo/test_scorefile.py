@@ -142,6 +142,7 @@ def test_every_column_comes_back_in_the_format_it_came_in(score: Callable[..., A
     assert [{name: row[name] for name in rows[0]} for row in written] == rows
     assert {row["agree"] for row in written} == {"true"}
     assert all(float(row["probability_onnx"]) >= 0.5 for row in written)
+    assert plain["read_as"] == "in.CSV: UTF-8, delimiter comma, columns sentence1, sentence2, note"
     # Columns may have other names.
     gold = [LABELS[n % 2] for n in range(5)]
     renamed = [{"b": row["sentence2"], "a": row["sentence1"], "label": "?"} for row in rows]
@@ -200,6 +201,12 @@ REFUSED: list[tuple[str | None, Callable[[], bytes], tuple[str, ...], str]] = [
         (HEAD + "a," + "x" * 10_001).encode,
         (),
         r"row 1 \(line 2\).*'sentence2' has 10,001 characters; at most",
+    ),
+    (
+        "in.jsonl",
+        lambda: b'{"a": 1},\n' * 3,
+        (),
+        r"3 rows cannot be used.*\n  in\.jsonl, row 1 \(line 1\): it is no JSON",
     ),
     ("in.csv", (PAIR + "a,b,\n").encode, (), "row 2 .*label ''.*or rename the column to leave labels unread"),
     ("in.csv", lambda: b"sentence1,sentence2,agree\na,b,c\n", (), "has a column 'agree' already, and one of that name"),
@@ -382,6 +389,7 @@ def test_the_tab_counts_rows_shows_results_and_deletes_the_upload(page: gr.Block
     assert [found[1] for found in counted if found] == expected
     check_ended(last, "Done: 12 rows of in.csv labelled.", source)
     assert "Confusion matrix, PyTorch" in last.results
+    assert "in.csv: UTF-8, delimiter comma, columns sentence1, sentence2, label, idx" in last.results
     written = Path(last.download.value["path"])
     assert (written.name, len(read_rows(written))) == ("in-labelled.csv", 12)
     assert written.is_relative_to(tmp_path / "files")

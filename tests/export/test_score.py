@@ -508,7 +508,11 @@ def write_files(folder: Path, rows: Rows, names: dict[str, int], *, group_rows: 
         ("--in {tmp} --out {in} --overwrite", "holds something that is no run of export.score"),
         ("--in {tmp}/nowhere --out {tmp}/new", "there is no such file or folder"),
         ("--in {in}/*.pq --out {tmp}/new", "there is no such file"),
-        ("--in {tmp}/rows.csv --out {tmp}/new", "no file there ends in .parquet, which --engine ray reads alone"),
+        ("--in {tmp}/rows.csv --out {tmp}/new", "no file there ends in .parquet, and --engine ray reads Parquet alone"),
+        (
+            "--in {tmp}/mixed --out {tmp}/new",
+            "mixed/2.csv would be left out, as --engine ray reads .parquet files alone",
+        ),
         ("--in {tmp}/broken.parquet --out {tmp}/new", "broken.parquet cannot be read as parquet"),
         ("--in {tmp}/others --out {tmp}/new", "2.parquet has other columns than "),
         ("--in {tmp}/empty.parquet --out {tmp}/new", "has no rows"),
@@ -524,6 +528,8 @@ def test_a_wrong_flag_for_ray(flags: str, words: str, bundle: Folders, tmp_path:
     write_files(tmp_path / "in", rows, {"1.parquet": 4})
     write_files(tmp_path / "others", rows, {"1.parquet": 4})
     write_files(tmp_path / "others", [row | {"idx": "text"} for row in rows], {"2.parquet": 4})
+    write_files(tmp_path / "mixed", rows, {"1.parquet": 4})
+    (tmp_path / "mixed" / "2.csv").write_text(GOOD)
     write_files(tmp_path / "done", rows, {"part-00000000.parquet": 4})
     for name in ("file", "rows.csv", "broken.parquet", "done/_SUCCESS"):
         (tmp_path / name).write_text("mine")
@@ -563,6 +569,32 @@ def test_blocks_are_the_rows_of_the_file_in_whatever_order_they_are_read(tmp_pat
     os.utime(tmp_path / "in" / "2.parquet", ns=(1, 1))
     with pytest.raises(DataError, match="changed while it was read"):
         BlockReader(data_set).read(Block(0, 1, 0, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("in.csv", b"\xef\xbb\xbfsentence1;sentence2;label\r\nword1;word2, word3;1\r\n"),
+        ("in.csv", b"sentence1|sentence2|label\nword1|word2, word3|1\n"),
+        ("in.tsv", b"\xef\xbb\xbfsentence1\tsentence2\tlabel\nword1\tword2, word3\t1\n"),
+        ("in.csv", "sentence1\tsentence2\tlabel\nword1\tword2, word3\t1\n".encode("utf-16")),
+    ],
+)
+def test_the_mark_and_the_delimiter_of_a_csv_file_stay(
+    name: str, content: bytes, bundle: Folders, tmp_path: Path, label: Label
+) -> None:
+    """Excel knows UTF-8 by its byte-order mark; that of UTF-16 becomes one."""
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / f"out{Path(name).suffix}"
+    label(bundle("bert"), tmp_path / name, out, "--chunk-rows", "1")
+    is_marked = content.startswith((b"\xef\xbb\xbf", b"\xff\xfe"))
+    delimiter = next(character for character in ";|\t" if character.encode() in content)
+    head, row, *more = out.read_bytes().decode().splitlines()
+    assert head == "\ufeff" * is_marked + delimiter.join(
+        ("sentence1", "sentence2", "label", "prediction", "probability")
+    )
+    assert row.split(delimiter)[:3] == ["word1", "word2, word3", "1"]
+    assert not more
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -94,6 +94,31 @@ def test_a_file_gets_numbers_or_labels_with_their_probabilities(
         assert [row["prediction"] for row in rows] == [",".join(np.array(TAGS)[row]) for row in predicted]
 
 
+def test_a_chunk_of_bad_rows_alone_has_columns_of_the_same_types(
+    task_kind: str, made_once: MadeOnce, base_model: Folders, tmp_path: Path
+) -> None:
+    folder, out = kind_bundle(made_once, base_model, "bert", task_kind, "fp32"), tmp_path / "out.parquet"
+    bad = [row | {task_kinds.COLUMNS[0]: " "} for row in ROWS[:2]]
+    for rows in ([*bad, *ROWS[:2]], [*ROWS[:2], *bad]):
+        source = write_jsonl(tmp_path / "in.jsonl", rows)
+        words = [
+            str(folder),
+            "--in",
+            str(source),
+            "--out",
+            str(out),
+            "--skip-bad-rows",
+            "--chunk-rows",
+            "2",
+            "--overwrite",
+        ]
+        assert label_file([*words, "--threads", "1"]) == 0
+        found = read(out)
+        types = {type(row["prediction"]) for row in found if not row["problem"]}
+        assert types == {float if task_kind == "regression" else str}
+        assert [row["prediction"] is None for row in found] == [row in bad for row in rows]
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
