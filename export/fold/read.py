@@ -118,9 +118,10 @@ def _read_old_bundle(config: ExportConfig) -> Bundle:
 def _read_rows(adapter: Adapter, file: Path | None, config: ExportConfig, old: Bundle | None) -> LabelledRows | None:
     """The labelled rows of an adapter: of a given file, or of the one it was validated with."""
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
-    file = file or unchanged_file(adapter.validation_file, adapter.validation_sha256)
     if file is not None:
         return LabelledRows(file, task, load_split(task, "", file))
+    if (file := unchanged_file(adapter.validation_file, adapter.validation_sha256)) is not None:
+        return LabelledRows(file, task, load_split(task, "", file, adapter.read_options))
     if old and any(graph.gates for graph in old.graphs):
         raise UsageError(
             f"{config.out} holds other precisions than fp32, and what they cost this task is unknown, and the file that "

@@ -1,7 +1,5 @@
 """Labels a file of any size in this process, chunk by chunk: every row is checked before the first one is labelled."""
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -25,9 +23,8 @@ from export.score.place import local_place
 from export.score.write_rows import OUT_TYPES, CsvStyle, merge_schema
 from train.common.console import say
 from train.common.errors import DataError, UsageError
-from train.common.folder_record import sha256_of_file
 from train.data.check_rows import BadRows, check_rows
-from train.data.read_rows import Source, find_source, read_chunks
+from train.data.read_rows import Source, find_source, read_chunks, sha256_of_rows
 from train.data.tasks import Task
 
 if TYPE_CHECKING:
@@ -122,15 +119,10 @@ def _state(source: Source) -> list[tuple[int, int, int]]:
     return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
 
-def _sha256(source: Source) -> str:
-    hashes = [sha256_of_file(file.path) for file in source.files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
 def inspect_source(config: ScoreConfig, source: Source, task: Task) -> Inspected:
     """The first pass: refuse rows without text or with an unknown label, and what the output cannot hold."""
     name, label_column, suffix = str(config.source), task.label_column, config.out.suffix.lower()
-    sha256, bad, n_rows, n_chunks = _sha256(source), BadRows(), 0, 0
+    sha256, bad, n_rows, n_chunks = sha256_of_rows(source.files), BadRows(), 0, 0
     schema, is_labelled = None, False
     for chunk in read_chunks(source, config.chunk_rows):
         was_labelled = schema is None or label_column in schema.names

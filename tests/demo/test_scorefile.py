@@ -205,7 +205,7 @@ REFUSED: list[tuple[str | None, Callable[[], bytes], tuple[str, ...], str]] = [
     (
         "in.jsonl",
         lambda: b'{"a": 1},\n' * 3,
-        (),
+        ("",),
         r"3 rows cannot be used.*\n  in\.jsonl, row 1 \(line 1\): it is no JSON",
     ),
     ("in.csv", (PAIR + "a,b,\n").encode, (), "row 2 .*label ''.*or rename the column to leave labels unread"),

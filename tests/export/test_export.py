@@ -19,7 +19,10 @@ from safetensors.numpy import load_file
 
 import export.fold.trace
 from export.bundle.folder import load_bundle
+from export.fold.config import ExportConfig
 from export.fold.fold import FoldedModel
+from export.fold.precision.texts import unchanged_file
+from export.fold.read import read_sources
 from tests.conftest import (
     ENCODERS,
     MAIN_KINDS,
@@ -28,6 +31,7 @@ from tests.conftest import (
     Folders,
     family_of,
     is_decoder,
+    make_pairs,
     peft_logits,
 )
 from tests.export.graphs import (
@@ -42,6 +46,7 @@ from tests.export.graphs import (
     run_file,
 )
 from tests.families import GENERIC
+from train.__main__ import main as train
 from train.common.errors import BundleError
 
 USUAL_KINDS = MAIN_KINDS
@@ -258,3 +263,28 @@ def test_a_manifest_that_cannot_be_used_is_refused(
     change_manifest(copy, lambda manifest: manifest.update(change))
     with pytest.raises(BundleError, match=words):
         load_bundle(copy)
+
+
+def test_what_was_trained_on_shards_is_judged_by_them(
+    base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pattern or a folder stands for several files, which the export reads as the training did."""
+    (tmp_path / "shards").mkdir()
+    rows = [f"{row['sentence1']}^{row['label']}\n" for row in make_pairs(48, seed=5)]
+    for number in range(2):
+        (tmp_path / "shards" / f"{number}.csv").write_text("text^label\n" + "".join(rows[number::2]))
+    flags = f"--virtual-tokens 5 --encoder-hidden-size 16 --max-steps 1 --text-columns text --delimiter ^ --overwrite --out {tmp_path}/a"
+    words = ["--model", str(base_model("bert")), *flags.split()]
+    for folder, name in ((tmp_path / "shards", "*.csv"), (tmp_path, "shards")):
+        monkeypatch.chdir(folder)  # an adapter keeps the names of its files, not their folders
+        assert train(["--train-file", name, "--validation-file", name, *words]) == 0
+        assert len(json.loads((tmp_path / "a" / "training.json").read_text())["data_sha256"]["train"]) == 64
+        (task,) = read_sources(ExportConfig((tmp_path / "a",), out=tmp_path / "b", precision="int8")).tasks
+        assert task.rows is not None
+        assert (len(task.rows.dataset), str(task.rows.file)) == (48, name)
+        assert task.texts is not None
+        assert len(task.texts.rows) == 48
+    (tmp_path / "shards" / "1.csv").write_text("text^label\na^1\n")
+    (task,) = read_sources(ExportConfig((tmp_path / "a",), out=tmp_path / "b", precision="int8")).tasks
+    assert task.rows is None  # they are others now
+    assert unchanged_file(Path("/**/*.csv"), "0" * 64) is None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,6 +216,12 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
         (tmp_path / f"part-{number}.csv").write_text(f"text,label\n{text},1\n")
     for path in (tmp_path / "part-*.csv", tmp_path):
         assert list(load_split(TEXT, "", path)["text"]) == ["a", "b", "c"]
+    words = find_source(tmp_path).description
+    assert words == f"{tmp_path / 'part-0.csv'} and 2 more: UTF-8, delimiter comma, columns text, label"
+    (tmp_path / "part-1.csv").write_text("\ufefftext;label\nb;1\n")
+    assert list(load_split(TEXT, "", tmp_path)["text"]) == ["a", "b", "c"]
+    words = find_source(tmp_path).description
+    assert re.fullmatch(r".*part-0\.csv and 1 more: UTF-8, .*; .*part-1\.csv: UTF-8 with .*semicolon.*", words)
     (tmp_path / "part-3.csv").write_text("text,label\nd,7\n")
     with pytest.raises(DataError, match=r"part-3\.csv, row 1 \(line 2\): label '7'"):
         load_split(TEXT, "", tmp_path)

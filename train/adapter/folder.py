@@ -12,10 +12,11 @@ from pydantic.dataclasses import dataclass
 from train.adapter.card import model_card
 from train.adapter.peft_config import METHODS, TokenCount, check_peft_config
 from train.adapter.record import ADAPTER, FILES, Adapter
-from train.common.errors import AdapterError
+from train.common.errors import AdapterError, UsageError
 from train.common.folder_record import check_seal, read_record, reading, write_record
 from train.common.limits import MAX_TOKENS
 from train.common.records import parse_record
+from train.data.files.options import ReadOptions
 from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
 from train.untrusted.settings import refuse_settings
@@ -35,6 +36,9 @@ class _ModelRecord:
 class _SettingsRecord:
     train_file: Path | None = None
     validation_file: Path | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+    quote: str | None = None
 
 
 def _known_method(method: str) -> str:
@@ -90,6 +94,11 @@ def load_adapter(folder: Path) -> Adapter:
     record = parse_record(_TrainingRecord, training, AdapterError, str(folder / FILES.training), ADAPTER.remedy)
     with reading(folder, ADAPTER):
         task = Task.from_json(record.task)
+    settings = record.config
+    try:
+        read_options = ReadOptions.parse(settings.delimiter, settings.encoding, settings.quote)
+    except UsageError as cause:
+        raise AdapterError(f"{folder / FILES.training}: {cause} {ADAPTER.remedy}") from cause
     check_seal(folder, training, ADAPTER)
     # Everything that changes predictions; not the scores or the card.
     parts = [training[name] for name in ("sha256", "model", "task", "method", "virtual_tokens", "max_length")]
@@ -113,6 +122,7 @@ def load_adapter(folder: Path) -> Adapter:
         n_validation=record.n_validation,
         validation_file=record.config.validation_file,
         train_file=record.config.train_file,
+        read_options=read_options,
         train_sha256=record.data_sha256.get("train", ""),
         validation_sha256=record.data_sha256.get("validation", ""),
         sha256=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),

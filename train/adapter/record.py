@@ -7,6 +7,7 @@ from typing import Any
 
 from train.common.errors import AdapterError
 from train.common.folder_record import FolderKind
+from train.data.files.options import ReadOptions
 from train.data.tasks import Scores, Task
 from train.model.baselines import Baselines
 
@@ -83,6 +84,8 @@ class Adapter:
     train_file: Path | None
     """As ``validation_file``."""
     train_sha256: str
+    read_options: ReadOptions
+    """How both files were read."""
     sha256: str
     """One hash over everything in the folder that changes predictions."""
 

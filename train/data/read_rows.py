@@ -1,11 +1,14 @@
 """Labelled files of any kind (`train.data.files`), read in chunks of rows that remember their place in the file."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from train.common.errors import DataError, first_line
+from train.common.folder_record import sha256_of_file
 from train.data.files.arrow_rows import read_arrow
 from train.data.files.chunks import Chunk, TextChunk
 from train.data.files.csv_rows import NumberedRow, read_csv, sample_dialect
@@ -31,10 +34,15 @@ class Source:
     @property
     def description(self) -> str:
         """What was recognised, for people, in one line; empty where there was nothing to recognise."""
-        lines = [
-            f"{file.name}: {written}" for file, written in zip(self.files, self.written, strict=True) if str(written)
+        alike: dict[str, list[str]] = {}
+        for file, written in zip(self.files, self.written, strict=True):
+            alike.setdefault(str(written), []).append(file.name)
+        parts = [
+            names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {words}"
+            for words, names in alike.items()
+            if words
         ]
-        return lines[0] + (f"; and {len(lines) - 1} more such files" if len(lines) > 1 else "") if lines else ""
+        return "; ".join(parts[:4]) + (" …" if len(parts) > 4 else "")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,12 @@ def find_source(
     if len(files) == 1 and files[0].path == path:
         files = (replace(files[0], name=name),)
     return Source(files, tuple(_look(file, options, limits) for file in files), options, limits)
+
+
+def sha256_of_rows(files: Iterable[SourceFile]) -> str:
+    """One SHA-256 for the files of a source: a single file's own, else that of a list of theirs."""
+    hashes = [sha256_of_file(file.path) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _look(file: SourceFile, options: ReadOptions, limits: Limits | None) -> Written:

@@ -17,10 +17,12 @@ from train.adapter.record import ADAPTER, FILES, Adapter
 from train.common.atomic_folder import check_target, new_folder
 from train.common.console import say
 from train.common.errors import AdapterError
-from train.common.folder_record import content_of, sha256_of_file
+from train.common.folder_record import content_of
 from train.common.machine import describe_machine
 from train.common.processes import from_main_process, is_main_process, process_count
 from train.config import TrainConfig, flag
+from train.data.files.find import find_files
+from train.data.read_rows import sha256_of_rows
 from train.data.tasks import METRICS, Scores
 from train.data.token_ids import encode
 from train.fit.checkpoint import Progress, check_checkpoints, prepare_checkpoints, remove_checkpoints, seed_folder
@@ -193,7 +195,9 @@ def _training_record(run: _Run, progress: Progress, seed: int, scores: Scores) -
         "seconds": progress.seconds,
         "machine": describe_machine(),
         "config": _plain_config(config),
-        "data_sha256": {name: sha256_of_file(file) for name, file in files.items() if file is not None},
+        "data_sha256": {
+            name: sha256_of_rows(find_files(file, str(file))) for name, file in files.items() if file is not None
+        },
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
     }
 

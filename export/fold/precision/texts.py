@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ import numpy as np
 
 from train.adapter.record import Adapter
 from train.common.errors import DataError
-from train.common.folder_record import sha256_of_file
 from train.common.limits import MAX_MODEL_BYTES
 from train.data.check_rows import BadRows, check_columns, check_rows
-from train.data.read_rows import find_source, read_chunks
+from train.data.files.find import find_files
+from train.data.files.options import ReadOptions
+from train.data.read_rows import find_source, read_chunks, sha256_of_rows
 from train.data.tasks import Task
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 Texts = tuple[tuple[str, ...], ...]
 
+_AS_GIVEN = ReadOptions()
 EVERYDAY = Path(__file__).with_name("everyday_pairs.txt")
 """In each line a sentence, a paraphrase of it, and another sentence on the same topic."""
 MOST_TEXTS = 512
@@ -61,7 +64,7 @@ def read_texts(adapter: Adapter, given: Path | None, tokenizer: "PreTrainedToken
         return CalibrationTexts(given.name, rows)
     trained = unchanged_file(adapter.train_file, adapter.train_sha256)
     if trained is not None:
-        rows = _read_file(trained, adapter.task)
+        rows = _read_file(trained, adapter.task, adapter.read_options)
         if len(rows) >= FEWEST_TEXTS:
             return CalibrationTexts(trained.name, rows)
     rows = everyday_texts(is_pair=adapter.task.is_pair)
@@ -69,13 +72,20 @@ def read_texts(adapter: Adapter, given: Path | None, tokenizer: "PreTrainedToken
 
 
 def unchanged_file(file: Path | None, sha256: str) -> Path | None:
-    """A file that a training read, if it is on this machine and still the same."""
+    """What a training read, a file or several, if it is on this machine and still the same."""
+    # An adapter of strangers may name a pattern that stands for a whole disk.
+    if file is None or has_magic(str(file.parent)) or "**" in file.name:
+        return None
     try:
+        files = find_files(file, str(file))
         # Its rows are held in memory.
-        if file is None or not file.is_file() or file.stat().st_size > MAX_MODEL_BYTES:
+        if (
+            not all(part.path.is_file() for part in files)
+            or sum(part.path.stat().st_size for part in files) > MAX_MODEL_BYTES
+        ):
             return None
-        return file if sha256_of_file(file) == sha256 else None
-    except OSError:  # no right to read the folder, for example
+        return file if sha256_of_rows(files) == sha256 else None
+    except (DataError, OSError):  # it is not here, or may not be read
         return None
 
 
@@ -87,10 +97,10 @@ def everyday_texts(*, is_pair: bool) -> Texts:
     return tuple((sentence,) for line in lines for sentence in line)
 
 
-def _read_file(file: Path, task: Task) -> Texts:
+def _read_file(file: Path, task: Task, options: ReadOptions = _AS_GIVEN) -> Texts:
     rows: list[tuple[str, ...]] = []
     bad = BadRows()
-    for chunk in read_chunks(find_source(file, flag="--calibration-file"), 8192):
+    for chunk in read_chunks(find_source(file, flag="--calibration-file", options=options), 8192):
         if not chunk.start:
             check_columns(
                 chunk.file, chunk.columns, task.text_columns, f"Task {task.name} reads {', '.join(task.text_columns)}."
