@@ -160,6 +160,15 @@ def test_a_tiktoken_file_needs_tiktoken_and_no_file_at_all_is_said(copied: Folde
             base_tokenizer(found, 20)
 
 
+def test_a_file_that_no_tokenizer_of_the_models_type_is_made_of_is_named(copied: Folders) -> None:
+    """Also where the packages are missing that convert it for other types."""
+    base = without_tokenizer(copied("qwen3"))
+    (base / "tokenizer.model").write_bytes(b"\n\x05")
+    words = r"makes one of merges\.txt or tokenizer\.json or vocab\.json, not of tokenizer\.model; copy tokenizer\.json from"
+    with pytest.raises(ModelError, match=words):
+        base_tokenizer(find_base_model(str(base)), 20)
+
+
 def test_pickled_weights_are_refused_with_a_command_that_converts_them(copied: Folders, tmp_path: Path) -> None:
     base = copied("bert")
     weights = load_file(base / "model.safetensors")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from demo.__main__ import main as demo_main
 from demo.engines.adapters import choose_adapters
 from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
@@ -22,6 +23,7 @@ from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
 from train.adapter.record import Adapter
 from train.evaluate import main as evaluate_main
+from train.foreign import compare, convert
 from train.import_peft import main
 from train.model.tokenizer import load_tokenizer
 
@@ -333,6 +335,23 @@ def test_flags_that_do_not_fit_are_refused(source: Sources, tmp_path: Path, caps
     assert "holds no adapter_config.json" in refusal(capsys, empty, out)
 
 
+def test_other_logits_than_pefts_are_refused_and_rounding_is_not(
+    source: Sources, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "TOLERANCE", 1e-12)  # of which fp32 is not capable
+    run_import(source("mlp"), tmp_path / "right")
+    imported = json.loads((tmp_path / "right" / "training.json").read_text())["imported"]
+    assert imported["max_logit_difference"] < 1e-12
+    write = compare.write_peft_files
+
+    def write_another(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        write(folder, {name: 1.0001 * tensor for name, tensor in tensors.items()}, config)
+
+    monkeypatch.setattr(convert, "write_peft_files", write_another)
+    error = refusal(capsys, source("mlp"), tmp_path / "wrong")
+    assert "The imported adapter differs from PEFT by" in error
+
+
 def test_a_name_on_the_hub_without_network_is_one_sentence(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,13 +399,54 @@ def test_lora_becomes_a_plain_graph_and_export_takes_the_source_itself(
     assert "Export it alone" in capsys.readouterr().err
 
 
+def checkpoints(folder: Path) -> Path:
+    """A Trainer's folder that does not say which checkpoint was best."""
+    for step in (10, 20):
+        shutil.copytree(folder, folder.parent / "output" / f"checkpoint-{step}")
+    return folder.parent / "output"
+
+
+def pickled(folder: Path) -> Path:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("question", "ending"),
+    [
+        ("base", "source --out ADAPTER --base-model MODEL"),
+        ("task", "source --out ADAPTER --task-id NUMBER"),
+        ("pickle", "source --out ADAPTER --allow-bin"),
+        ("checkpoint", "output/CHECKPOINT --out ADAPTER"),
+        ("hub", "someone/adapter --out ADAPTER"),
+    ],
+)
 def test_what_has_to_be_asked_names_the_command(
-    changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    question: str,
+    ending: str,
+    changed: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = changed("mlp", base_model_name_or_path=None)
-    assert export_main([str(folder), "--out", str(tmp_path / "bundle")]) == 2
-    error = capsys.readouterr().err
-    assert f"python -m train.import_peft {folder} --out ADAPTER" in error
-    assert "--base-model" in error
-    assert len(error.strip().splitlines()) == 1
+    make: dict[str, Callable[[], Path]] = {
+        "base": lambda: changed("mlp", base_model_name_or_path=None),
+        "task": lambda: changed("multitask"),
+        "pickle": lambda: pickled(changed("mlp")),
+        "checkpoint": lambda: checkpoints(changed("mlp")),
+        "hub": lambda: Path("someone/adapter"),
+    }
+    folder = make[question]()
+    for command in (
+        lambda: export_main([str(folder), "--out", str(tmp_path / "bundle")]),
+        lambda: demo_main(["--adapter", str(folder)]),
+    ):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert "has to be imported first." in error
+        assert f"The command is: python -m train.import_peft {folder}" in error
+        assert error.rstrip().endswith(ending)
+        assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "bundle").exists()

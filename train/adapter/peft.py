@@ -47,16 +47,20 @@ def read_weights(folder: Path, virtual_tokens: int) -> "dict[str, Any]":
 
 
 def load_prompted_classifier(
-    adapter: Adapter, base: BaseModel, *, attention: str | None = None
+    adapter: Adapter, base: BaseModel, *, attention: str | None = None, is_double: bool = False
 ) -> "PromptedClassifier":
-    """An adapter on its base model, in evaluation mode, for scoring and export; ``attention`` as for `load_classifier`."""
+    """An adapter on its base model, in evaluation mode, for scoring and export, in fp32 or fp64; ``attention`` as for
+    `load_classifier`."""
     if adapter.is_merged:
         from train.model.plain import PlainClassifier
 
         peft_model: Any = load_peft_model(adapter.folder, base, adapter.labels, attention=attention)
+        peft_model = peft_model.double() if is_double else peft_model  # before weights are rounded to their sums
         return PlainClassifier(peft_model.merge_and_unload(), base).eval()
     model = load_classifier(base, adapter.labels, kind=adapter.task.kind, attention=attention)
-    return prompted_classifier(model, base, adapter.method, read_weights(adapter.folder, adapter.virtual_tokens))
+    weights = read_weights(adapter.folder, adapter.virtual_tokens)
+    classifier = prompted_classifier(model, base, adapter.method, weights)
+    return classifier.double() if is_double else classifier
 
 
 def load_peft_model(

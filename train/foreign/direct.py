@@ -11,7 +11,10 @@ from train.common.child import run_in_child
 from train.common.console import say
 from train.common.errors import AdapterError, PromptfoldError, UsageError
 from train.foreign.config import ImportConfig
-from train.foreign.source import find_source, is_foreign
+from train.foreign.source import CHOOSE, find_source, is_foreign
+
+_FLAGS = {"--allow-bin": "--allow-bin", "--base-model": "--base-model MODEL", "--task-id": "--task-id NUMBER"}
+"""What an import may have to be told, as it stands in its messages, and in a command."""
 
 
 def import_if_foreign(folder: Path) -> Path:
@@ -20,13 +23,19 @@ def import_if_foreign(folder: Path) -> Path:
     Raises:
         UsageError: something has to be asked first; the message names the command.
     """
+    name = shlex.quote(str(folder))
+    if len(folder.parts) == 2 and not folder.exists():  # as names on the hub are
+        raise UsageError(
+            f"There is no folder {folder}. If it is an adapter on the Hugging Face hub, it has to be imported first. The "
+            f"command is: python -m train.import_peft {name} --out ADAPTER"
+        )
     if not is_foreign(folder):
         return folder
     if find_spec("peft") is None:
         raise UsageError(
             f"{folder} is an adapter of PEFT's, and peft is not installed. Run: pip install -r requirements.txt"
         )
-    command = f"python -m train.import_peft {shlex.quote(str(folder))} --out ADAPTER"
+    command = f"python -m train.import_peft {name} --out ADAPTER"
     try:
         source = find_source(str(folder))
         digest = hashlib.sha256()
@@ -43,8 +52,11 @@ def import_if_foreign(folder: Path) -> Path:
         run_in_child(_import, folder, target, name=f"The import of {folder}", remedy=f"See why with: {command}")
         return target
     except PromptfoldError as cause:
+        flags = "".join(f" {words}" for flag, words in _FLAGS.items() if flag in str(cause))
+        if CHOOSE in str(cause):
+            command = command.replace(name, f"{name}/CHECKPOINT")
         raise UsageError(
-            f"{folder} is an adapter of PEFT's that has to be imported first. {cause} The command is: {command}"
+            f"{folder} is an adapter of PEFT's that has to be imported first. {cause} The command is: {command}{flags}"
         ) from cause
 
 

@@ -32,6 +32,7 @@ PROMPT_METHODS = {
 """PEFT's types with a prompt, and the method that an adapter folder has for each."""
 
 REMEDY = "Take an unbroken copy of the adapter."
+CHOOSE = "Give one of them"
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def _choose_checkpoint(folder: Path) -> Path:
     if best is None:
         some = ", ".join(path.name for path in found[:8])
         raise AdapterError(
-            f"{folder} holds {len(found)} adapters ({some}), and no trainer_state.json says which was best. Give one of "
-            f"them: {found[-1]}"
+            f"{folder} holds {len(found)} adapters ({some}), and no trainer_state.json says which was best. {CHOOSE}: "
+            f"{found[-1]}"
         )
     return best
 

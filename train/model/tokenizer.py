@@ -3,10 +3,11 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.common.console import quiet_transformers
 from train.common.errors import ModelError, PromptfoldError, first_line, is_of_tokenizers
+from train.common.folder_record import read_json_object
 from train.model.find import MALFORMED, BaseModel
 from train.untrusted.base_model import refuse_tokenizer_detours
 
@@ -56,7 +57,14 @@ def _lacking(folder: Path) -> str:
 
     if (folder / "tokenizer.json").is_file():
         return ""
-    for path in sorted(folder.glob("*.model")):
+    models = sorted(folder.glob("*.model"))
+    wanted = _files_read(folder)
+    if models and wanted and not any((folder / name).is_file() for name in wanted):
+        return (
+            f"for a model of this type transformers makes one of {' or '.join(wanted)}, not of {models[0].name}; copy "
+            "tokenizer.json from the model's source"
+        )
+    for path in models:
         with path.open("rb") as file:
             is_sentencepiece = file.read(1) == b"\n"  # a protobuf message whose first field is a token; else base64
         here = {"tiktoken": find_spec("tiktoken") is not None}
@@ -65,11 +73,28 @@ def _lacking(folder: Path) -> str:
         missing = " ".join(name for name, is_here in here.items() if not is_here)
         if missing:
             return f"converting its {path.name} needs what is not installed; run: pip install {missing}"
-    if not any((folder / name).is_file() for name in _VOCABULARIES) and not any(folder.glob("*.model")):
+    if not any((folder / name).is_file() for name in _VOCABULARIES) and not models:
         return (
             f"it has none of tokenizer.json, {', '.join(_VOCABULARIES)} and *.model; copy them from the model's source"
         )
     return ""
+
+
+def _files_read(folder: Path) -> list[str]:
+    """The files of which transformers makes a fast tokenizer for a model of a folder's type; none where it does not say."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    names: Any = TOKENIZER_MAPPING_NAMES.get(_entry(folder / "config.json", "model_type"))
+    stated = _entry(folder / "tokenizer_config.json", "tokenizer_class")
+    name = f"{stated.removesuffix('Fast')}Fast" if stated else names[-1] if isinstance(names, tuple) else names
+    kind = tokenizer_class_from_name(name) if name else None
+    return sorted(getattr(kind, "vocab_files_names", {}).values())
+
+
+def _entry(path: Path, key: str) -> str:
+    """A text in a JSON file; empty where there is none."""
+    value = read_json_object(path, ModelError, "").get(key) if path.is_file() else None
+    return value if isinstance(value, str) else ""
 
 
 def fit_vocabulary(

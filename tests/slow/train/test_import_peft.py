@@ -44,6 +44,11 @@ def test_every_kind_keeps_its_logits(kind: str, source: Sources, base_model: Fol
     check_kind(kind, "bert", source, base_model("bert"), tmp_path / "out")
 
 
+def test_rounding_alone_refuses_no_adapter(source: Sources, tmp_path: Path) -> None:  # noqa: F811
+    """In fp32 RandLora's merged weights give pairs of random words other last digits than PEFT's two products."""
+    run_import(source("randlora"), tmp_path / "out", "--pair")
+
+
 @pytest.mark.parametrize("kind", [*PROMPT_KINDS, "lora", "ia3"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])  # PEFT guesses OPT-350m's width wrong
 def test_decoders_keep_their_logits(
