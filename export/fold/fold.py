@@ -6,12 +6,11 @@ from typing import Any
 
 from export.fold.rewrites.encoder import CpuEncoder
 from export.fold.rewrites.gpu_encoder import GpuEncoder
-from export.fold.rewrites.many_tasks import MultiTaskClassifier, load_constants, take_constants
+from export.fold.rewrites.many_tasks import MultiTaskClassifier, is_rewritten, load_constants, take_constants
 from train.adapter.peft import load_prompted_classifier
 from train.adapter.record import Adapter
-from train.common.errors import UsageError
 from train.model.find import DECODERS, ENCODERS, BaseModel
-from train.model.prompted import KeyValuePrompt, has_absolute_positions
+from train.model.prompted import KeyValuePrompt
 
 CONSTANT_ROWS, CONSTANT_KEYS_VALUES = "constant prompt rows", "constant keys and values"
 ENCODER_FOR_CPU, ENCODER_FOR_GPU = "encoder for CPUs", "encoder for GPUs"
@@ -47,28 +46,19 @@ def fold_adapters(adapters: Sequence[Adapter], base: BaseModel, *, for_gpu: bool
         UsageError: no graph of ours serves several adapters of this base model.
     """
     classifier = load_prompted_classifier(adapters[0], base, attention=_attention(base, for_gpu=for_gpu))
-    settings = classifier.config
-    is_rewritten = base.model_type in ENCODERS and has_absolute_positions(settings)
     module: Any = classifier
     if len(adapters) > 1:
-        if not (is_rewritten or base.is_decoder):
-            why = f"is of type {base.model_type}, whose head we do not know"
-            if base.model_type in ENCODERS:
-                why = f"has relative positions ({settings.position_embedding_type})"
-            raise UsageError(
-                f"{base.name} {why}, and no graph of ours serves several of its adapters. Export each alone."
-            )
-        first, backbone, activation = take_constants(classifier, is_decoder=base.is_decoder, for_gpu=for_gpu)
+        first, backbone, activation = take_constants(classifier, for_gpu=for_gpu)
         others = [load_constants(adapter, base) for adapter in adapters[1:]]
         module = MultiTaskClassifier(backbone, activation, [first, *others])
         names = module.names
-    elif is_rewritten:
+    elif is_rewritten(classifier):
         module = (GpuEncoder if for_gpu else CpuEncoder)(classifier)
         names = module.prompt_names
     else:
         names = classifier.freeze_prompt()
     rewrites = [CONSTANT_KEYS_VALUES if isinstance(classifier, KeyValuePrompt) else CONSTANT_ROWS] if names else []
-    if is_rewritten:
+    if is_rewritten(classifier):
         rewrites.append(ENCODER_FOR_GPU if for_gpu else ENCODER_FOR_CPU)
     elif not isinstance(classifier, KeyValuePrompt):
         rewrites = []

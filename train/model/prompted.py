@@ -91,16 +91,19 @@ class EmbeddingPrompt(PromptedClassifier):
         if not self._is_decoder:
             logits: torch.Tensor = self.model(**longer).logits
             return logits
-        head_logits: torch.Tensor = self.model.score(self._last_rows(longer))
+        head_logits: torch.Tensor = self.model.score(self._row(longer))
         return head_logits
 
-    def pooled(self, inputs: Mapping[str, torch.Tensor], table: torch.Tensor) -> torch.Tensor:
-        """The row of a decoder's last real tokens, shape = (n_batch, n_hidden), for a prompt of
+    def row(self, inputs: Mapping[str, torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+        """The row of a decoder's last real tokens, or an encoder's row 0, shape = (n_batch, n_hidden), for a prompt of
         shape = (n_batch or 1, n_virtual, n_width)."""
-        return self._last_rows(self._with_prompt(inputs, table))
+        return self._row(self._with_prompt(inputs, table))
 
-    def _last_rows(self, longer: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _row(self, longer: Mapping[str, torch.Tensor]) -> torch.Tensor:
         mask = longer["attention_mask"]
+        if not self._is_decoder:
+            first: torch.Tensor = self.model.base_model(**longer).last_hidden_state[:, 0]
+            return first
         rows: torch.Tensor = self.model.base_model(**longer, use_cache=False).last_hidden_state
         return rows[torch.arange(mask.shape[0], device=mask.device), mask.sum(dim=1) - 1]
 
@@ -157,32 +160,41 @@ class KeyValuePrompt(PromptedClassifier):
 
     def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         n_batch = inputs["input_ids"].shape[0]
-        pooled = self.pooled(
-            inputs,
-            [(key.expand(n_batch, -1, -1, -1), value.expand(n_batch, -1, -1, -1)) for key, value in self.keys_values()],
-        )
-        logits: torch.Tensor = (self.model.score if self._is_decoder else self.model.classifier)(pooled)
+        keys_values = [
+            (key.expand(n_batch, -1, -1, -1), value.expand(n_batch, -1, -1, -1)) for key, value in self.keys_values()
+        ]
+        if self._is_decoder:
+            head_logits: torch.Tensor = self.model.score(self.row(inputs, keys_values))
+            return head_logits
+        outputs = self._outputs(inputs, keys_values)
+        pooled = getattr(outputs, "pooler_output", None)  # without a pooler the head takes all rows
+        logits: torch.Tensor = self.model.classifier(outputs.last_hidden_state if pooled is None else pooled)
         return logits
 
-    def pooled(
+    def row(
         self, inputs: Mapping[str, torch.Tensor], keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """The input of the head, shape = (n_batch, n_hidden), or all rows of an encoder without a pooler.
+        """See `EmbeddingPrompt.row`.
 
         There is one key and value for each layer, each of shape = (n_batch, n_key_value_heads, n_virtual, n_head).
         """
+        rows: torch.Tensor = self._outputs(inputs, keys_values).last_hidden_state
+        if not self._is_decoder:
+            return rows[:, 0]
+        mask = inputs["attention_mask"]
+        return rows[torch.arange(mask.shape[0], device=mask.device), mask.sum(dim=1) - 1]
+
+    def _outputs(
+        self, inputs: Mapping[str, torch.Tensor], keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Any:
+        """What the backbone answers to a text that follows a prompt."""
         mask = inputs["attention_mask"]
         n_batch = mask.shape[0]
         cache = DynamicCache()
         for layer, states in enumerate(keys_values):
             cache.update(*states, layer)
         longer = torch.cat([mask.new_ones(n_batch, keys_values[0][0].shape[2]), mask], dim=1)
-        outputs = self.model.base_model(**{**inputs, "attention_mask": longer, "past_key_values": cache})
-        rows: torch.Tensor = outputs.last_hidden_state
-        if self._is_decoder:
-            return rows[torch.arange(n_batch, device=mask.device), mask.sum(dim=1) - 1]
-        pooler_output: torch.Tensor | None = getattr(outputs, "pooler_output", None)
-        return rows if pooler_output is None else pooler_output
+        return self.model.base_model(**{**inputs, "attention_mask": longer, "past_key_values": cache})
 
     def freeze_prompt(self) -> tuple[str, ...]:
         """See `PromptedClassifier`; here the buffers are a key and a value for each layer."""

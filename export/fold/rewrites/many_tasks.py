@@ -19,8 +19,10 @@ from export.fold.rewrites.encoder import CpuEncoder
 from export.fold.rewrites.gpu_encoder import GpuEncoder
 from train.adapter.peft import load_prompted_classifier
 from train.adapter.record import Adapter
-from train.model.find import BaseModel
-from train.model.prompted import EmbeddingPrompt, KeyValuePrompt, PromptedClassifier
+from train.common.errors import UsageError
+from train.model.architecture import head_modules
+from train.model.find import ENCODERS, BaseModel
+from train.model.prompted import EmbeddingPrompt, KeyValuePrompt, PromptedClassifier, has_absolute_positions
 
 NO_LABEL = float(np.finfo(np.float32).min)
 """The logit of a label that a task does not have, where another has more."""
@@ -29,21 +31,27 @@ Constants = Mapping[str, torch.Tensor]
 """Prompt and head of one adapter by the names of the initializers, without the axis of the tasks."""
 
 
-def take_constants(
-    classifier: PromptedClassifier, *, is_decoder: bool, for_gpu: bool = False
-) -> tuple[Constants, Any, Any]:
+def is_rewritten(classifier: PromptedClassifier) -> bool:
+    """Whether `CpuEncoder` and `GpuEncoder` know every layer of a classifier."""
+    return classifier.config.model_type in ENCODERS and has_absolute_positions(classifier.config)
+
+
+def take_constants(classifier: PromptedClassifier, *, for_gpu: bool = False) -> tuple[Constants, Any, Any]:
     """Take a classifier in evaluation mode apart: its constants, and what is the same for all adapters of a base model.
 
     Returns:
-        the constants; the rest of the model, a `CpuEncoder` or `KeyValuePrompt`; and the head's activation after its
-        first dense layer, None if there is only one layer
+        the constants; the rest of the model, a `CpuEncoder` where it is rewritten, else the classifier itself; and the
+        head's activation after its first dense layer, None if there is only one layer
+
+    Raises:
+        UsageError: the head is of another form.
     """
     backbone: Any
-    if is_decoder:
-        backbone, names = classifier, classifier.freeze_prompt()
-    else:
+    if is_rewritten(classifier):
         backbone = (GpuEncoder if for_gpu else CpuEncoder)(classifier).eval()
         names = backbone.prompt_names
+    else:
+        backbone, names = classifier, classifier.freeze_prompt()
     # An embedding prompt is a table; all other constants have an axis for the batch.
     embeds = isinstance(backbone, EmbeddingPrompt)
     tensors = {name: getattr(backbone, name) if embeds else getattr(backbone, name)[0] for name in names}
@@ -59,11 +67,15 @@ def take_constants(
 def load_constants(adapter: Adapter, base: BaseModel) -> Constants:
     """The constants of an adapter."""
     classifier = load_prompted_classifier(adapter, base, attention="eager")
-    return take_constants(classifier, is_decoder=base.is_decoder)[0]
+    return take_constants(classifier)[0]
 
 
 def _head(model: Any) -> tuple[torch.nn.Linear | None, Any, torch.nn.Linear]:
-    """A classifier's head: its first dense layer, the activation after it, and the layer that gives the logits."""
+    """A classifier's head: its first dense layer, the activation after it, and the layer that gives the logits.
+
+    The first layer reads row 0, a decoder's only layer the last row. What is taken for one and is not gives other logits,
+    which the comparison with PEFT finds.
+    """
     if hasattr(model, "score"):  # decoders
         return None, None, model.score
     if hasattr(model, "pre_classifier"):  # DistilBERT
@@ -71,7 +83,17 @@ def _head(model: Any) -> tuple[torch.nn.Linear | None, Any, torch.nn.Linear]:
     if hasattr(model.classifier, "out_proj"):  # ELECTRA has a gelu, the others a tanh
         is_electra = model.config.model_type == "electra"
         return model.classifier.dense, get_activation("gelu") if is_electra else torch.tanh, model.classifier.out_proj
-    return model.base_model.pooler.dense, torch.tanh, model.classifier
+    if hasattr(model, "pooler"):  # DeBERTa's stands beside the backbone
+        dense, activation = model.pooler.dense, get_activation(model.config.pooler_hidden_act)
+    else:
+        pooler = getattr(model.base_model, "pooler", None)
+        dense, activation = getattr(pooler, "dense", pooler), torch.tanh  # ALBERT's is the layer itself
+    if not (isinstance(dense, torch.nn.Linear) and isinstance(model.classifier, torch.nn.Linear)):
+        raise UsageError(
+            f"The head of a model of type {model.config.model_type!r} ({', '.join(head_modules(model))}) is not one or two "
+            "dense layers on one row, and no graph of ours serves several of its adapters. Export each alone."
+        )
+    return dense, activation, model.classifier
 
 
 class MultiTaskClassifier(torch.nn.Module):
@@ -106,14 +128,15 @@ class MultiTaskClassifier(torch.nn.Module):
         assert task_ids is not None
         own = {name: getattr(self, name).index_select(0, task_ids) for name in self.names}
         prompt = {name: own[name] for name in self._prompt_names}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
         if isinstance(self.backbone, EmbeddingPrompt):
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-            row = self.backbone.pooled(inputs, prompt["prompt_embeddings"])
+            row = self.backbone.row(inputs, prompt["prompt_embeddings"])
         elif isinstance(self.backbone, KeyValuePrompt):
             layers = range(len(prompt) // 2)
-            row = self.backbone.pooled(
-                {"input_ids": input_ids, "attention_mask": attention_mask},
-                [(prompt[f"prompt_key_{layer}"], prompt[f"prompt_value_{layer}"]) for layer in layers],
+            row = self.backbone.row(
+                inputs, [(prompt[f"prompt_key_{layer}"], prompt[f"prompt_value_{layer}"]) for layer in layers]
             )
         else:
             row = self.backbone.pooled(input_ids, attention_mask, token_type_ids, prompt)

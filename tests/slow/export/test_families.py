@@ -18,10 +18,12 @@ from tests.conftest import (
     Data,
     Folders,
     Precisions,
+    Second,
     family_of,
     make_base_model,
     peft_logits,
 )
+from tests.export import test_many_tasks
 from tests.export.graphs import manifest_of, padded_batch, parametrize_kinds, peft_batch, refusal, run_export, run_file
 from tests.export.test_export import (  # noqa: F401
     test_a_prediction_of_the_graph_does_not_depend_on_its_batch,
@@ -52,6 +54,27 @@ def test_the_manifest_says_that_nothing_was_folded_but_keys_and_values(kind: str
     assert manifest["exporter"] in {"optimum", "torchscript", "dynamo"}
     assert manifest["rewrites"] == (["constant keys and values"] if kind != family_of(kind) else [])
     assert manifest["is_decoder"] == GENERIC[family_of(kind)].is_decoder
+
+
+@pytest.mark.parametrize(
+    "one_kind",
+    ["albert", "camembert-v2", "deberta", "deberta-v2", "ernie", "rembert-v2", "gemma2", "qwen3", "qwen3-v2"],
+)
+def test_several_tasks_share_one_graph(
+    one_kind: str, adapter: Folders, second: Second, base_model: Folders, tmp_path: Path
+) -> None:
+    """Heads of each form: a pooler that is a layer alone, none, and one beside the backbone."""
+    test_many_tasks.test_a_batch_may_mix_tasks_and_each_row_gets_its_own_adapters_logits(
+        one_kind, adapter, second, base_model, tmp_path
+    )
+
+
+def test_a_head_of_another_form_serves_one_task_alone(
+    adapter: Folders, second: Second, no_leftovers: Path, capsys: Capture
+) -> None:
+    error = refusal(capsys, adapter("modernbert"), second("modernbert"), "--out", no_leftovers / "b")
+    assert "The head of a model of type 'modernbert' (head, classifier) is not one or two dense layers" in error
+    assert error.endswith("Export each alone.\n")
 
 
 @pytest.mark.parametrize("family", ["albert", "deberta-v2", "modernbert", "gemma3_text", "gpt_neox", "qwen3"])
