@@ -200,8 +200,9 @@ def test_where_nothing_can_say_what_a_precision_costs_it_is_refused(
     (no_leftovers / "empty.jsonl").touch()
     (no_leftovers / "rows.txt").write_text("x")
     rows = ("--validation-file", no_leftovers / name) if name else ()
+    folder = adapter("bert")
     capsys.readouterr()
-    assert run_export(adapter("bert"), "--out", no_leftovers / "b", "--precision", precision, *rows) == 2
+    assert run_export(folder, "--out", no_leftovers / "b", "--precision", precision, *rows) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert words in printed.err
