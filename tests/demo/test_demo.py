@@ -21,7 +21,7 @@ from export.runtime.classifier import OnnxClassifier
 from tests.conftest import VIRTUAL_TOKENS, Folders, Precisions
 from tests.demo.engines import PAIR, both_engines, make_shipped, stage_of
 from train.adapter.folder import load_adapter
-from train.data.tasks import Scores
+from train.data.tasks import Scores, custom_task
 
 
 @pytest.fixture
@@ -94,6 +94,8 @@ def test_int8_runs_where_chosen_and_the_page_names_its_cost_the_method_and_the_t
     assert f"int8, on 40 labelled rows: {gate}" in facts
     assert f"P-Tuning, {VIRTUAL_TOKENS} virtual tokens" in facts
     assert "mrpc, pairs of sentences: not_equivalent, equivalent" in facts
+    many = custom_task(("a", "b"), "label", tuple(f"intent{number}" for number in range(150)))
+    assert "intent8, intent9 and 140 more" in readable(model_facts(replace(opened, task=many)))
     in_fp32 = replace(opened, setup=replace(opened.setup, onnx="fp32"))
     difference = f"logits at most {opened.bundle_task.max_logit_difference:.1e} from PEFT's"
     assert difference in readable(model_facts(in_fp32))
