@@ -77,6 +77,15 @@ def test_a_head_of_another_form_serves_one_task_alone(
     assert error.endswith("Export each alone.\n")
 
 
+@pytest.mark.parametrize("family", GENERIC)
+def test_fp16_is_as_near_as_its_mantissa(family: str, bundle_in: Precisions) -> None:
+    """Run on a CPU here, whose kernels compute some operators in fp32."""
+    folder, batch = bundle_in(family, "fp16"), peft_batch(family, 5, 19)
+    full, half = (run_file(folder / name, batch) for name in ("model.onnx", "model_fp16.onnx"))
+    # fp16 has 11 bits: a thousandth of each sum, a few sums deep.
+    assert 0 < np.abs(half - full).max() < 20 * 2**-11 * np.abs(full).max()
+
+
 @pytest.mark.parametrize("family", ["albert", "deberta-v2", "modernbert", "gemma3_text", "gpt_neox", "qwen3"])
 def test_dense_layers_become_integer(family: str, bundle_in: Precisions) -> None:
     """Families whose graphs differ most: shared layers, relative positions, windows, one product for three, grouped heads."""
