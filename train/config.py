@@ -58,8 +58,8 @@ class TrainConfig:
     labels: Annotated[Words, _DATA] = ()
     """labels of your own files in the order you want (default: those of the training file, sorted)"""
     kind: Annotated[str | None, _DATA, Parameter(choices=KINDS)] = None
-    """of your own files: classification, one label a row; regression, a number; multi_label, any number of labels: a list,
-    or names with a comma between (default: classification)"""
+    """kind of task of your own files: classification, one label a row; regression, a number; multi_label, any number of labels: a
+    list, or names with a comma between (default: classification)"""
     threshold: Annotated[float | None, _DATA] = None
     """with --kind multi_label: the probability from which a label is predicted (default: 0.5)"""
     merge_labels: Annotated[bool, _DATA] = False
@@ -67,7 +67,7 @@ class TrainConfig:
     delimiter: Annotated[str | None, _DATA] = None
     """between the cells of your CSV files: one character, or comma, semicolon, tab, pipe (default: recognised)"""
     encoding: Annotated[str | None, _DATA] = None
-    """of your text files, such as cp1252 (default: recognised)"""
+    """encoding of your text files, such as cp1252 (default: recognised)"""
     quote: Annotated[str | None, _DATA] = None
     """around quoted cells of your CSV files: one character, or none (default: recognised)"""
     max_length: Annotated[int | None, _DATA] = None

@@ -1,21 +1,20 @@
 """``python -m export.score BUNDLE --in F --out G``: label a file of any size with ONNX Runtime.
 
-Reads CSV, JSON, Parquet and Arrow files and writes .csv, .tsv, .jsonl and .parquet, each from any other; a CSV file keeps its
-delimiter and byte-order mark. The output has the same rows in the same order with all
-their columns, then
+Reads CSV, JSON, Parquet and Arrow files and writes .csv, .tsv, .jsonl and .parquet, each from any other; a CSV file
+keeps its delimiter and byte-order mark. The output has the same rows in the same order with all their columns, then
 
     prediction             name of the most probable label
     probability            its probability
     probability_LABEL      the probability of each label, with --all-probabilities
 
-Of a regression there is only ``prediction``, a number. Where a text may have several labels, ``prediction`` holds them
+A regression has only ``prediction``, a number. Where a text may have several labels, ``prediction`` holds them
 with commas between, or nothing, and each has its ``probability_LABEL``.
 
 Where the file holds true labels, the task's metrics are printed too; the last line on standard output is one JSON
 document. Memory does not grow with the file: a first pass reads every row and refuses those that cannot be used, or
-skips them (``--skip-bad-rows``); the second labels chunk after chunk, and keeps each in G.partial until the last is done (``--resume``). Needs
-neither torch nor transformers. With ``--engine ray`` a data set of many Parquet files, and of no others, is labelled on a
-cluster.
+skips them (``--skip-bad-rows``); the second labels chunk after chunk, and keeps each in G.partial until the last is
+done (``--resume``). Needs neither torch nor transformers. With ``--engine ray`` a data set of many Parquet files, and of
+no others, is labelled on a cluster.
 """
 
 import json

@@ -28,7 +28,7 @@ class ScoreOptions:
     delimiter: str | None = None
     """between the cells of a CSV file: one character, or comma, semicolon, tab, pipe (default: recognised)"""
     encoding: str | None = None
-    """of a text file, such as cp1252 (default: recognised)"""
+    """encoding of a text file, such as cp1252 (default: recognised)"""
     quote: str | None = None
     """around quoted cells of a CSV file: one character, or none (default: recognised)"""
     skip_bad_rows: bool = False

@@ -46,7 +46,8 @@ class Command(Generic[T]):
         """Run; without ``argv`` on the words that this process was started with.
 
         0 when it finished, 2 with one line on standard error where the user can put right what went wrong (a path that
-        may not be read or written is always such a thing), 130 after Ctrl-C. Anything else is a bug of ours and keeps its traceback.
+        may not be read or written is always such a thing), 130 after Ctrl-C. Anything else is a bug of ours and keeps its
+        traceback.
         """
         give_libraries_usable_cores()
         try:

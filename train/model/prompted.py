@@ -72,6 +72,11 @@ class PromptedClassifier(torch.nn.Module):
         return ("prompt_embeddings",)
 
 
+def _last_real_rows(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The row of each text's last real token, (n_batch, n_text, n_hidden) → (n_batch, n_hidden), padding on the right."""
+    return rows[torch.arange(mask.shape[0], device=mask.device), mask.sum(dim=1) - 1]
+
+
 class EmbeddingPrompt(PromptedClassifier):
     """A frozen transformer under P-Tuning: the prompt's embeddings stand before the text's.
 
@@ -105,7 +110,7 @@ class EmbeddingPrompt(PromptedClassifier):
             first: torch.Tensor = self.model.base_model(**longer).last_hidden_state[:, 0]
             return first
         rows: torch.Tensor = self.model.base_model(**longer, use_cache=False).last_hidden_state
-        return rows[torch.arange(mask.shape[0], device=mask.device), mask.sum(dim=1) - 1]
+        return _last_real_rows(rows, mask)
 
     def _with_prompt(self, inputs: Mapping[str, torch.Tensor], table: torch.Tensor) -> dict[str, torch.Tensor]:
         n_virtual, n_batch = table.shape[-2], inputs["input_ids"].shape[0]
@@ -179,10 +184,7 @@ class KeyValuePrompt(PromptedClassifier):
         There is one key and value for each layer, each of shape = (n_batch, n_key_value_heads, n_virtual, n_head).
         """
         rows: torch.Tensor = self._outputs(inputs, keys_values).last_hidden_state
-        if not self._is_decoder:
-            return rows[:, 0]
-        mask = inputs["attention_mask"]
-        return rows[torch.arange(mask.shape[0], device=mask.device), mask.sum(dim=1) - 1]
+        return _last_real_rows(rows, inputs["attention_mask"]) if self._is_decoder else rows[:, 0]
 
     def _outputs(
         self, inputs: Mapping[str, torch.Tensor], keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]

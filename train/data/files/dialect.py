@@ -67,7 +67,7 @@ def detect_dialect(lines: Sequence[str], suffix: str, options: ReadOptions, *, i
     ``suffix`` is the file's ending, ``is_whole`` says that the lines are all that it has.
     """
     has_sep_line = False
-    # Of a .tsv the tab is tried first.
+    # In a .tsv file the tab is tried first.
     delimiters = sorted(DELIMITERS, key=lambda character: suffix != ".tsv" or character != "\t")
     if lines and (named := _SEP_LINE.fullmatch(lines[0].lstrip("\ufeff"))):
         has_sep_line, lines, delimiters = True, lines[1:], [named[1]]
