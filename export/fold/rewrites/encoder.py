@@ -72,6 +72,7 @@ class CpuEncoder(torch.nn.Module):
         self._n_layers = len(layers)
         self._heads: int = self.config.num_attention_heads
         self._head_width: int = last.query.out_features // self._heads
+        self._n_hidden: int = last.query.in_features
         scale = self._head_width**-0.5
         # Without the last layer's, which are folded below.
         self.queries = torch.nn.ModuleList(_scaled(layer.query, scale) for layer in layers[:-1])
@@ -196,17 +197,17 @@ class CpuEncoder(torch.nn.Module):
         rows = self._text_rows(input_ids, token_type_ids)
         if "prompt_rows" in prompt:
             rows = torch.cat([prompt["prompt_rows"], rows], dim=1)
-        n_hidden = rows.shape[2]
         # Added to the scores, the lowest number for padding, shape = (n_batch, 1, 1, n_virtual + n_text)
         hidden = (1 - attention_mask.to(rows.dtype)) * torch.finfo(rows.dtype).min
         bias = torch.nn.functional.pad(hidden, (self._n_virtual, 0))[:, None, None]
         distances = self._distances(rows.shape[1])
-        flat = rows.reshape(-1, n_hidden)
+        # Sizes come from the settings: a traced one would be computed at run time, in each layer.
+        flat = rows.reshape(-1, self._n_hidden)
         for layer in range(self._n_layers - 1):
             context = self._attend(layer, flat, n_batch, bias if distances is None else bias + distances, prompt)
             flat = self._feed_forward(layer, context, flat)
         first = bias[:, :, :1] if distances is None else (bias + distances)[:, :, :1]
-        return self._last_row(flat.view(n_batch, -1, n_hidden), first, prompt)
+        return self._last_row(flat.view(n_batch, -1, self._n_hidden), first, prompt)
 
     def _text_rows(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
         """The first layer's input for the text, shape = (n_batch, n_text, n_hidden)"""
@@ -247,7 +248,7 @@ class CpuEncoder(torch.nn.Module):
             key = torch.cat([prompt[f"prompt_key_{layer}"], key], dim=2)
             value = torch.cat([prompt[f"prompt_value_{layer}"], value], dim=2)
         context = (query @ key.transpose(-1, -2) + bias).softmax(dim=-1) @ value
-        return context.transpose(1, 2).reshape(flat.shape)
+        return context.transpose(1, 2).reshape(-1, self._n_hidden)
 
     def _feed_forward(self, layer: int, context: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """A layer after its attention; both of shape = (…, n_hidden)"""
@@ -257,12 +258,12 @@ class CpuEncoder(torch.nn.Module):
 
     def _last_row(self, rows: torch.Tensor, bias: torch.Tensor, prompt: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `pooled`; rows of shape = (n_batch, n_rows, n_hidden)"""
-        n_batch, _, n_hidden = rows.shape
+        n_batch = rows.shape[0]
         layer, heads = self._n_layers - 1, self._heads
         first = rows[:, 0]
         # shape = (n_batch, n_heads, 1, n_head)
         query = self.last_query(first).view(n_batch, heads, 1, self._head_width)
-        scores = ((query @ self.last_key).view(n_batch, heads, n_hidden) @ rows.transpose(1, 2)).unsqueeze(2)
+        scores = ((query @ self.last_key).view(n_batch, heads, self._n_hidden) @ rows.transpose(1, 2)).unsqueeze(2)
         if self._in_every_layer:
             scores = torch.cat([query @ prompt[f"prompt_key_{layer}"].transpose(-1, -2), scores], dim=-1)
         weights = (scores + bias).softmax(dim=-1)
