@@ -13,7 +13,9 @@ import onnxruntime
 import pytest
 
 import export.runtime.session
-from export.runtime.session import CPU, CUDA, TENSORRT, cuda_absence, has_tensorrt, providers
+from export.bundle.folder import FP32, GRAPH_FILES
+from export.runtime.session import CPU, CUDA, TENSORRT, cuda_absence, has_tensorrt, open_session, providers
+from tests.conftest import Folders
 
 ON_LINUX = pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA wheels that are checked here are Linux's")
 SITE_PACKAGES = Path(sysconfig.get_path("platlib"))
@@ -32,6 +34,12 @@ def test_providers_are_tried_from_the_fastest_down(
     # A CUDA graph is CUDA's own: no kernel of it may be TensorRT's.
     captured = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})] if use_cuda else []
     assert providers(use_cuda=use_cuda, cuda_graphs=True) == [*captured, (CPU, {})]
+
+
+def test_idle_threads_sleep_soon(bundle: Folders) -> None:
+    """By default they would take 40 ms of a core after each run from whatever else runs there."""
+    session = open_session(bundle("bert") / GRAPH_FILES[FP32], threads=2, use_cuda=False)
+    assert session.get_session_options().get_session_config_entry("session.intra_op.spin_duration_us") == "100"
 
 
 def test_tensorrt_is_there_only_with_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
