@@ -5,7 +5,8 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ from export.serve.ports import PortFlags, check_port
 from export.serve.ports import find_port as find_free_port
 from export.serve.service import Service
 from train.common.command_line import Command
-from train.common.console import say
+from train.common.console import print_line, said_to, say
 from train.common.errors import UsageError
 
 if TYPE_CHECKING:
     import gradio as gr
 
     from demo.engines.stage import Stage
+    from demo.starting_page import StartingPage
 
 RAY = "ray"
 ENGINES = ("both", "onnx", RAY)
@@ -99,19 +101,25 @@ def _run(config: DemoConfig) -> None:
 def _serve(config: DemoConfig, at_end: ExitStack) -> None:
     from demo.access.accounts import parse_auth
     from demo.access.public_link import SHARE_WARNING, parse_root_path
+    from demo.starting_page import StartingPage
 
-    find_port(config.host, config.port)  # before anything slow is done
+    port = find_port(config.host, config.port)  # before anything slow is done
     accounts = parse_auth(config.auth, config.auth_file)
     root_path = parse_root_path(config.root_path)
-    stage = _open_stage(config, at_end)
-    first = stage.default().adapter
-    adapter = stage.choices[first].adapter
-    say(f"showing {adapter.folder} ({adapter.task.name}, quality: {adapter.quality})")
-    # In this thread, so that Ctrl-C ends an export that is under way.
-    stage.bundle(first)
-    setup = stage.default()
-    say(f"starting the engines, each in a process of its own; ONNX Runtime in {setup.onnx}")
-    stage.start(setup)
+    with _listening(config.host, port):
+        starting = StartingPage(config.host, port)
+    at_end.callback(starting.close)
+    with said_to(print_line, starting.hear):
+        say(f"open {starting.url} to watch the start")
+        stage = _open_stage(config, at_end)
+        first = stage.default().adapter
+        adapter = stage.choices[first].adapter
+        say(f"showing {adapter.folder} ({adapter.task.name}, quality: {adapter.quality})")
+        # In this thread, so that Ctrl-C ends an export that is under way.
+        stage.bundle(first)
+        setup = stage.default()
+        say(f"starting the engines, each in a process of its own; ONNX Runtime in {setup.onnx}")
+        stage.start(setup)
     # Gradio takes seconds to import; meanwhile the engines load.
     from demo.page.app import build_page
 
@@ -120,7 +128,7 @@ def _serve(config: DemoConfig, at_end: ExitStack) -> None:
         say(SHARE_WARNING)
     # Gradio awaits a coroutine function; its type says less. Behind a password its tools could be listed but not called.
     login: Any = accounts.login if accounts else None
-    _launch(page, config, auth=login, mcp_server=accounts is None, root_path=root_path)
+    _launch(page, config, starting, auth=login, mcp_server=accounts is None, root_path=root_path)
     say(f"the page is at {page.local_url}  (Ctrl-C stops it)")
     if stage.service is not None:
         say(f"POST {stage.service.url} needs no page")
@@ -149,8 +157,8 @@ def _open_stage(config: DemoConfig, at_end: ExitStack) -> "Stage":
     return stage
 
 
-def _launch(page: "gr.Blocks", config: DemoConfig, **options: Any) -> None:
-    """Serve the page; a UsageError where it cannot listen."""
+def _launch(page: "gr.Blocks", config: DemoConfig, starting: "StartingPage", **options: Any) -> None:
+    """Serve the page where the starting page was; a UsageError where it cannot listen."""
     from demo.access.gate import launch_options
     from demo.access.public_link import launch_page
     from demo.page.app import page_style
@@ -158,12 +166,19 @@ def _launch(page: "gr.Blocks", config: DemoConfig, **options: Any) -> None:
     # Gradio uses a name that its own Starlette renamed, and the warning would come with every refused request.
     warnings.filterwarnings("ignore", message="'HTTP_422_UNPROCESSABLE_ENTITY' is deprecated")
     options |= page_style() | launch_options()
-    # Anew: while the engines loaded, somebody else may have taken the one that was free.
-    port = find_port(config.host, config.port)
-    try:
+    starting.close()
+    # For a moment it was free, so somebody else may have it.
+    port = find_port(config.host, config.port, first=starting.port)
+    with _listening(config.host, port):
         launch_page(page, share=config.share, server_name=config.host, server_port=port, **options)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as cause:
-        raise UsageError(f"The page cannot listen on {config.host}:{port} ({cause}). Try --port.") from cause
+        raise UsageError(f"The page cannot listen on {host}:{port} ({cause}). Try --port.") from cause
 
 
 main = Command(DemoConfig, _run, "python -m demo", takes_settings=True)

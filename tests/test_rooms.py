@@ -36,7 +36,8 @@ ARROWS = {
     "demo.access demo.engines",
     "demo.page": "train.common train.config train.data train.adapter export.bundle export.runtime demo.access demo.engines "
     "demo.measure",
-    "demo.__main__": "train.common export.serve demo.access demo.engines demo.page",
+    "demo.starting_page": "demo.page",
+    "demo.__main__": "train.common export.serve demo.access demo.engines demo.page demo.starting_page",
     "demo.space": "demo.__main__",
 }
 """Each room, or file beside the rooms, and what it may import of ours. Written from below to above: no arrow turns round."""

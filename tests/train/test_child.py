@@ -1,5 +1,6 @@
 """`run_in_child`: what comes back from a child process, and that none outlives its parent."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from train.common.child import run_in_child
+from train.common.console import print_line, said_to, say
 from train.common.errors import EngineError, PromptfoldError, RequestError
 
 
@@ -56,3 +58,40 @@ def test_no_child_outlives_its_parent(how: signal.Signals) -> None:
         # Its end comes when no process has the pipe open any more.
         assert process.communicate(timeout=600)[0] == "cleaned up\n"
     assert process.returncode == -how
+
+
+def say_both(first: str, second: str) -> None:
+    say(first)
+    say(second)
+
+
+def say_and_die(line: str) -> None:
+    say(line)
+    os._exit(3)
+
+
+def say_and_wait(line: str) -> None:
+    say(line)
+    time.sleep(3600)
+
+
+def test_what_a_child_says_is_printed_once_and_can_be_listened_to(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_child(partial(run_in_child, say_both, "ä", "[2/5]", name="The grandchild"), name="The child")
+    assert capfd.readouterr().out == "ä\n[2/5]\n"
+    heard: list[str] = []
+    with said_to(print_line, heard.append):
+        run_in_child(say_both, "a", "b", name="Saying")
+        with pytest.raises(EngineError, match="exit code 3"):
+            run_in_child(say_and_die, "c", name="Saying")
+    say("d")
+    assert heard == ["a", "b", "c"]
+    assert capfd.readouterr().out == "a\nb\nc\nd\n"
+
+
+def test_a_child_whose_words_nobody_takes_is_ended() -> None:
+    def refuse_line(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    with said_to(refuse_line), pytest.raises(BrokenPipeError, match=r"^a$"):
+        run_in_child(say_and_wait, "a", name="Saying")
+    assert multiprocessing.active_children() == []

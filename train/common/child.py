@@ -7,16 +7,24 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from train.common.console import said_to, say
 from train.common.errors import EngineError, PromptfoldError
 
 T = TypeVar("T")
 
 
+class _Line(NamedTuple):
+    """What the function said; any number of these come before its reply."""
+
+    text: str
+
+
 def run_in_child(work: Callable[..., T], *arguments: Any, name: str, remedy: str = "") -> T:
     """Run a function in a new process and return what it returns.
 
+    What the function says is said here, by this thread, so that whoever listens to this process hears it.
     The child never outlives this process: SIGTERM ends it by a `SystemExit`, so that its ``finally`` blocks run.
     A `PromptfoldError` of the function is raised here too. A child that died is an EngineError, whose message begins
     with ``name`` ("The export of adapters/a") and ends with ``remedy``.
@@ -27,11 +35,11 @@ def run_in_child(work: Callable[..., T], *arguments: Any, name: str, remedy: str
     child.start()
     sender.close()
     try:
-        reply: T | PromptfoldError = receiver.recv()
-    except (EOFError, OSError) as cause:
+        reply: T | PromptfoldError = _say_until_reply(receiver)
+    except EOFError as cause:
         child.join()
         raise EngineError(f"{name} ended unexpectedly (exit code {child.exitcode}). {remedy}".rstrip()) from cause
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError):  # the last where nobody reads any more what is printed
         child.terminate()
         raise
     finally:
@@ -42,13 +50,26 @@ def run_in_child(work: Callable[..., T], *arguments: Any, name: str, remedy: str
     return reply
 
 
+def _say_until_reply(receiver: Connection) -> Any:
+    """The reply; an EOFError where the child died before it."""
+    while True:
+        try:
+            received = receiver.recv()
+        except OSError as cause:
+            raise EOFError("within a message") from cause
+        if not isinstance(received, _Line):
+            return received
+        say(received.text)
+
+
 def _run(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     # Ctrl-C reaches the parent too, which then ends this process.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, _exit_once)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        reply = work(*arguments)
+        with said_to(lambda line: sender.send(_Line(line))):
+            reply = work(*arguments)
     except PromptfoldError as error:
         reply = error
     sender.send(reply)

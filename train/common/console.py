@@ -2,8 +2,9 @@
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -12,9 +13,29 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in cells if cell.strip())
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line at once, also into a pipe."""
     print(line, flush=True)
+
+
+_LISTENERS: ContextVar[tuple[Callable[[str], None], ...]] = ContextVar("listeners", default=(print_line,))
+"""What gets the lines of this thread."""
+
+
+def say(line: str) -> None:
+    """Tell the user a line: it is printed at once, or goes where `said_to` sends it."""
+    for listen in _LISTENERS.get():
+        listen(line)
+
+
+@contextmanager
+def said_to(*listeners: Callable[[str], None]) -> Iterator[None]:
+    """Send what this thread says to these functions, in place of `print_line`."""
+    before = _LISTENERS.set(listeners)
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(before)
 
 
 @contextmanager

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, expect
 
 from demo.page.controls import EXAMPLES
+from demo.starting_page import STEPS
 from tests.conftest import Folders
 from tests.demo.browser import DESKTOP, PHONE, choose, compare, needs_chromium, open_tab, press, visit_page
 from tests.demo.engines import MOODS, make_mood_adapter
@@ -24,17 +26,63 @@ pytestmark = needs_chromium
 REDWOODS = EXAMPLES["Coast redwoods"]
 
 
+SHOWN_BY_A_START = """
+const note = () => {
+  const steps = [...document.querySelectorAll("#steps li")].map(step => step.className + " " + step.firstChild.data.trim());
+  const shown = JSON.parse(sessionStorage.shown || "[]");
+  if (steps.length && JSON.stringify(shown.at(-1)) !== JSON.stringify(steps))
+    sessionStorage.shown = JSON.stringify([...shown, steps]);
+};
+addEventListener("DOMContentLoaded", () => { note(); new MutationObserver(note).observe(document.body, {subtree: true, childList: true}) });
+"""
+"""Script that keeps each list of steps that the tab shows, also when the tab loads the page itself."""
+
+
+class FirstStart(NamedTuple):
+    """What a tab showed that was opened as soon as the terminal said where."""
+
+    url: str
+    """The page's."""
+    shown: list[list[str]]
+    """Each list of steps, once: "done Read the adapter", …"""
+    answer: str
+    """In the page itself, without a click."""
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def first_start(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstStart]:
     """The page as ``python -m demo`` without flags serves it: minilm and the adapters that ship."""
     with serve_cleanly([], tmp_path_factory.mktemp("cache")) as server:
-        yield server.wait_for_url()
+        tab = browser.new_page()
+        tab.add_init_script(SHOWN_BY_A_START)
+        tab.goto(server.wait_for(r"open (http://\S+) to watch the start")[1])
+        assert "the page is at" not in server.output
+        heading = tab.locator("#onnx-answer").get_by_role("heading")
+        expect(heading).to_be_visible()
+        shown = json.loads(tab.evaluate("sessionStorage.shown"))
+        yield FirstStart(server.wait_for_url(), shown, heading.inner_text())
+        tab.close()
+
+
+@pytest.fixture(scope="module")
+def url(first_start: FirstStart) -> str:
+    return first_start.url
 
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
     with visit_page(browser, url) as visit:
         yield visit
+
+
+def test_a_tab_that_is_opened_at_once_shows_each_step_and_becomes_the_answered_page(first_start: FirstStart) -> None:
+    last = [step.words for step in STEPS if step.part != "Ray"]
+    ran = [step.removeprefix("running ") for steps in first_start.shown for step in steps if step.startswith("running")]
+    assert [words for words in last if words in ran] == list(dict.fromkeys(ran)), "in another order"
+    # Some are over within the second between two looks.
+    assert {last[0], last[-1]} < set(ran)
+    assert first_start.shown[-1] == [*(f"done {words}" for words in last[:-1]), f"running {last[-1]}"]
+    assert first_start.answer == "equivalent"
 
 
 def test_a_visitor_types_the_redwood_pair_and_sees_both_answers(page: Page, request: pytest.FixtureRequest) -> None:

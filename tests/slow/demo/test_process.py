@@ -2,9 +2,9 @@
 
 import shutil
 import signal
-import socket
 from pathlib import Path
 
+import httpx
 import pytest
 
 from demo.__main__ import find_port
@@ -14,17 +14,26 @@ from tests.demo.engines import PAIR
 from tests.demo.server import connect, exists, serve_cleanly, wait_until_gone
 
 
-def test_a_port_taken_while_the_engines_load_is_left_alone(flags: list[str], tmp_path: Path) -> None:
-    with socket.socket() as listener, serve_cleanly(flags, tmp_path) as server:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.wait_for("starting the engines")
-        taken = find_port("127.0.0.1", None)  # as the page has just done
-        listener.bind(("127.0.0.1", taken))
-        listener.listen()
-        url = server.wait_for_url()
-        assert not url.endswith(f":{taken}/")
-        with connect(url) as client:
-            assert client.predict(*PAIR, api_name="/compare")["runs"] > 0
+def test_the_port_is_the_pages_from_the_first_second_and_every_way_to_end_a_start_frees_it(
+    flags: list[str], tmp_path: Path
+) -> None:
+    for how, status in ((None, None), (signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        with serve_cleanly(flags, tmp_path) as server:
+            told = server.wait_for(r"open (http://127\.0\.0\.1:(\d+)/) to watch the start")
+            server.wait_for("starting the engines")
+            answer = httpx.get(told[1])
+            assert answer.status_code == 503
+            assert "running, " in answer.text
+            assert not [word for word in flags if word in answer.text]  # folders of this machine
+            if how is not None:
+                assert server.stop(how) == status
+                assert find_port("127.0.0.1", int(told[2])) == int(told[2])
+                continue
+            assert find_port("127.0.0.1", None, first=int(told[2])) != int(told[2])
+            # The page itself, at the same address.
+            assert server.wait_for_url() == told[1]
+            with connect(told[1]) as client:
+                assert client.predict(*PAIR, api_name="/compare")["runs"] > 0
 
 
 def test_the_page_exports_once_and_leaves_no_process(adapter: Folders, tmp_path: Path) -> None:
