@@ -20,7 +20,7 @@ from demo.page.tab_score import build_score_tab
 from demo.page.tab_use import build_share_box, build_use_tab
 from export.bundle.folder import FP16, FP32, INT8
 from train.config import P_TUNING, P_TUNING_V2
-from train.data.tasks import METRICS
+from train.data.tasks import METRICS, best_scores
 
 METHODS = {P_TUNING: "P-Tuning", P_TUNING_V2: "P-Tuning v2"}
 """Names of methods for people."""
@@ -174,7 +174,7 @@ def quality_words(choice: Choice) -> Markup:
     """Scores, beside the best baseline and the other adapters that ship."""
     adapter = choice.adapter
     # Both are missing where nothing was measured here, as of an adapter made elsewhere.
-    baseline_name, baseline = max(adapter.baselines.items(), key=lambda item: item[1].key, default=("", None))
+    baseline_name, baseline = best_scores(adapter.baselines)
     metric = next(iter(adapter.scores.values), "")
     return render(
         "quality.html",

@@ -20,6 +20,7 @@ from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import VIRTUAL_TOKENS, Folders, Precisions
 from tests.demo.engines import PAIR, both_engines, make_shipped, stage_of
+from train.adapter.card import model_card
 from train.adapter.folder import load_adapter
 from train.data.tasks import Scores, custom_task
 
@@ -77,6 +78,8 @@ def test_the_page_says_how_good_the_adapter_is(adapter: Folders, second: Callabl
     assert "the model's accuracy is 10.0 points BELOW it." in worst
     assert worst.startswith("An example of its method, not for use. ") and "a better accuracy; take better." in worst
     assert "P-Tuning: accuracy 60.0, against 77.5 of P-Tuning v2 (better), which ships too: 17.5 points less." in worst
+    training = json.loads((shipped / "worst" / "training.json").read_text())
+    assert "not for use:** always `equivalent`, which needs no learned prompt" in model_card(training)
     equal = replace(load_adapter(shipped / "plain"), scores=Scores({"accuracy": 0.7, "f1": 0.1}))
     assert "the model's accuracy is no better." in readable(quality_words(Choice("equal", equal, ())))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from train.adapter.record import FILES
 from train.config import CLASSIFICATION, P_TUNING, P_TUNING_V2
-from train.data.tasks import METRICS, Scores
+from train.data.tasks import METRICS, Scores, best_scores
 from train.model.loss import PROBLEM_TYPES
 
 _DESCRIPTIONS = {
@@ -24,7 +24,7 @@ def model_card(training: dict[str, Any]) -> str:
     )
     # An adapter made elsewhere tells nothing of its training.
     name = "card_imported.md.jinja" if "imported" in training else "card.md.jinja"
-    baselines, first = training.get("baselines", {}), training["task"]["metrics"][0]
+    baselines = {name: Scores(values) for name, values in training.get("baselines", {}).items()}
     recalls = training.get("recalls", {"validation": {}, "baselines": {}})
     return _render(
         name,
@@ -35,7 +35,7 @@ def model_card(training: dict[str, Any]) -> str:
         metric_names=METRICS,
         recall_words=lambda found: Scores({}, found).recall_words,
         recalls=recalls,
-        best_baseline=max(baselines, key=lambda name: baselines[name][first], default=None),
+        best_baseline=best_scores(baselines)[0],
         more_validation=training.get("more_validation", {}),
         kind=training["task"].get("kind", CLASSIFICATION),
         percent=lambda value: f"{100 * value:.1f}",

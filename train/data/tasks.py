@@ -1,7 +1,7 @@
 """The tasks that can be learned: columns, labels, metrics."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -249,6 +249,11 @@ class Scores:
     def with_recalls(self) -> str:
         """For people: the metrics and, where there are any, the recalls."""
         return f"{self}; recall {self.recall_words}" if self.recalls else str(self)
+
+
+def best_scores(named: Mapping[str, Scores]) -> tuple[str, Scores]:
+    """The best of several scores of one task, as of its baselines, with its name; "" and no metrics where there is none."""
+    return max(named.items(), key=lambda item: item[1].key, default=("", Scores({})))
 
 
 def score(task: Task, predicted: Sequence[Any] | np.ndarray, expected: Sequence[Any] | np.ndarray) -> Scores:

@@ -23,7 +23,7 @@ from train.common.processes import from_main_process, is_main_process, process_c
 from train.config import TrainConfig, flag
 from train.data.files.find import find_files
 from train.data.read_rows import sha256_of_rows
-from train.data.tasks import METRICS, Scores
+from train.data.tasks import METRICS, Scores, best_scores
 from train.data.token_ids import encode
 from train.fit.checkpoint import Progress, check_checkpoints, prepare_checkpoints, remove_checkpoints, seed_folder
 from train.fit.curves import draw_curves
@@ -243,7 +243,7 @@ def _limits(scores: Scores, baselines: dict[str, Scores], n_validation: int, bas
         limits.append(
             f"With {n_validation} rows the 95 % confidence interval of the accuracy is about ±{half:.1f} points."
         )
-    name, best = max(baselines.items(), key=lambda item: item[1].key)
+    name, best = best_scores(baselines)
     first = next(iter(scores.values))
     gap = 100 * (scores.values[first] - best.values[first])
     limits.append(
