@@ -4,17 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from demo.engines.pytorch import EAGER, PYTORCH_MODES
 from demo.engines.stage import ONNX_RUNTIME, PYTORCH, Setup, Stage
 from demo.engines.timing import BurstPlan
-from demo.measure.compare import BURST_BUDGET_SECONDS, MAX_RUNS, MIN_RUNS, PAUSE_SECONDS
+from demo.measure.compare import BURST_BUDGET_SECONDS, MAX_RUNS, MIN_RUNS, PAUSE_SECONDS, Answer
 from export.bundle.folder import FP32
-from export.runtime.batches import differ
 from export.runtime.check_text import check_text
 from train.common.errors import EngineError
-from train.config import REGRESSION
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,7 @@ class EngineLatency:
     median_ms: float
     """Median of one burst at batch size 1; infinite where the engine cannot run here."""
     agrees: bool | None
-    """Whether it predicts what the first engine does, PyTorch eager where the page has it; None for numbers, which are
-    no labels, and where it cannot run."""
+    """As `Answer.agrees_with` the first engine, PyTorch eager where the page has it; None too where it cannot run."""
 
     @property
     def name(self) -> str:
@@ -46,7 +41,7 @@ def measure_all(
     runs = [(PYTORCH, mode, Setup(adapter, FP32, mode)) for mode in PYTORCH_MODES if stage.has_pytorch]
     runs += [(ONNX_RUNTIME, name, Setup(adapter, name, EAGER)) for name in stage.bundle(adapter).precisions]
     done: list[EngineLatency] = []
-    first: np.ndarray | None = None
+    first: Answer | None = None
     for library, name, setup in runs:
         if stopped():
             return
@@ -61,10 +56,9 @@ def measure_all(
         engine = opened.pytorch if library == PYTORCH else opened.onnx
         assert engine is not None, "a mode only with PyTorch"
         with stage.measuring:
-            predicted = opened.task.predict(engine.logits(arrays))
+            answer = Answer.of(engine, opened.task, arrays)
             time.sleep(PAUSE_SECONDS)
             burst = engine.burst(arrays, BurstPlan(MIN_RUNS, MAX_RUNS, BURST_BUDGET_SECONDS))
-        first = predicted if first is None else first
-        agrees = None if opened.task.kind == REGRESSION else not differ(opened.task, predicted, first).any()
-        done.append(EngineLatency(library, name, burst.median_ms, agrees))
+        first = first or answer
+        done.append(EngineLatency(library, name, burst.median_ms, answer.agrees_with(first)))
         yield tuple(done)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
-from demo.engines.timing import Burst, BurstPlan, Served, join_bursts
+from demo.engines.timing import Arrays, Burst, BurstPlan, Served, join_bursts
 from export.runtime.check_text import check_text
 from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import SEPARATOR, Task
@@ -46,6 +46,11 @@ class Answer:
     served: Served | None = None
     """Which of several replicas answered; None for an engine in one process."""
 
+    @staticmethod
+    def of(engine: AnyEngine, task: Task, arrays: Arrays) -> "Answer":
+        """Ask an engine about one text, as token ids by the names of the graph's inputs."""
+        return Answer(task, tuple(engine.logits(arrays)[0].tolist()), served=engine.served)
+
     @property
     def _row(self) -> np.ndarray:
         return np.array([self.logits])
@@ -70,6 +75,10 @@ class Answer:
         if isinstance(predicted, tuple):
             return SEPARATOR.join(predicted)
         return f"{predicted:.4f}" if isinstance(predicted, float) else self.task.labels[predicted]
+
+    def agrees_with(self, other: "Answer") -> bool | None:
+        """Whether both are the same label or labels; None for numbers, whose difference says it."""
+        return None if self.task.kind == REGRESSION else self.predicted == other.predicted
 
     @property
     def prediction_json(self) -> dict[str, Any]:
@@ -120,10 +129,8 @@ class Comparison:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether both engines predict the same label or labels; None for numbers, whose difference says it."""
-        if self.pytorch is None or self.onnx.task.kind == REGRESSION:
-            return None
-        return self.pytorch.predicted == self.onnx.predicted
+        """As `Answer.agrees_with`; None too where there is one engine."""
+        return self.onnx.agrees_with(self.pytorch) if self.pytorch else None
 
     @property
     def speedup(self) -> float | None:
@@ -172,8 +179,8 @@ def compare(
     encoded = opened.tokenize([sentences])
     arrays, task = encoded.arrays, opened.task
     with stage.measuring:
-        onnx = replace(Answer(task, tuple(opened.onnx.logits(arrays)[0].tolist())), served=opened.onnx.served)
-        pytorch = Answer(task, tuple(opened.pytorch.logits(arrays)[0].tolist())) if opened.pytorch else None
+        onnx = Answer.of(opened.onnx, task, arrays)
+        pytorch = Answer.of(opened.pytorch, task, arrays) if opened.pytorch else None
     cut = _cut(opened, sentences) if encoded.cut[0] else ""
     comparison = Comparison(opened.setup, onnx, pytorch, int(arrays["input_ids"].shape[1]), cut)
     yield comparison
