@@ -82,6 +82,11 @@ def sha256_of_rows(files: Iterable[SourceFile]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
+def sha256_of_path(path: Path) -> str:
+    """The same for the files that a path stands for."""
+    return sha256_of_rows(find_files(path, str(path)))
+
+
 def _look(file: SourceFile, options: ReadOptions, limits: Limits | None) -> Written:
     if file.kind in {PARQUET, ARROW, ".feather"}:
         return Written()

@@ -21,8 +21,7 @@ from train.common.folder_record import content_of
 from train.common.machine import describe_machine
 from train.common.processes import from_main_process, is_main_process, process_count
 from train.config import TrainConfig, flag
-from train.data.files.find import find_files
-from train.data.read_rows import sha256_of_rows
+from train.data.read_rows import sha256_of_path
 from train.data.tasks import METRICS, Scores, best_scores
 from train.data.token_ids import encode
 from train.fit.checkpoint import Progress, check_checkpoints, prepare_checkpoints, remove_checkpoints, seed_folder
@@ -195,9 +194,7 @@ def _training_record(run: _Run, progress: Progress, seed: int, scores: Scores) -
         "seconds": progress.seconds,
         "machine": describe_machine(),
         "config": _plain_config(config),
-        "data_sha256": {
-            name: sha256_of_rows(find_files(file, str(file))) for name, file in files.items() if file is not None
-        },
+        "data_sha256": {name: sha256_of_path(file) for name, file in files.items() if file is not None},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
     }
 

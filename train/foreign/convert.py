@@ -13,9 +13,8 @@ from train.common.console import quiet_transformers, say
 from train.common.errors import AdapterError, HubError, ModelError, UsageError
 from train.common.folder_record import sha256_of_file
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from train.data.files.find import find_files
 from train.data.load import load_split
-from train.data.read_rows import sha256_of_rows
+from train.data.read_rows import sha256_of_path
 from train.data.tasks import Scores, Task, custom_task
 from train.foreign.compare import N_TEXTS, accepted_inputs, largest_difference, reference_model, write_peft_files
 from train.foreign.config import ImportConfig
@@ -219,5 +218,5 @@ def _measured(folder: Path, config: ImportConfig, base: BaseModel, rows: "Datase
         "recalls": {"validation": scores.recalls},
         "n_validation": len(encoded.rows),
         "config": {"validation_file": str(config.validation_file.resolve())},
-        "data_sha256": {"validation": sha256_of_rows(find_files(config.validation_file, str(config.validation_file)))},
+        "data_sha256": {"validation": sha256_of_path(config.validation_file)},
     }
