@@ -84,7 +84,7 @@ def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_
     task = task.with_columns(names(text_columns), label, owner="this model")
     wanted = [*task.text_columns, *([] if label is None else [label])]
     if len(rows.unreadable) < len(rows):
-        check_columns(name, columns, wanted, "Name its own text columns or label column.")
+        check_columns(name, columns, wanted, "Name its own text columns or label column.", LIMITS)
     each = [f"{PROBABILITY}_{label}" for label in task.labels] if task.kind == MULTI_LABEL else []
     added = [f"{what}_{side}" for side in SIDES for what in (PREDICTION, PROBABILITY, *each)]
     check_added(name, columns, [*added, AGREE])
@@ -93,7 +93,7 @@ def read_upload(path: Path | None, task: Task, *, text_columns: str = "", label_
     bad.add(rows, checked)
     bad.refuse(or_else="rename the column")
     suffix = out_suffix(path)
-    schema, style = merge_schema(rows, None, suffix), CsvStyle.of(source, suffix)
+    schema, style = merge_schema(rows, None, suffix, LIMITS), CsvStyle.of(source, suffix)
     return Upload(
         name, rows, task, checked.sentences, checked.labels if has_labels else None, schema, style, source.description
     )

@@ -19,6 +19,7 @@ import numpy as np
 from train.common.errors import DataError, first_line
 from train.data.files.chunks import ArrowChunk, Chunk, holds_bytes
 from train.data.files.find import ARROW, CSV, JSON, PARQUET, TSV, split_suffix
+from train.data.files.options import Limits, remedy
 from train.data.read_rows import Source
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def out_suffix(path: Path) -> str:
     return {JSON: ".jsonl", ".ndjson": ".jsonl", ARROW: PARQUET, ".feather": PARQUET}.get(kind, kind)
 
 
-def merge_schema(chunk: Chunk, before: "pyarrow.Schema | None", suffix: str) -> "pyarrow.Schema":
+def merge_schema(
+    chunk: Chunk, before: "pyarrow.Schema | None", suffix: str, limits: Limits | None = None
+) -> "pyarrow.Schema":
     """The columns of a chunk and of those before; their types matter only where the ``suffix`` is Parquet's."""
     import pyarrow
 
@@ -70,7 +73,7 @@ def merge_schema(chunk: Chunk, before: "pyarrow.Schema | None", suffix: str) -> 
             kinds[name] = _merge_type(chunk, name, kinds.get(name)) if suffix == ".parquet" else pyarrow.null()
         schema = pyarrow.schema(list(kinds.items()))
     if schema != before:
-        _check_schema(chunk, schema, suffix)
+        _check_schema(chunk, schema, suffix, limits)
     return schema
 
 
@@ -90,7 +93,7 @@ def _merge_type(chunk: Chunk, name: str, before: Any) -> Any:
         raise _no_parquet(chunk, name, cause) from cause
 
 
-def _check_schema(chunk: Chunk, schema: "pyarrow.Schema", suffix: str) -> None:
+def _check_schema(chunk: Chunk, schema: "pyarrow.Schema", suffix: str, limits: Limits | None) -> None:
     """Refuse a column of a type that the format does not have."""
     import pyarrow
     from pyarrow import parquet
@@ -102,7 +105,7 @@ def _check_schema(chunk: Chunk, schema: "pyarrow.Schema", suffix: str) -> None:
             try:
                 parquet.write_table(pyarrow.schema([field]).empty_table(), pyarrow.BufferOutputStream())
             except pyarrow.ArrowException as cause:
-                raise _no_parquet(chunk, field.name, cause) from cause
+                raise _no_parquet(chunk, field.name, cause, limits) from cause
 
 
 def _check_bytes(chunk: ArrowChunk, suffix: str) -> None:
@@ -119,10 +122,11 @@ def _no_bytes(chunk: Chunk, name: str, suffix: str) -> DataError:
     )
 
 
-def _no_parquet(chunk: Chunk, name: str, cause: BaseException) -> DataError:
+def _no_parquet(chunk: Chunk, name: str, cause: BaseException, limits: Limits | None = None) -> DataError:
+    what = remedy(limits, "Give an --out that ends in .jsonl", "Leave it out, or write the rows as .jsonl")
     return DataError(
         f"{chunk.file}: column {name!r:.80} cannot be written as parquet, which wants one type for all rows "
-        f"({first_line(cause):.300}). Give an --out that ends in .jsonl."
+        f"({first_line(cause):.300}). {what}."
     )
 
 

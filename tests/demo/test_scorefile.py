@@ -32,10 +32,13 @@ from tests.conftest import POSITIONS, VIRTUAL_TOKENS, Folders, make_pairs
 from tests.demo.engines import stage_of
 from tests.demo.one_tab import handler, make_page
 from tests.export.test_score import golden_probabilities, read_rows, shuffled_pairs, write_rows
+from tests.train.test_files import TEXT, WRONG
 from train.common.errors import DataError, EngineError, UsageError
 from train.data.tasks import MRPC, custom_task
 
 Rows = list[dict[str, Any]]
+FLAG = re.compile(r"(?<!\S)--[a-z]")
+"""A visitor has no command line."""
 LABELS, LIMIT = MRPC.labels, POSITIONS - VIRTUAL_TOKENS
 ADDED = ["prediction_pytorch", "probability_pytorch", "prediction_onnx", "probability_onnx", "agree"]
 
@@ -187,6 +190,21 @@ def parquet_rows(n: int) -> bytes:
     return out.getvalue().to_pybytes()
 
 
+def run_end_encoded() -> bytes:
+    """An Arrow file with a column of a type that Parquet lacks."""
+    table = pairs_table(2, x=pyarrow.RunEndEncodedArray.from_arrays([2], ["a"]))
+    out = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue().to_pybytes()
+
+
+def swallowing_rows() -> bytes:
+    """Behind what is looked at to recognise quotes, one that is text."""
+    return b"sentence1\tsentence2\n" + (b"a" * 300 + b"\tb\n") * 1000 + b'"c\td\ne"\tf\n'
+
+
+LISTED = {"sentence1": "a", "sentence2": "b", "label": ["x", "y"]}
 COLUMNS = ("text_columns", "label_column")
 HEAD = "sentence1,sentence2\n"
 REFUSED: list[tuple[str | None, Callable[[], bytes], tuple[str, ...], str]] = [
@@ -216,6 +234,17 @@ REFUSED: list[tuple[str | None, Callable[[], bytes], tuple[str, ...], str]] = [
     ("in.csv", PAIR.encode, ("sentence1, nowhere",), r"in\.csv has no column 'nowhere'"),
     ("in.csv", PAIR.encode, ("", "gold"), r"in\.csv has no column 'gold'; it has sentence1, sentence2, label"),
     ("in.csv", PAIR.encode, ("", "sentence1"), "label 'word1' in column 'sentence1' is none of"),
+    ("in.csv", lambda: b"sentence1^sentence2\na^b\n", (), r"stands between its cells, save it with commas there\.$"),
+    ("in.csv", lambda: "sentence1,sentence2\nПривет,мир\n".encode("cp1251"), (), r"Save it as such, in UTF-8\.$"),
+    (
+        "in.csv",
+        lambda: "sentence1,sentence2\n".encode("utf-16") + b"\0",
+        (),
+        r"no text in utf-16 .*\. Save it in UTF-8\.$",
+    ),
+    ("in.tsv", swallowing_rows, (), "put the cell in quotes and each of its own twice. Fix or remove the row"),
+    ("in.arrow", run_end_encoded, (), r"column 'x' .* Leave it out, or write the rows as \.jsonl\.$"),
+    ("in.jsonl", lambda: json.dumps(LISTED).encode(), (), "For several labels a row train with kind multi_label"),
     ("gone.csv", bytes, (), r"^gone\.csv is no longer here\. Upload it again\."),
     (None, bytes, (), "No file was given"),
 ]
@@ -234,6 +263,15 @@ def test_what_cannot_be_used_is_named_without_its_folder(
     assert message.startswith(name or "No") or arguments
     assert str(tmp_path) not in message
     assert len(message) < 700
+    assert not FLAG.search(message)
+
+
+@pytest.mark.parametrize(("name", "content", "_"), WRONG)
+def test_no_refusal_of_a_file_names_a_flag(name: str, content: bytes, _: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        read_upload(tmp_path / name, TEXT)
+    assert not FLAG.search(str(refusal.value))
 
 
 def test_a_small_parquet_file_cannot_become_a_large_one(tmp_path: Path) -> None:

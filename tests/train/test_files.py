@@ -105,29 +105,29 @@ def test_what_is_written_far_from_the_start_is_read_too(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.csv", "text,label\nПривет мир,1\n".encode("cp1251"), "name its --encoding"),
-        ("a.csv", "text,label\nzażółć gęślą jaźń and more,1\n".encode("cp1250"), "name its --encoding"),
-        ("a.csv", "text,label\nÖl ".encode() + b"\xd6l,1\n", "line 2, byte 16 of the file is not UTF-8"),
-        ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-4], "cannot be unpacked"),
-        ("a.json", b'[{"text": "a"} {"text": "b"}]', "line 1: there is no comma between two objects"),
-        ("a.json", b'[{"text": "a"},\n', "line 2 is no JSON"),
-        ("a.json", b'{\n "text": "a",\n "label": 1\n}\n', "line 1: a JSON object goes on over several lines"),
-        ("a.json", b'{"text": {"0": "a"}, "label": {"0": 1}}', "holds one JSON object of columns, not rows"),
-        ("a.json", b'{"text": ["a", "b"], "label": [1, 0]}\n', "holds one JSON object of columns, not rows"),
-        ("a.jsonl", b'{"text": "a"\n{"text": "b", "label": 1}\n', "row 1 (line 1): it is no JSON"),
-        ("a.csv", b"text,label\na,1\ntext,label\nb,0\n", "row 2 (line 3): it is the first line again"),
-        ("a.csv", b"\xef\xbb\xbftext,label\na,1\n\xef\xbb\xbftext, label\nb,0\n", "it is the first line again"),
-        ("a.csv", "text,label\n\u200b\ufeff,1\n".encode(), "row 1 (line 2): column 'text' holds no text"),
-        ("a.csv", "text,label\nEs f\u00e4hrt,1\n".encode("mac_roman"), "name its --encoding"),
-        ("a.csv", "text,label\nEs f\u00e4hrt,1\n".encode("cp850"), "name its --encoding"),
-        ("a.csv", b"text,label,label\na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
-        ("a.csv", b"text,label, label \na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
-        ("a.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "it has 'label' twice, as its 2. and its 3. name"),
-    ],
-)
+WRONG: list[tuple[str, bytes, str]] = [
+    ("a.csv", "text,label\nПривет мир,1\n".encode("cp1251"), "name its --encoding"),
+    ("a.csv", "text,label\nzażółć gęślą jaźń and more,1\n".encode("cp1250"), "name its --encoding"),
+    ("a.csv", "text,label\nÖl ".encode() + b"\xd6l,1\n", "line 2, byte 16 of the file is not UTF-8"),
+    ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-4], "cannot be unpacked"),
+    ("a.json", b'[{"text": "a"} {"text": "b"}]', "line 1: there is no comma between two objects"),
+    ("a.json", b'[{"text": "a"},\n', "line 2 is no JSON"),
+    ("a.json", b'{\n "text": "a",\n "label": 1\n}\n', "line 1: a JSON object goes on over several lines"),
+    ("a.json", b'{"text": {"0": "a"}, "label": {"0": 1}}', "holds one JSON object of columns, not rows"),
+    ("a.json", b'{"text": ["a", "b"], "label": [1, 0]}\n', "holds one JSON object of columns, not rows"),
+    ("a.jsonl", b'{"text": "a"\n{"text": "b", "label": 1}\n', "row 1 (line 1): it is no JSON"),
+    ("a.csv", b"text,label\na,1\ntext,label\nb,0\n", "row 2 (line 3): it is the first line again"),
+    ("a.csv", b"\xef\xbb\xbftext,label\na,1\n\xef\xbb\xbftext, label\nb,0\n", "it is the first line again"),
+    ("a.csv", "text,label\n\u200b\ufeff,1\n".encode(), "row 1 (line 2): column 'text' holds no text"),
+    ("a.csv", "text,label\nEs f\u00e4hrt,1\n".encode("mac_roman"), "name its --encoding"),
+    ("a.csv", "text,label\nEs f\u00e4hrt,1\n".encode("cp850"), "name its --encoding"),
+    ("a.csv", b"text,label,label\na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
+    ("a.csv", b"text,label, label \na,1,2\n", "has two columns 'label', the 2. and the 3. Rename one"),
+    ("a.jsonl", b'{"text": "a", "label": 1, "label": 0}\n', "it has 'label' twice, as its 2. and its 3. name"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), WRONG)
 def test_what_would_be_read_wrongly_is_refused(name: str, content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as refusal:
@@ -259,9 +259,9 @@ def test_values_that_are_no_class_are_left_out_or_refused(tmp_path: Path, capsys
     with pytest.raises(DataError, match=r"1 labels beside -1.*--labels=-1,1"):
         labels_of(tmp_path, [-1, 1, 1, -1])
     for value in (["a"], ["a", "b"], [], "['a', 'b']", '["a"]', "[]", "[0 1 0]", "[1. 0.]"):
-        with pytest.raises(DataError, match="--kind multi_label"):
+        with pytest.raises(DataError, match="train with kind multi_label"):
             labels_of(tmp_path, ["a", value])
-        with pytest.raises(DataError, match="--kind multi_label"):
+        with pytest.raises(DataError, match="train with kind multi_label"):
             labels_of(tmp_path, [value], task=TEXT)
 
 

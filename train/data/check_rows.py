@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from train.common.errors import DataError
 from train.data.files.chunks import Chunk, trim
+from train.data.files.options import Limits, remedy
 from train.data.labels import Label, has_no_label, parse_label
 from train.data.tasks import Task
 
@@ -14,15 +15,18 @@ MOST_SHOWN = 20
 """So many bad rows are named, the others counted."""
 
 
-def check_columns(file: str, columns: Sequence[str], wanted: Iterable[str], remedy: str) -> None:
-    """Refuse a file that lacks one of the wanted columns; the message ends in ``remedy``."""
+def check_columns(
+    file: str, columns: Sequence[str], wanted: Iterable[str], which: str, limits: Limits | None = None
+) -> None:
+    """Refuse a file that lacks one of the wanted columns; ``which`` they are is said in a sentence of the message."""
     for name in wanted:
         if name not in columns:
             few = ", ".join(columns[:8]) + (" …" if len(columns) > 8 else "")
             # A file of one column is rare; more often its delimiter is one that is not recognised.
             is_csv = len(columns) == 1 and re.search(r"\.[ct]sv(\.\w+)?$", file, re.IGNORECASE)
-            other = " If another character stands between its cells, add --delimiter." * bool(is_csv)
-            raise DataError(f"{file} has no column {name!r:.80}; it has {few:.300}. {remedy}{other}")
+            what = remedy(limits, "add --delimiter", "save it with commas there")
+            other = f" If another character stands between its cells, {what}." * bool(is_csv)
+            raise DataError(f"{file} has no column {name!r:.80}; it has {few:.300}. {which}{other}")
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _not_one(column: str, value: object) -> str:
     kind = "dict" if isinstance(value, dict) else "list"
     return (
         f"column {column!r} holds a {kind}, and a classification has one label a row. For several labels a "
-        f"row add --kind {MULTI_LABEL} to the training"
+        f"row train with kind {MULTI_LABEL}"
     )
 
 

@@ -17,7 +17,7 @@ from train.common.limits import MIB
 from train.data.files.chunks import Row, trim
 from train.data.files.dialect import Dialect, detect_dialect, fit_cells, trim_header
 from train.data.files.find import SourceFile
-from train.data.files.options import Limits, ReadOptions
+from train.data.files.options import Limits, ReadOptions, remedy
 from train.data.files.text import Encoding, open_text
 
 SAMPLE_CHARACTERS = MIB // 4
@@ -110,13 +110,20 @@ def read_csv(
         # Blank names in the middle; a first one is what pandas and R write over the numbers of the rows.
         columns = [column or (f"column {n + 1}" if n else "") for n, column in enumerate(columns)]
         check_names(columns, name)
-        yield from _read_rows(lines, reader, dialect, columns, quote_is_forced=quote_is_forced)
+        yield from _read_rows(lines, reader, dialect, columns, limits, quote_is_forced=quote_is_forced)
 
 
 def _read_rows(
-    lines: _Lines, reader: Iterator[list[str]], dialect: Dialect, columns: list[str], *, quote_is_forced: bool
+    lines: _Lines,
+    reader: Iterator[list[str]],
+    dialect: Dialect,
+    columns: list[str],
+    limits: Limits | None,
+    *,
+    quote_is_forced: bool,
 ) -> Iterator[NumberedRow]:
     is_first = True
+    if_text = remedy(limits, "add --quote none, else --quote '\"'", "put the cell in quotes and each of its own twice")
     while True:
         lines.start_row()
         try:
@@ -137,7 +144,7 @@ def _read_rows(
             fitted = None
             reason = (
                 f"a cell that begins with a quote goes on over {len(lines.taken)} lines and their tabs. If quotes are "
-                "part of the texts, add --quote none, else --quote '\"'"
+                f"part of the texts, {if_text}"
             )
         if fitted is not None:
             repeats = len(columns) > 1 and fitted[-1].strip() == columns[-1] and [*map(trim, fitted)] == columns

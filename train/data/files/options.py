@@ -59,3 +59,8 @@ class Limits:
     """Values of a Parquet file: a list that repeats one value stores billions in a few bytes."""
     advice: str
     """What to do with a larger file, for messages."""
+
+
+def remedy(limits: Limits | None, by_flag: str, of_file: str) -> str:
+    """What to do about a file, for messages: within limits, as of a page's visitor, there is no flag to give."""
+    return by_flag if limits is None else of_file

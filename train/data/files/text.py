@@ -12,7 +12,7 @@ from typing import IO, Any
 from train.common.errors import DataError
 from train.common.limits import MIB
 from train.data.files.find import SourceFile
-from train.data.files.options import Limits
+from train.data.files.options import Limits, remedy
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -112,15 +112,15 @@ def detect_encoding(file: SourceFile, forced: str | None, limits: Limits | None)
         named = next(((mark, name) for mark, name in _BOMS if head.startswith(mark)), None)
         if forced is not None:
             is_utf8 = codecs.lookup(forced).name == UTF8
-            _check(file, forced, head, stream)
+            _check(file, forced, head, stream, limits)
             return Encoding("utf-8-sig" if is_utf8 and named else forced, has_bom=named is not None)
         if named is not None:
-            _check(file, named[1], head, stream)
+            _check(file, named[1], head, stream, limits)
             return Encoding(named[1], has_bom=True)
         if (wide := _wide(head)) is not None:
-            _check(file, wide, head, stream)
+            _check(file, wide, head, stream, limits)
             return Encoding(wide)
-        return _scan(file, head, stream)
+        return _scan(file, head, stream, limits)
 
 
 def _wide(head: bytes) -> str | None:
@@ -132,7 +132,7 @@ def _wide(head: bytes) -> str | None:
     return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
 
 
-def _check(file: SourceFile, encoding: str, head: bytes, stream: IO[bytes]) -> None:
+def _check(file: SourceFile, encoding: str, head: bytes, stream: IO[bytes], limits: Limits | None) -> None:
     """Refuse a file that an encoding does not read."""
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
@@ -142,18 +142,19 @@ def _check(file: SourceFile, encoding: str, head: bytes, stream: IO[bytes]) -> N
         decoder.decode(b"", final=True)
     except UnicodeError as cause:
         if codecs.lookup(encoding).name in {UTF8, "utf-8-sig"}:
-            raise _no_text(file) from cause
-        raise DataError(f"{file.name} is no text in {encoding} ({cause}). Name its --encoding.") from cause
+            raise _no_text(file, limits) from cause
+        what = remedy(limits, "Name its --encoding", "Save it in UTF-8")
+        raise DataError(f"{file.name} is no text in {encoding} ({cause}). {what}.") from cause
 
 
-def _scan(file: SourceFile, head: bytes, stream: IO[bytes]) -> Encoding:
+def _scan(file: SourceFile, head: bytes, stream: IO[bytes], limits: Limits | None) -> Encoding:
     """UTF-8, or cp1252 where no byte speaks against it."""
     decoder = codecs.getincrementaldecoder(UTF8)()
     is_utf8, is_cp1252, high, letters = True, True, 0, 0
     block = head
     while block:
         if 0 in block:  # valid in both, but in no text: the file is of another kind
-            raise _no_text(file)
+            raise _no_text(file, limits)
         if not block.isascii() or decoder.getstate()[0]:
             if is_utf8:
                 try:
@@ -164,16 +165,16 @@ def _scan(file: SourceFile, head: bytes, stream: IO[bytes]) -> Encoding:
         high += len(block) - len(block.translate(None, _HIGH))
         letters += len(block) - len(block.translate(None, _LETTERS))
         if not is_utf8 and not is_cp1252:
-            raise _no_text(file)
+            raise _no_text(file, limits)
         block = bytes(stream.read(MIB))
     if is_utf8 and not decoder.getstate()[0]:
         return Encoding(UTF8)
     if not is_cp1252 or high > MOST_HIGH * (high + letters):
-        raise _no_text(file)
+        raise _no_text(file, limits)
     return Encoding(CP1252)
 
 
-def _no_text(file: SourceFile) -> DataError:
+def _no_text(file: SourceFile, limits: Limits | None) -> DataError:
     """The error for a file that is not text in UTF-8, with the place of the first byte that shows it."""
     offset = 0
     with open_bytes(file) as stream:
@@ -186,7 +187,7 @@ def _no_text(file: SourceFile) -> DataError:
             if bad >= 0:
                 return DataError(
                     f"{file.name}, line {number:,}, byte {offset + bad + 1:,} of the file is not UTF-8 text. Is it really a "
-                    f"{file.kind} file? Save it as such, in UTF-8, or name its --encoding."
+                    f"{file.kind} file? Save it as such, in UTF-8{remedy(limits, ', or name its --encoding', '')}."
                 )
             offset += len(line)
     return DataError(f"{file.name} changed while it was read.")
