@@ -318,14 +318,12 @@ def seen(markup: str) -> tuple[list[str | None], int, str]:
 
 def test_what_random_prompts_say_is_counted_averaged_and_shown(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     show = handler(make_page(stage, build_prompt_tab), "show_effect")
-    # The second box is hidden here, so what another task left in it does not matter.
-    text = seen(show("moods", FP32, "eager", "word1 word2", "left over"))[2]
-    for words in ("bad", "good", "<b>so-so</b>", "20 random prompts, mean", "random prompts leave it so"):
+    text = seen(show("bert", FP32, "eager", "word1 " * 100, "word2"))[2]
+    for words in ("The text was cut to the 43 tokens", "20 random prompts, mean", "random prompts leave it so"):
         assert words in text
-    assert "The text was cut to the 43 tokens" in seen(show("bert", FP32, "eager", "word1 " * 100, "word2"))[2]
     random = ((0.4, 0.6), (0.8, 0.2), (0.3, 0.7), (0.9, 0.1))
     effect = PromptEffect(
-        custom_task(("said",), "gold", ["a", "b"]),
+        custom_task(("said",), "gold", ["a", "<b>b</b>"]),
         learned=(0.1, 0.9),
         random=random,
         none=(0.75, 0.25),
@@ -334,12 +332,12 @@ def test_what_random_prompts_say_is_counted_averaged_and_shown(stage: Stage, mon
     )
     assert (*effect.random_mean, effect.random_kept) == pytest.approx((0.6, 0.4, 2))
     value = effect.as_json()
-    assert value["learned"] == {"label": "b", "probabilities": {"a": 0.1, "b": 0.9}}
+    assert value["learned"] == {"label": "<b>b</b>", "probabilities": {"a": 0.1, "<b>b</b>": 0.9}}
     assert value["none"]["label"] == "a"
     assert value["random"] | {"label": "a", "prompts": 4, "label_kept": 2} == value["random"]
     monkeypatch.setattr("demo.page.tab_prompt.measure_effect", lambda *_: effect)
     text = seen(show("bert", FP32, "eager", *PAIR))[2]
-    for words in ("10.0 %", "90.0 %", "60.0 %", "75.0 %", "2 of 4 random prompts leave it so"):
+    for words in ("<b>b</b>", "10.0 %", "90.0 %", "60.0 %", "75.0 %", "2 of 4 random prompts leave it so"):
         assert words in text
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from demo.engines.engine_process import EngineProcess
-from demo.engines.pytorch import BF16, COMPILED, PyTorchBackend
+from demo.engines.pytorch import BF16, COMPILED, EAGER, PyTorchBackend
+from demo.page.tab_prompt import build_prompt_tab
 from export.__main__ import main as export_main
+from export.bundle.folder import FP32
 from tests.conftest import FAMILIES, KINDS, Folders, family_of
 from tests.demo.engines import (
     MOODS,
@@ -19,7 +21,8 @@ from tests.demo.engines import (
     make_mood_adapter,
     stage_of,
 )
-from tests.demo.test_prompt import check_effect, check_keys_and_values, check_words
+from tests.demo.one_tab import handler, make_page
+from tests.demo.test_prompt import check_effect, check_keys_and_values, check_words, seen
 from train.common.errors import EngineError, TextError
 
 
@@ -51,6 +54,11 @@ def test_a_single_sentence_with_three_labels_is_as_by_peft(family: str, base_mod
         for sentences, words in (((sentence, "word2"), "reads one sentence"), ((" ",), "The sentence is empty")):
             with pytest.raises(TextError, match=words):
                 pair.steps(*sentences)
+        show = handler(make_page(pair.stage, build_prompt_tab), "show_effect")
+        # The second box is hidden here, so what another task left in it does not matter.
+        text = seen(show("moods", FP32, EAGER, sentence, "left over"))[2]
+    for words in (*MOODS, "20 random prompts, mean", "random prompts leave it so"):
+        assert words in text
 
 
 @pytest.mark.parametrize(("mode", "precision"), [(BF16, "bf16"), (COMPILED, "fp32, compiled")])
