@@ -23,13 +23,20 @@ START_TIMEOUT_SECONDS = 900
 class Server:
     """One ``python -m demo``, or another program in the folder of the cache, and everything it printed so far."""
 
-    def __init__(self, command: list[str], cache: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        cache: Path,
+        environment: dict[str, str] | None = None,
+        *,
+        python: str | Path = sys.executable,
+    ) -> None:
         self.lines: list[str] = []
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             # A shell starts background jobs so, and children inherit it: Ctrl-C would be lost.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
             cwd=ROOT if command[0] == "-m" else cache,
             env=os.environ | {"XDG_CACHE_HOME": str(cache)} | (environment or {}),
             stdout=subprocess.PIPE,
@@ -90,9 +97,14 @@ class Server:
 
 @contextmanager
 def serve(
-    flags: list[str], cache: Path, environment: dict[str, str] | None = None, *, program: Iterable[str] = ("-m", "demo")
+    flags: list[str],
+    cache: Path,
+    environment: dict[str, str] | None = None,
+    *,
+    program: Iterable[str] = ("-m", "demo"),
+    python: str | Path = sys.executable,
 ) -> Iterator[Server]:
-    server = Server([*program, *flags], cache, environment)
+    server = Server([*program, *flags], cache, environment, python=python)
     try:
         yield server
     finally:

@@ -9,18 +9,14 @@ import subprocess
 import time
 import urllib.request
 import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from export.serve.ports import find_port
 from tests.conftest import ROOT, Folders
+from tests.demo.server import serve
 from train.common.machine import describe_machine
-
-WAIT_SECONDS = 300
-"""How long a server may take to start on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +39,24 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreter
 
 
-@contextmanager
-def answering(command: list[str | Path], address: str, data: bytes | None = None) -> Iterator[str]:
-    """What a server of ours answers first at an address."""
+def tell(program: str, start: float) -> None:
+    print(f"{program}: {time.monotonic() - start:.1f} s to its first answer")
+
+
+def compare_on_page(python: Path, flags: list[str], cache: Path) -> dict[str, Any]:
+    """What ``/compare`` answers on a page of another environment, asked by the client that is there."""
+    code = (
+        "import json, sys; from gradio_client import Client; "
+        "answer = Client(sys.argv[1], verbose=False).predict('word1 word2', 'word2 word1', api_name='/compare'); "
+        "print(json.dumps(answer))"
+    )
     start = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            while True:
-                try:
-                    with urllib.request.urlopen(address, data, timeout=60) as answer:  # noqa: S310 -- our own server
-                        body = answer.read().decode()
-                    break
-                except OSError:
-                    assert process.poll() is None, process.communicate()[0]
-                    assert time.monotonic() < start + WAIT_SECONDS
-                    time.sleep(0.1)
-            print(f"{command[2]}: {time.monotonic() - start:.1f} s to its first answer")
-            yield body
-        finally:
-            process.terminate()
-            process.communicate(timeout=WAIT_SECONDS)
+    with serve(flags, cache, python=python) as server:
+        command: list[str | Path] = [python, "-c", code, server.wait_for_url()]
+        tell("demo", start)
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answer: dict[str, Any] = json.loads(printed)
+    return answer
 
 
 def test_it_labels_a_file_answers_over_http_and_opens_the_page(
@@ -74,33 +68,16 @@ def test_it_labels_a_file_answers_over_http_and_opens_the_page(
     start = time.monotonic()
     score: list[str | Path] = [python, "-m", "export.score", folder, "--in", source, "--out", out]
     subprocess.run(score, cwd=ROOT, check=True, capture_output=True)
-    print(f"export.score: {time.monotonic() - start:.1f} s to its first answer")
+    tell("export.score", start)
     label = out.read_text(encoding="utf-8").splitlines()[1].split(",")[2]
 
-    port = find_port("127.0.0.1", None, first=8100)
     request = json.dumps({"pair": ["word1 word2", "word2 word1"]}).encode()
-    serve: list[str | Path] = [python, "-m", "export.serve", folder, "--port", str(port)]
-    with answering(serve, f"http://127.0.0.1:{port}/v1/classify", request) as body:
-        assert json.loads(body)["answers"][0]["label"] == label
+    start = time.monotonic()
+    with serve([str(folder)], tmp_path, program=("-m", "export.serve"), python=python) as server:
+        url = server.wait_for(r"POST (http://\S+)")[1]
+        with urllib.request.urlopen(url, request, timeout=60) as answer:  # noqa: S310 -- our own server
+            assert json.load(answer)["answers"][0]["label"] == label
+        tell("export.serve", start)
 
-    port = find_port("127.0.0.1", None, first=7960)
-    page: list[str | Path] = [
-        python,
-        "-m",
-        "demo",
-        "--engine",
-        "onnx",
-        "--adapter",
-        adapter("bert"),
-        "--bundle",
-        folder,
-    ]
-    with answering([*page, "--port", str(port)], f"http://127.0.0.1:{port}/"):
-        code = (
-            "import sys; from gradio_client import Client; "
-            "answer = Client(sys.argv[1], verbose=False).predict('word1 word2', 'word2 word1', api_name='/compare'); "
-            "print(answer['onnx']['label'])"
-        )
-        command: list[str | Path] = [python, "-c", code, f"http://127.0.0.1:{port}/"]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == label
+    flags = ["--engine", "onnx", "--adapter", str(adapter("bert")), "--bundle", str(folder)]
+    assert compare_on_page(python, flags, tmp_path)["onnx"]["label"] == label

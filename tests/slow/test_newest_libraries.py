@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from export.serve.ports import find_port
 from tests.conftest import ROOT, VIRTUAL_TOKENS, Data, Folders, family_of
-from tests.slow.test_light_host import answering
+from tests.slow.test_light_host import compare_on_page
 
 NEWEST = ("transformers>=5,<5.24", "peft", "huggingface_hub>=1", "datasets", "gradio[mcp]", "accelerate")
 """transformers 5.24 calls a cache by another name, and PEFT 0.21.2, the newest, then refuses prefix tuning."""
@@ -110,22 +109,5 @@ def test_an_adapter_of_the_pinned_libraries_is_exported_labels_rows_and_is_shown
     run(python, "-m", "export.score", bundle, "--in", data.validation_file, "--out", out, "--no-labels")
     assert len(out.read_text().splitlines()) == 40
     run(python, "-m", "train.evaluate", adapter("bert"), "--file", data.validation_file)
-    port = find_port("127.0.0.1", None, first=7980)
-    page: list[str | Path] = [
-        python,
-        "-m",
-        "demo",
-        "--adapter",
-        adapter("bert"),
-        "--bundle",
-        bundle,
-        "--port",
-        str(port),
-    ]
-    with answering(page, f"http://127.0.0.1:{port}/"):
-        code = (
-            "import sys; from gradio_client import Client; "
-            "answer = Client(sys.argv[1], verbose=False).predict('word1 word2', 'word2 word1', api_name='/compare'); "
-            "print(answer['onnx']['label'] == answer['pytorch']['label'])"
-        )
-        assert run(python, "-c", code, f"http://127.0.0.1:{port}/") == "True\n"
+    answer = compare_on_page(python, ["--adapter", str(adapter("bert")), "--bundle", str(bundle)], tmp_path)
+    assert answer["onnx"]["label"] == answer["pytorch"]["label"]
