@@ -16,14 +16,11 @@ import pytest
 
 from demo.engines.adapters import choose_adapters
 from demo.engines.engine_process import EngineProcess, make_onnx_backend
-from demo.engines.pytorch import PyTorchBackend
 from demo.engines.stage import Setup, Stage
 from demo.engines.timing import WARM_UP_RUNS, Arrays, Backend, BurstPlan
 from demo.measure.compare import MAX_RUNS, MIN_RUNS, ROUNDS
-from export.bundle.folder import load_bundle
 from export.runtime.check_text import MAX_CHARACTERS
 from export.runtime.classifier import Execution
-from export.runtime.tokenizer import bundle_tokenizer
 from tests.conftest import POSITIONS, SHIPPED, VIRTUAL_TOKENS, Folders
 from tests.demo.engines import (
     PAIR,
@@ -123,29 +120,28 @@ def started(
         yield engine
 
 
-def test_the_engines_run_in_two_processes_of_their_own(adapter: Folders, bundle: Folders) -> None:
-    with started(PyTorchBackend, adapter("bert")) as pytorch, started(make_onnx_backend, bundle("bert")) as onnx:
-        engines = (pytorch, onnx)
-        loaded = [engine.wait_until_ready() for engine in engines]
-        assert len({os.getpid(), *(engine.pid for engine in engines)}) == 3
-        assert [each.execution.engine.rpartition(" ")[0] for each in loaded] == ["PyTorch", "ONNX Runtime"]
-        assert [each.execution.threads for each in loaded] == [1, 1]
-        assert all(each.load_seconds > 0 for each in loaded)
-        # PyTorch's libraries alone take more.
-        assert loaded[0].memory_mib > loaded[1].memory_mib > 10
-        # The fast engine's process does not load the other engine's library.
-        maps = Path(f"/proc/{onnx.pid}/maps").read_text()
-        assert "libonnxruntime" in maps or "onnxruntime_pybind11_state" in maps
-        assert "libtorch" not in maps
-        # A killed engine is started again.
-        arrays = bundle_tokenizer(load_bundle(bundle("bert")))([PAIR]).arrays
-        before, first_pid = onnx.logits(arrays), onnx.pid
-        assert first_pid is not None
-        os.kill(first_pid, signal.SIGKILL)
-        wait_until_gone(first_pid)
-        assert np.array_equal(onnx.logits(arrays), before)
-        assert onnx.pid != first_pid
-    assert not [engine.pid for engine in engines if engine.pid is not None and exists(engine.pid)]
+def test_the_engines_run_in_two_processes_of_their_own(pair: Pair) -> None:
+    assert pair.opened.pytorch is not None
+    onnx, engines = pair.opened.onnx, (pair.opened.pytorch, pair.opened.onnx)
+    loaded = [engine.wait_until_ready() for engine in engines]
+    assert len({os.getpid(), *(engine.pid for engine in engines)}) == 3
+    assert [each.execution.engine.rpartition(" ")[0] for each in loaded] == ["PyTorch", "ONNX Runtime"]
+    assert [each.execution.threads for each in loaded] == [1, 1]
+    assert all(each.load_seconds > 0 for each in loaded)
+    # PyTorch's libraries alone take more.
+    assert loaded[0].memory_mib > loaded[1].memory_mib > 10
+    # The fast engine's process does not load the other engine's library.
+    maps = Path(f"/proc/{onnx.pid}/maps").read_text()
+    assert "libonnxruntime" in maps or "onnxruntime_pybind11_state" in maps
+    assert "libtorch" not in maps
+    # A killed engine is started again.
+    arrays = pair.opened.tokenize([PAIR]).arrays
+    before, first_pid = onnx.logits(arrays), onnx.pid
+    assert first_pid is not None
+    os.kill(first_pid, signal.SIGKILL)
+    wait_until_gone(first_pid)
+    assert np.array_equal(onnx.logits(arrays), before)
+    assert onnx.pid != first_pid
 
 
 class ObedientBackend:
