@@ -11,7 +11,16 @@ from typing import Any
 import gradio as gr
 from gradio.helpers import Examples
 
-from train.common.errors import PromptfoldError
+from train.common.console import say
+from train.common.errors import (
+    AdapterError,
+    BundleError,
+    HubError,
+    ModelError,
+    ParityError,
+    PrecisionError,
+    PromptfoldError,
+)
 from train.data.tasks import MRPC, Task
 
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "engines"}
@@ -26,6 +35,11 @@ AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
 LATEST_LAST: dict[str, Any] = {"trigger_mode": "always_last"}
 """For events about what the visitor may change meanwhile: the latest one follows the one that runs. By default Gradio
 drops it without a word, and the page would show results of an older text or adapter beside the new one."""
+
+ABOUT_THE_HOST = (AdapterError, BundleError, HubError, ModelError, ParityError, PrecisionError)
+"""Errors that name folders of this machine and flags, with which a visitor can do nothing."""
+
+HOST_TROUBLE = "This adapter cannot be used here. The terminal in which the page runs says why; choose another one."
 
 LABELS_SHOWN = 10
 """The most probable ones; a task may have a thousand."""
@@ -74,6 +88,9 @@ def errors_shown() -> Iterator[None]:
     """Show a `PromptfoldError` to the visitor instead of a traceback. Also decorates handlers that do not yield."""
     try:
         yield
+    except ABOUT_THE_HOST as error:
+        say(str(error))
+        raise gr.Error(HOST_TROUBLE, print_exception=False) from error
     except PromptfoldError as error:
         raise gr.Error(str(error), print_exception=False) from error
 

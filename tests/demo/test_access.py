@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import httpx
 import pytest
 from starlette.applications import Starlette
@@ -18,7 +19,10 @@ from starlette.routing import Route
 
 from demo.access.gate import API, MAX_BODY_BYTES, Gate
 from demo.access.limits import MAX_BYTES
-from tests.conftest import ROOT, make_pairs, write_jsonl
+from demo.engines.adapters import choose_adapters
+from demo.engines.stage import Stage
+from demo.page.controls import errors_shown
+from tests.conftest import ROOT, Folders, make_pairs, write_jsonl
 from tests.demo.page_client import call, request_raw, status_of
 from tests.demo.server import Server
 
@@ -192,6 +196,21 @@ def test_other_sites_read_and_ask_nothing_and_unused_routes_are_closed(
     for route in ("run", "api"):
         answer = visitor.post(f"{API}/{route}/compare", json={"data": ["a", "b", "", "", ""]})
         assert answer.status_code == 404
+
+
+def test_a_visitor_learns_no_folder_from_an_error(
+    adapter: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a file is in the place of the bundles' folder, the terminal alone says so."""
+    cache = tmp_path / "cache"
+    cache.write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    stage = Stage(choose_adapters([adapter("bert")]))
+    with pytest.raises(gr.Error) as told, errors_shown():
+        stage.bundle(next(iter(stage.choices)))
+    assert str(tmp_path) not in told.value.message
+    assert "terminal" in told.value.message
+    assert str(cache) in capsys.readouterr().out
 
 
 def test_the_gate_reads_paths_as_the_router_does() -> None:
