@@ -6,8 +6,9 @@ torch.compile, both also in 16 bits; base and prompt exported by optimum as anyb
 graph in OpenVINO's int8; the bundle in each precision that it holds.
 
 Two thread pools that spin at the same time slow each other down several times. So each engine has a process of its own,
-only one is alive at a time, all have the same number of threads, and there is a pause before each timed burst. They take
-turns, ``--rounds`` times; a ratio is of two medians of one round. Run it on an idle machine:
+only one computes at a time, all have the same number of threads, and there is a pause before each timed burst. They take
+turns at each shape, ``--rounds`` times: what slows a shared machine down for minutes slows all of them down. A ratio is of
+two medians of one round. All engines are in memory at once. Run it on an idle machine:
 
     python -m export.bench demo/adapters/minilm-mrpc-v2 bundles/minilm-mrpc --file validation.jsonl
     python -m export.bench --shape-of roberta-large --shapes 1x16,1x60,1x200,8x60

@@ -56,8 +56,8 @@ class BenchConfig:
     shapes: Words = ("1x16", "1x60", "1x200", "8x60", "32x60")
     """texts×tokens, the prompt not counted"""
     engines: Annotated[Words, Parameter(help=f"some of {', '.join(ENGINES)} (default: all that the device runs)")] = ()
-    rounds: int = 2
-    """turns of each engine"""
+    rounds: int = 5
+    """turns of each engine at each shape"""
     device: Annotated[str, Parameter(choices=(CPU, CUDA))] = CPU
     """processor that runs every engine"""
     threads: int | None = None
@@ -70,11 +70,11 @@ class BenchConfig:
     """file for the chart"""
     pause: float = 0.5
     """seconds before each timed burst"""
-    min_runs: int = 10
-    """timed runs at least"""
+    min_runs: int = 3
+    """timed runs in a burst at least"""
     max_runs: int = 100
-    """timed runs at most"""
-    budget_seconds: float = 4.0
+    """timed runs in a burst at most"""
+    budget_seconds: float = 1.0
     """go on beyond --min-runs for so long"""
 
     def __post_init__(self) -> None:

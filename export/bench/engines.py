@@ -111,7 +111,7 @@ class Timed:
     """One cell of one engine in one round."""
 
     first_run_ms: float
-    latencies_ms: tuple[float, ...]
+    latencies_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,21 @@
 
 import os
 import pickle
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from export.bench.config import TUTORIAL, BenchConfig
 from export.bench.engines import ENGINES, OPENVINO, REFERENCE, Job, Measured
 from export.bench.peaks import find_peaks
 from export.bench.prepare import Prepared, prepare
-from export.bench.worker import calibrate, measure
+from export.bench.worker import calibrate, start_engine, time_burst
 from train.common.child import run_in_child
 from train.common.console import say
 from train.common.errors import EngineError
@@ -43,18 +42,13 @@ def time_engines(config: BenchConfig, prepared: Prepared, work: Path) -> dict[st
     from export.bench.report import document, draw, tables
 
     say("measuring the machine's peak")
-    peaks = _in_worker(partial(find_peaks, prepared.job), sys.executable, prepared.job, work)
+    with Worker(sys.executable, prepared.job, work) as worker:
+        peaks = worker.call(partial(find_peaks, prepared.job))
     if isinstance(peaks, str):
         say(f"the machine's peak could not be measured: {peaks}")
         peaks = []
-    rounds: list[dict[str, Measured | str]] = []
-    for number in range(1, config.rounds + 1):
-        rounds.append({})
-        for name in config.all_engines:
-            found = rounds[-1][name] = _measure(config, prepared, name, work)
-            cells = {} if isinstance(found, str) else found.cells
-            medians = [f"{cell} {statistics.median(timed.latencies_ms):.1f} ms" for cell, timed in cells.items()]
-            say(f"round {number}/{config.rounds}  {name}: {', '.join(medians) or f'not run: {found}'}")
+    with ExitStack() as at_end:
+        rounds = _time_in_turn(config, prepared, work, at_end)
     if all(isinstance(found, str) for engines in rounds for found in engines.values()):
         name, reason = next(iter(rounds[0].items()))
         raise EngineError(f"No engine could be measured. {name}: {reason}.")
@@ -68,48 +62,104 @@ def time_engines(config: BenchConfig, prepared: Prepared, work: Path) -> dict[st
     return {**settings, "plan": asdict(config.plan), **report}
 
 
-def _measure(config: BenchConfig, prepared: Prepared, name: str, work: Path) -> Measured | str:
-    """Load and time an engine; where it cannot run, the reason."""
+class _Started(NamedTuple):
+    """An engine that can be timed."""
+
+    worker: "Worker"
+    measured: Measured
+    """All but the latencies."""
+
+
+Rounds = list[dict[str, Measured | str]]
+"""For each round, by name of an engine, its measurements or the reason why there are none."""
+
+
+def _time_in_turn(config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack) -> Rounds:
+    """Start every engine, and time them in turn, cell by cell: what slows a shared machine down then meets all alike."""
+    engines: dict[str, _Started | str] = {}
+    for name in config.all_engines:
+        started = engines[name] = _start(config, prepared, name, work, at_end)
+        say(f"{name} {f'is not run: {started}' if isinstance(started, str) else 'is ready'}")
+    rounds: Rounds = []
+    for number in range(1, config.rounds + 1):
+        found = {name: one if isinstance(one, str) else one.measured for name, one in engines.items()}
+        for cell in prepared.cells:
+            for name, one in engines.items():
+                measured = found[name]
+                if isinstance(one, _Started) and isinstance(measured, Measured) and cell.name in measured.cells:
+                    found[name] = _with_burst(measured, one.worker, cell.name)
+        rounds.append(found)
+        say(f"round {number} of {config.rounds} is done")
+    return rounds
+
+
+def _with_burst(measured: Measured, worker: "Worker", cell: str) -> Measured | str:
+    latencies_ms = worker.call(partial(time_burst, cell))
+    if isinstance(latencies_ms, str):
+        return latencies_ms
+    return replace(measured, cells={**measured.cells, cell: replace(measured.cells[cell], latencies_ms=latencies_ms)})
+
+
+def _start(config: BenchConfig, prepared: Prepared, name: str, work: Path, at_end: ExitStack) -> _Started | str:
+    """Load an engine in a process of its own; where it cannot run, the reason."""
     job, graph, needs = prepared.job, prepared.graphs.get(name, Path()), ENGINES[name].needs
     interpreter = str(config.interpreters[needs]) if needs else sys.executable
     if isinstance(graph, str):
         return graph
-    if needs == OPENVINO:
-        # Paths go as strings: Python 3.13 pickles them as no earlier version reads them.
-        plain, graph = str(graph), work / f"{name}.xml"
-        if not graph.is_file():
+    cells = [cell.name for cell in prepared.cells if cell.name != TUTORIAL or name == REFERENCE]
+    try:
+        if needs == OPENVINO:
+            # Paths go as strings: Python 3.13 pickles them as no earlier version reads them.
+            plain, graph = str(graph), work / f"{name}.xml"
             say("quantizing the plain graph for OpenVINO")
-            failure = _in_worker(partial(calibrate, job, plain, str(graph)), interpreter, job, work)
+            with Worker(interpreter, job, work) as quantizer:
+                failure = quantizer.call(partial(calibrate, job, plain, str(graph)))
             if failure:
                 return failure
-    cells = [cell.name for cell in prepared.cells if cell.name != TUTORIAL or name == REFERENCE]
-    return _in_worker(partial(measure, job, name, cells, str(graph)), interpreter, job, work)
-
-
-def _in_worker(call: Callable[[], T], interpreter: str, job: Job, work: Path) -> T | str:
-    """Make a call in a process of its own (`export.bench.worker`); where it fails, the reason."""
-    call_file, answer_file = work / "call", work / "answer"
-    call_file.write_bytes(pickle.dumps(call))
-    answer_file.unlink(missing_ok=True)
-    # The process before still writes and frees memory for a moment.
-    time.sleep(job.plan.pause_seconds)
-    # Without -P the current folder could hide what shall be imported.
-    command = [interpreter, "-P", "-m", "export.bench.worker", str(call_file), str(answer_file)]
-    variables = {
-        "PYTHONPATH": str(ROOT),
-        # Kernels that torch.compile writes start OpenMP's own number of threads.
-        "OMP_NUM_THREADS": str(job.threads),
-        # An earlier benchmark's compiled kernels shall not be found.
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"),
-    }
-    try:
-        process = subprocess.run(
-            command, env=os.environ | variables, input="", capture_output=True, text=True, errors="replace", check=False
-        )
+        worker = at_end.enter_context(Worker(interpreter, job, work))
     except OSError as cause:
         return f"{interpreter} cannot be started ({cause.strerror})"
-    if not answer_file.is_file():
-        lines = (process.stdout + process.stderr).strip().splitlines()
-        return f"its process ended with exit code {process.returncode}" + (f" ({lines[-1]})" if lines else "")
-    answer: T | str = pickle.loads(answer_file.read_bytes())  # noqa: S301 -- a process of ours wrote it
-    return answer
+    measured = worker.call(partial(start_engine, job, name, cells, str(graph)))
+    return measured if isinstance(measured, str) else _Started(worker, measured)
+
+
+class Worker:
+    """A process of `export.bench.worker`, which lives as long as the context."""
+
+    def __init__(self, interpreter: str, job: Job, work: Path) -> None:
+        # Without -P the current folder could hide what shall be imported.
+        command = [interpreter, "-P", "-m", "export.bench.worker"]
+        variables = {
+            "PYTHONPATH": str(ROOT),
+            # Kernels that torch.compile writes start OpenMP's own number of threads.
+            "OMP_NUM_THREADS": str(job.threads),
+            # An earlier benchmark's compiled kernels shall not be found.
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"),
+        }
+        self._printed = tempfile.TemporaryFile(dir=work)  # noqa: SIM115 -- closed with the process
+        self._process = subprocess.Popen(
+            command, env=os.environ | variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed
+        )
+
+    def call(self, call: Callable[[], T]) -> T | str:
+        """Make a call there; where it fails, the reason."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            pickle.dump(call, self._process.stdin)
+            self._process.stdin.flush()
+            answer: T | str = pickle.load(self._process.stdout)  # noqa: S301 -- a process of ours sent it
+        except (EOFError, BrokenPipeError):
+            code = self._process.wait()
+            self._printed.seek(0)
+            lines = self._printed.read().decode(errors="replace").strip().splitlines()
+            return f"its process ended with exit code {code}" + (f" ({lines[-1]})" if lines else "")
+        return answer
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # an interrupt, which shall not wait for a call
+            self._process.kill()
+        self._process.communicate()  # the end of its input ends it
+        self._printed.close()

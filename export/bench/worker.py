@@ -1,22 +1,23 @@
-"""The process in which one engine of `export.bench` is loaded and timed: python -m export.bench.worker CALL ANSWER
+"""The process in which one engine of `export.bench` is loaded and timed: python -m export.bench.worker
 
-CALL and ANSWER are pickles: of a function with its arguments, and of what it returned. At its top this file imports
-NumPy alone, and each function what its engine needs: OpenVINO's environment has none of promptfold's requirements.
+Its calls and answers are pickles. At its top this file imports NumPy alone, and each function what its engine needs:
+OpenVINO's environment has none of promptfold's requirements.
 
 What is measured, for every engine alike:
 
 - load: from files to an engine that can answer, imports left out. Our engines check their files' hashes within it.
 - first run at a shape: with whatever is compiled or planned then.
-- latency: from NumPy arrays of token ids to logits as a NumPy array. The first run is followed by a pause, so that no
-  thread pool spins any more, a warm-up, and the timed burst.
-- memory: the largest resident size of the process, libraries included, and the GPU memory that it has taken.
+- latency: from NumPy arrays of token ids to logits as a NumPy array, in bursts. Before each there is a pause, in which
+  the thread pool of the engine before stops spinning, and a warm-up.
+- memory: the largest resident size of the process until then, libraries included, and the GPU memory that it has taken.
 """
 
+import os
 import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,18 +168,40 @@ def _load_openvino(job: Job, _: Engine, graph: Path) -> Loaded:
 LOADERS = {PEFT: _load_peft, PLAIN: _load_plain, OPENVINO: _load_openvino, OURS: _load_ours}
 
 
-def measure(job: Job, name: str, cells: Sequence[str], graph: str) -> Measured:
-    """Load an engine and time it on cells; ``graph`` is the file of the engines that load no folder."""
+@dataclass(frozen=True)
+class Started:
+    """The engine of this process, and what it is timed on."""
+
+    run: Run
+    cells: Mapping[str, Sequence[Batch]]
+    plan: Plan
+
+    def one_pass(self, cell: str) -> tuple[float, list[np.ndarray]]:
+        """Latency in ms of a pass over a cell's batches, and their logits."""
+        start = time.perf_counter()
+        logits = [self.run(batch) for batch in self.cells[cell]]
+        return 1000 * (time.perf_counter() - start), logits
+
+
+_started: list[Started] = []
+"""What `start_engine` leaves for `time_burst`, which is called later in the same process."""
+
+
+def start_engine(job: Job, name: str, cells: Sequence[str], graph: str) -> Measured:
+    """Load an engine and run it once on each cell; ``graph`` is the file of the engines that load no folder."""
     engine = ENGINES[name]
-    inputs: Inputs = _unpickle(job.inputs)
+    inputs: Inputs = pickle.loads(Path(job.inputs).read_bytes())  # noqa: S301 -- written by the benchmark itself
     gpu_mib_before = gpu_memory_used_mib() if job.on_cuda else None
     loaded = LOADERS[engine.family](job, engine, Path(graph))
     load_seconds = time.perf_counter() - loaded.start
     arranged = padded_on_the_left if loaded.pads_left else dict
+    started = Started(loaded.run, {cell: [arranged(batch) for batch in inputs.cells[cell]] for cell in cells}, job.plan)
+    _started.append(started)
     timed: dict[str, Timed] = {}
     predictions: dict[str, list[int]] = {}
     for cell in cells:
-        timed[cell], logits = time_passes(loaded.run, [arranged(batch) for batch in inputs.cells[cell]], job.plan)
+        first_run_ms, logits = started.one_pass(cell)
+        timed[cell] = Timed(first_run_ms)
         if cell in inputs.rows:
             classes = np.concatenate([batch.argmax(axis=1) for batch in logits])
             predictions[cell] = classes[np.argsort(inputs.rows[cell])].tolist()
@@ -199,27 +222,22 @@ def measure(job: Job, name: str, cells: Sequence[str], graph: str) -> Measured:
     )
 
 
-def time_passes(run: Run, batches: Sequence[Batch], plan: Plan) -> tuple[Timed, list[np.ndarray]]:
-    """Time passes over the batches of a cell, and keep the first pass's logits, an array a batch."""
-
-    def one_pass() -> tuple[float, list[np.ndarray]]:
-        start = time.perf_counter()
-        logits = [run(batch) for batch in batches]
-        return 1000 * (time.perf_counter() - start), logits
-
-    first_run_ms, logits = one_pass()
+def time_burst(cell: str) -> tuple[float, ...]:
+    """Latencies in ms of a burst of passes over a cell."""
+    (started,) = _started
+    plan = started.plan
     time.sleep(plan.pause_seconds)
     # Where a pass takes long, one warms up as well as three.
     end = time.perf_counter() + plan.budget_seconds / 4
     for _ in range(WARM_UP_RUNS):
-        one_pass()
+        started.one_pass(cell)
         if time.perf_counter() >= end:
             break
     latencies_ms: list[float] = []
     end = time.perf_counter() + plan.budget_seconds
     while len(latencies_ms) < plan.min_runs or (len(latencies_ms) < plan.max_runs and time.perf_counter() < end):
-        latencies_ms.append(one_pass()[0])
-    return Timed(first_run_ms, tuple(latencies_ms)), logits
+        latencies_ms.append(started.one_pass(cell)[0])
+    return tuple(latencies_ms)
 
 
 def calibrate(job: Job, source: str, graph: str) -> None:
@@ -227,7 +245,7 @@ def calibrate(job: Job, source: str, graph: str) -> None:
     import nncf
     import openvino
 
-    texts = _unpickle(job.inputs).calibration
+    texts = pickle.loads(Path(job.inputs).read_bytes()).calibration  # noqa: S301 -- written by the benchmark itself
     model = openvino.Core().read_model(source)
     names = [item.any_name for item in model.inputs]
     quantized = nncf.quantize(
@@ -240,22 +258,26 @@ def calibrate(job: Job, source: str, graph: str) -> None:
     openvino.save_model(quantized, graph, compress_to_fp16=False)
 
 
-def _unpickle(path: str) -> Any:
-    return pickle.loads(Path(path).read_bytes())  # noqa: S301 -- written by the process that started this one
+def main() -> None:
+    """Make each call that comes from standard input as a pickle, and send what it returns to standard output as another.
 
-
-def main(call_file: str, answer_file: str) -> None:
-    """Make the call in the first file, and write what it returns, or its error as a string, to the second.
-
-    Any error of an engine's library is a line of the report, and the other engines are still measured.
+    An error is sent as a string: that of an engine's library is a line of the report, and the others are still measured.
     """
-    try:
-        answer = _unpickle(call_file)()
-    except Exception as cause:
-        traceback.print_exc()
-        answer = f"{type(cause).__name__}: {first_line(cause)}"
-    Path(answer_file).write_bytes(pickle.dumps(answer))
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what libraries print
+    while True:
+        try:
+            call = pickle.load(sys.stdin.buffer)  # noqa: S301 -- from the process that started this one
+        except EOFError:
+            return
+        try:
+            answer = call()
+        except Exception as cause:
+            traceback.print_exc()
+            answer = f"{type(cause).__name__}: {first_line(cause)}"
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,7 +1,9 @@
 """What ``python -m export.bench`` refuses, counts and reports; its engines run in tests/slow/export."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from export.bench.engines import Job, Measured, Peak, Plan, Timed
 from export.bench.models import count_multiply_adds, family_module
 from export.bench.prepare import Prepared
 from export.bench.report import document, tables
+from export.bench.rounds import Worker
 from export.bench.worker import padded_on_the_left
 from tests.conftest import ROOT, Folders
 from train.adapter.folder import load_adapter
@@ -112,6 +115,16 @@ def test_padding_moves_to_the_left_for_pefts_decoders() -> None:
     moved = padded_on_the_left({"input_ids": ids, "attention_mask": mask})
     assert moved["input_ids"].tolist() == [[5, 6, 7, 8], [1, 1, 9, 4]]
     assert moved["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_worker_survives_what_a_library_prints_and_raises_and_tells_how_it_ended(tmp_path: Path) -> None:
+    job = Job("cpu", 1, Plan(0, 1, 1, 0), "", "", "", 0, "")
+    with Worker(sys.executable, job, tmp_path) as worker:
+        assert worker.call(partial(print, "not an answer")) is None
+        assert worker.call(partial(int, "x")) == "ValueError: invalid literal for int() with base 10: 'x'"
+        assert worker.call(partial(os.write, 2, b"out of memory\n")) == 14
+        assert worker.call(partial(os._exit, 7)) == "its process ended with exit code 7 (out of memory)"
+        assert "exit code 7" in str(worker.call(partial(int, "1")))
 
 
 def test_the_worker_needs_nothing_but_numpy() -> None:
