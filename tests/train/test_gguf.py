@@ -38,6 +38,7 @@ def write_gguf(path: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("Tiny Llama 8k, Step 2")  # as every converter writes one
     for name, value in {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,

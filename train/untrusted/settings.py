@@ -31,6 +31,7 @@ _HARMLESS = {
     "_flash_attn_2_enabled",  # 4.34 and 4.35; no longer read
     "_from_model_config",  # generation_config.json
     "_label_trainable_num_channels",  # Perceiver
+    "_model_name_or_path",  # the name in a GGUF file's header, which transformers puts into its configuration; never read
     "_name_or_path",  # where it was loaded from when it was saved; no longer read
     "_num_labels",  # BART; no longer read
     "_output_attentions",
