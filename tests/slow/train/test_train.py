@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from transformers import get_constant_schedule
 
+from export.__main__ import main as export_main
+from export.bundle.folder import load_bundle
 from tests.conftest import DECODERS, KINDS, ROOT, Data, Folders, family_of, peft_logits, write_jsonl
 from tests.train import test_model, test_train
 from tests.train.test_evaluate import Capture
@@ -159,10 +161,14 @@ def test_the_prompt_has_its_own_learning_rate(base_model: Folders, data: Data, t
     assert (base_model("bert") / "model.safetensors").read_bytes() == before
 
 
-def test_a_gguf_model_takes_p_tuning_v2_too(base_model: Folders, data: Data, tmp_path: Path) -> None:
+def test_a_gguf_model_takes_p_tuning_v2_too_and_becomes_a_bundle(
+    base_model: Folders, data: Data, tmp_path: Path
+) -> None:
     write_gguf(tmp_path / "tiny.gguf", base_model("llama"))
     run(tmp_path / "tiny.gguf", data, tmp_path / "a", "--method", "p-tuning-v2")
     check_adapter(tmp_path / "a")
+    assert export_main([str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--precision", "fp32"]) == 0
+    assert load_bundle(tmp_path / "b").task_of(load_adapter(tmp_path / "a").sha256) is not None
 
 
 def test_without_network_the_default_names_the_two_ways_that_need_none(tmp_path: Path, data: Data) -> None:
