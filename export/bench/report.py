@@ -15,7 +15,7 @@ from pandas import DataFrame, Series
 from export.bench.config import FILE, TUTORIAL
 from export.bench.engines import ENGINES, OURS, REFERENCE, Measured, Peak
 from export.bench.prepare import Prepared
-from export.fold.precision.gate import GATE_TOLERANCE
+from export.fold.config import GATE_TOLERANCE
 from train.common.atomic_folder import write_whole
 from train.common.errors import UsageError
 from train.config import CLASSIFICATION

@@ -10,6 +10,8 @@ from export.bundle.folder import FP16, FP32, INT8
 from train.common.command_line import Words
 from train.common.errors import UsageError
 
+GATE_TOLERANCE = 0.005
+"""By how much a metric may fall in another precision: half a point."""
 AUTO = "auto"
 PRECISIONS = (FP32, FP16, INT8, AUTO)
 """Choices of ``--precision``. Every bundle holds fp32; ``auto`` adds int8, and fp16 where there is a GPU for it."""

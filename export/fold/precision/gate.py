@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.bundle.folder import FP32, GRAPH_FILES, Fidelity, Gate
+from export.fold.config import GATE_TOLERANCE
 from export.fold.precision.calibration import CalibrationBatches, text_tokenizer
 from export.fold.precision.fidelity import compare_logits
 from export.fold.read import Sources
@@ -21,9 +22,6 @@ from train.data.token_ids import sentences_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-
-GATE_TOLERANCE = 0.005
-"""By how much a metric may fall: half a point."""
 
 
 @dataclass(frozen=True)

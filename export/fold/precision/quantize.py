@@ -9,13 +9,13 @@ import onnx
 
 from export.bundle.folder import FP16, FP32, GRAPH_FILES, INT8, Int8Form, data_path
 from export.fold.compare import compare_with_peft
-from export.fold.config import AUTO, ExportConfig
+from export.fold.config import AUTO, GATE_TOLERANCE, ExportConfig
 from export.fold.fold import fold_adapters
 from export.fold.graphs.files import save_graph
 from export.fold.precision.calibration import CalibrationBatches, batch_texts
 from export.fold.precision.choose import Int8Chooser
 from export.fold.precision.fidelity import LEAST_EQUAL
-from export.fold.precision.gate import GATE_TOLERANCE, Cost, Judge, LabelledBatches, label_batches
+from export.fold.precision.gate import Cost, Judge, LabelledBatches, label_batches
 from export.fold.read import Sources
 from export.fold.trace import write_graph
 from export.runtime.session import cuda_absence
