@@ -134,6 +134,10 @@ class Measured:
     """By name of a cell that is a file, each row's most probable class."""
 
 
+Rounds = Sequence[Mapping[str, Measured | str]]
+"""For each round, by name of an engine, its measurements or the reason why there are none."""
+
+
 @dataclass(frozen=True)
 class Peak:
     """The fastest matrix product in a precision: the most that an engine could reach on this machine."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # without pyplot: no window system is touc
 from pandas import DataFrame, Series
 
 from export.bench.config import FILE, TUTORIAL
-from export.bench.engines import ENGINES, OURS, REFERENCE, Measured, Peak
+from export.bench.engines import ENGINES, OURS, REFERENCE, Measured, Peak, Rounds
 from export.bench.prepare import Prepared
 from export.fold.config import GATE_TOLERANCE
 from train.common.atomic_folder import write_whole
@@ -26,8 +26,6 @@ FP32_TOLERANCE = 1e-3
 MEASURED, WRONG, NOT_RUN = "measured", "wrong", "not run"
 NOTHING = Measured("", "", 0.0, 0.0, None, 0.0, math.nan, {}, {})
 """Stands for an engine that did not run."""
-Rounds = Sequence[Mapping[str, Measured | str]]
-"""For each round, by name of an engine, its measurements or the reason why there are none."""
 Record = Mapping[str, Any]
 """A part of the JSON document."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from export.bench.config import TUTORIAL, BenchConfig
-from export.bench.engines import ENGINES, OPENVINO, REFERENCE, Job, Measured
+from export.bench.engines import ENGINES, OPENVINO, REFERENCE, Job, Measured, Rounds
 from export.bench.peaks import find_peaks
 from export.bench.prepare import Prepared, prepare
 from export.bench.worker import calibrate, start_engine, time_burst
@@ -70,17 +70,13 @@ class _Started(NamedTuple):
     """All but the latencies."""
 
 
-Rounds = list[dict[str, Measured | str]]
-"""For each round, by name of an engine, its measurements or the reason why there are none."""
-
-
 def _time_in_turn(config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack) -> Rounds:
     """Start every engine, and time them in turn, cell by cell: what slows a shared machine down then meets all alike."""
     engines: dict[str, _Started | str] = {}
     for name in config.all_engines:
         started = engines[name] = _start(config, prepared, name, work, at_end)
         say(f"{name} {f'is not run: {started}' if isinstance(started, str) else 'is ready'}")
-    rounds: Rounds = []
+    rounds: list[dict[str, Measured | str]] = []
     for number in range(1, config.rounds + 1):
         found = {name: one if isinstance(one, str) else one.measured for name, one in engines.items()}
         for cell in prepared.cells:
