@@ -105,7 +105,7 @@ class Scored:
     def preview(self) -> list[int]:
         """Numbers of rows worth a look: first where the engines differ, then where one is wrong, then the others.
 
-        Of a regression first those whose numbers are furthest apart.
+        A regression's rows begin with those whose numbers are furthest apart.
         """
         differs, wrong = self.differs, self.wrong
         if self.is_regression:

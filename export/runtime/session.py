@@ -24,7 +24,7 @@ SPIN_DURATION_US = 100
 """How long a thread without work spins before it sleeps: longer than most gaps between a graph's parallel operators.
 
 By default ONNX Runtime's threads spin for 40 ms after each run. On cores that other processes use too, that takes their
-time, and the scheduler holds back whoever spins when there is work again.
+time, and a thread that spun has to wait for its turn when there is work again.
 """
 
 

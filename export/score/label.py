@@ -174,7 +174,7 @@ class Labelled:
 def add_up(records: Iterable[tuple[ChunkRecord, bool]], task: Task, *, is_labelled: bool, max_length: int) -> Labelled:
     """The result of a run from the record of each chunk, and whether it was resumed.
 
-    Of no record more is kept than a regression's numbers, 16 bytes a row: a correlation of ranks needs all of them.
+    Nothing of a record is kept but a regression's numbers, 16 bytes a row: a correlation of ranks needs all of them.
     """
     counts = count_pairs(task, [], [])
     numbers = [np.empty((0, 2))]

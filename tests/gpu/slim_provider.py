@@ -8,7 +8,7 @@ containers, and the driver takes from one the entry whose header names its own g
 is, but holds that entry alone, as if it had been compiled for one generation; what was behind it becomes zeros. Everything
 outside the section stays as it is, and the file keeps its length.
 
-Of the wanted generation go the cubins whose every kernel is for what no graph of ours can call (`UNUSED`: mixture of
+Cubins of the wanted generation go where every kernel is for what no graph of ours can call (`UNUSED`: mixture of
 experts, weight-only quantized LLMs, decoding with a cache, attention with other heads than 32 or 64 wide or in bf16);
 --keep-all keeps them. In their place comes the smallest cubin for another generation, so that a call would end in "no
 kernel image": the original has containers without code for the wanted one, too.

@@ -24,7 +24,7 @@ class _Line(NamedTuple):
 def run_in_child(work: Callable[..., T], *arguments: Any, name: str, remedy: str = "") -> T:
     """Run a function in a new process and return what it returns.
 
-    What the function says is said here, by this thread, so that whoever listens to this process hears it.
+    What the function says is said here, by this thread, so that `said_to` around this call gets it.
     The child never outlives this process: SIGTERM ends it by a `SystemExit`, so that its ``finally`` blocks run.
     A `PromptfoldError` of the function is raised here too. A child that died is an EngineError, whose message begins
     with ``name`` ("The export of adapters/a") and ends with ``remedy``.
@@ -39,7 +39,7 @@ def run_in_child(work: Callable[..., T], *arguments: Any, name: str, remedy: str
     except EOFError as cause:
         child.join()
         raise EngineError(f"{name} ended unexpectedly (exit code {child.exitcode}). {remedy}".rstrip()) from cause
-    except (KeyboardInterrupt, SystemExit, OSError):  # the last where nobody reads any more what is printed
+    except (KeyboardInterrupt, SystemExit, OSError):  # OSError: the reader of the printed lines is gone
         child.terminate()
         raise
     finally:

@@ -20,7 +20,7 @@ _MULTITASK = "MULTITASK_PROMPT_TUNING"
 def prompt_of(source: Source, tensors: "Mapping[str, torch.Tensor]", task_id: int | None) -> "torch.Tensor":
     """The prompt's table, float32, shape = (n_virtual, n_width)
 
-    Of `MULTITASK_PROMPT_TUNING` it is that of one task, the shared table times the task's own factors (arXiv 2303.02861;
+    With `MULTITASK_PROMPT_TUNING` it is one task's: the shared table times the task's own factors (arXiv 2303.02861;
     peft/tuners/multitask_prompt_tuning/model.py, `forward`).
     """
     if source.peft_type != _MULTITASK and task_id is not None:

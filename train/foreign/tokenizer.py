@@ -19,7 +19,7 @@ def source_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """The tokenizer beside an adapter, else the base model's; what stands around a sentence stays as its author had it.
 
-    Of its outputs only those are kept that the model has ``accepted``. An AdapterError where it has more words than the
+    Only the outputs that the model has ``accepted`` are kept. An AdapterError where it has more words than the
     base model.
     """
     if source.has_tokenizer:

@@ -128,7 +128,7 @@ def _indices(is_present: np.ndarray) -> tuple[int, ...]:
 def _most_frequent(labels: np.ndarray) -> tuple[int, ...]:
     """The constant set of labels with the best micro F1, for labels of shape = (n_rows, n_labels): the most frequent ones.
 
-    Of sets of one size, that of the most frequent labels is the best, so only their number has to be tried.
+    The most frequent labels are the best set of their size, so only the size has to be tried.
     """
     order = np.argsort(-labels.sum(axis=0), kind="stable")
     hits = labels.sum(axis=0)[order].cumsum()
