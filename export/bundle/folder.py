@@ -161,13 +161,16 @@ class Int8Form:
     dynamic_ms: float | None = None
     """Median time of one text with dynamic scales on the exporting machine, where both were tried."""
     static_ms: float | None = None
+    weight_bits: Literal[7, 8] | None = None
+    """None in bundles from before it was written down."""
 
     def __str__(self) -> str:
         """For people: "static scales, smoothed with α 0.5, every dense product in int8"."""
         smoothing = "not smoothed" if self.alpha is None else f"smoothed with α {self.alpha:g}"
         n_kept = len(self.kept_fp32)
         kept = f"{n_kept} dense product{'s' * (n_kept > 1)} in fp32" if n_kept else "every dense product in int8"
-        return f"{self.activations} scales, {smoothing}, {kept}"
+        weights = "7-bit weights, " if self.weight_bits == 7 else ""
+        return f"{self.activations} scales, {weights}{smoothing}, {kept}"
 
 
 @record(frozen=True)

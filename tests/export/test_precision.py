@@ -1,7 +1,6 @@
 """``python -m export --precision``: what int8 and fp16 are, what they cost, and who decides whether they are kept."""
 
 import json
-import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import numpy_helper
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 
 from export.bundle.folder import load_bundle
-from export.fold.precision import integer
-from export.fold.precision.dense import load_graph
 from tests.conftest import ENCODERS, Folders, Precisions, family_of, make_pairs, write_jsonl
-from tests.export.graphs import manifest_of, refusal, run_export
+from tests.export.graphs import manifest_of, open_graph, refusal, run_export
 
 Pairs = Sequence[tuple[str, str]]
 DENSE = {"Gemm", "MatMul"}
@@ -35,7 +31,7 @@ def run_pairs(path: Path, pairs: Pairs) -> np.ndarray:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_graph(path)
     order = sorted(range(len(pairs)), key=lambda row: len(pairs[row][0]) + len(pairs[row][1]))
     logits = np.empty((len(pairs), 2))
     for start in range(0, len(order), 32):
@@ -207,29 +203,3 @@ def test_where_nothing_can_say_what_a_precision_costs_it_is_refused(
     assert printed.err.startswith("error: ")
     assert words in printed.err
     assert not (no_leftovers / "b").exists()
-
-
-@pytest.mark.parametrize(
-    ("machine", "cpuinfo", "largest"),
-    [
-        ("x86_64", "processor\t: 0\nmodel name\t: X\nflags\t\t: avx2 avx512f avx512_vnni\nbugs\t\t: a b\n", 127),
-        ("x86_64", "flags\t: avx2 avx_vnni\n", 127),
-        ("x86_64", "model name\t: avx_vnni\nflags\t: avx2 avx512f\n", 64),
-        ("AMD64", None, 64),  # not Linux
-        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd\n", 127),
-    ],
-)
-def test_a_processor_that_would_overflow_gets_weights_of_seven_bits(
-    machine: str, cpuinfo: str | None, largest: int, bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without VNNI, pairs of products are summed in 16 bits: 2 · 255 · 127 is more than 32,767, 2 · 255 · 64 is not."""
-    file = tmp_path / "cpuinfo"
-    if cpuinfo is not None:
-        file.write_text(cpuinfo)
-    monkeypatch.setattr(integer, "Path", lambda path: file if path == "/proc/cpuinfo" else Path(path))
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    model = integer.quantize_products(load_graph(bundle("bert") / "model.onnx"))
-    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    weights = [arrays[node.input[1]] for node in model.graph.node if node.op_type == "MatMulInteger"]
-    assert len(weights) == 12
-    assert {np.abs(weight.astype(int)).max() for weight in weights} == {largest}

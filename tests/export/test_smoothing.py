@@ -21,7 +21,7 @@ from export.fold.precision.integer import quantize_products
 from export.fold.precision.smooth import channel_scales, smooth
 from export.fold.precision.texts import everyday_texts
 from tests.conftest import Folders, make_pairs, random_batch, write_jsonl
-from tests.export.graphs import manifest_of, refusal, run_export
+from tests.export.graphs import manifest_of, open_graph, refusal, run_export
 from train.data.tasks import MRPC, TASKS
 
 MNLI = TASKS["mnli"]
@@ -44,8 +44,7 @@ def make_graph(body: str, weights: dict[str, tuple[int, ...]]) -> onnx.ModelProt
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["y"], {"x": x})[0])
+    return np.asarray(open_graph(model.SerializeToString()).run(["y"], {"x": x})[0])
 
 
 NORM = "n = LayerNormalization<axis = -1>(x, g, h)"
@@ -147,7 +146,7 @@ def test_smoothing_of_a_whole_classifier_is_exact_and_static_int8_gives_a_row_th
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return open_graph(model.SerializeToString())
 
 
 def test_dead_channels_and_outliers_get_scales_that_are_numbers() -> None:

@@ -1,4 +1,4 @@
-"""Runs the fp32 graph on calibration texts, to learn the sizes of its activations channel by channel."""
+"""Runs the fp32 graph on calibration texts, to learn what its dense products read: channels' sizes, and their correlation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from export.fold.graphs.files import save_graph
 from export.fold.precision.dense import dense_products
 from export.runtime.batches import in_batches
 from export.runtime.classifier import with_task
+from export.runtime.session import NO_OVERFLOW
 from export.runtime.tokenizer import TextTokenizer
 from train.common.machine import usable_cores
 from train.data.tasks import Task
@@ -107,9 +108,8 @@ def measure_activations(model: onnx.ModelProto, tasks: Sequence[CalibrationBatch
     watched.graph.initializer.append(numpy_helper.from_array(np.array([0]), first_axis))
     names: list[str] = []
     for number, (source, width) in enumerate(widths.items()):
-        shape, rows = f"calibration_shape_{number}", f"calibration_rows_{number}"
-        watched.graph.initializer.append(numpy_helper.from_array(np.array([-1, width]), shape))
-        nodes = [helper.make_node("Reshape", [source, shape], [rows], name=rows)]
+        rows = _add_rows(watched.graph, source, width)
+        nodes = []
         for operator in ("ReduceMin", "ReduceMax"):
             output = f"calibration_{operator}_{number}"
             nodes.append(helper.make_node(operator, [rows, first_axis], [output], keepdims=0, name=output))
@@ -125,6 +125,36 @@ def measure_activations(model: onnx.ModelProto, tasks: Sequence[CalibrationBatch
             new = Activations(low.astype(np.float64), high.astype(np.float64), int(shape_found[0]))
             found[source] = _joined(found[source], new) if source in found else new
     return found
+
+
+def measure_grams(
+    model: onnx.ModelProto, tasks: Sequence[CalibrationBatches], groups: Sequence[tuple[str, ...]]
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Xᵀ·X of what dense products read, summed over the tensors of each group; float64, shape = (n_channels, n_channels)"""
+    widths = source_widths(model.graph)
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    names: dict[str, str] = {}
+    for source in dict.fromkeys(source for group in groups for source in group):
+        rows = _add_rows(watched.graph, source, widths[source])
+        columns, names[source] = f"{rows}_columns", f"{rows}_gram"
+        watched.graph.node.append(helper.make_node("Transpose", [rows], [columns], perm=[1, 0], name=columns))
+        watched.graph.node.append(helper.make_node("MatMul", [columns, rows], [names[source]], name=names[source]))
+    found = {group: np.zeros((widths[group[0]], widths[group[0]])) for group in groups}
+    for values in _run(watched, tasks, list(names.values())):
+        grams = dict(zip(names, values, strict=True))
+        for group in groups:
+            for source in group:
+                found[group] += grams[source]
+    return found
+
+
+def _add_rows(graph: onnx.GraphProto, source: str, width: int) -> str:
+    """The name of a new tensor: a dense product's source with one row for each vector."""
+    shape, rows = f"{source}_calibration_shape", f"{source}_calibration_rows"
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, width]), shape))
+    graph.node.append(helper.make_node("Reshape", [source, shape], [rows], name=rows))
+    return rows
 
 
 def _joined(one: Activations, other: Activations) -> Activations:
@@ -159,6 +189,7 @@ def session_in_memory(model: onnx.ModelProto) -> "InferenceSession":
     options.intra_op_num_threads = usable_cores()
     # Two such sessions run in turn, and threads of the one that spin would disturb the other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*NO_OVERFLOW)
     # ONNX Runtime has the numbers in memory when the file goes, and one message of protobuf holds 2 GB.
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"

@@ -1,4 +1,4 @@
-"""Chooses a graph in int8: smoothing first, single products in fp32 only where that is not enough, then static scales.
+"""Chooses a graph in int8: weights of as many bits as are fast here, smoothing, then single products in fp32, then static scales.
 
 What is chosen by the logits' error is chosen on calibration texts, never on the rows of the gate.
 """
@@ -17,7 +17,8 @@ from export.fold.precision.calibration import CalibrationBatches, measure_activa
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import root_mean_square
 from export.fold.precision.gate import Cost, run_for_task
-from export.fold.precision.integer import quantize_products
+from export.fold.precision.integer import overflows, quantize_products
+from export.fold.precision.rounding import IntegerWeight, WeightBits, round_weights
 from export.fold.precision.smooth import smooth
 from train.common.console import say
 
@@ -40,6 +41,7 @@ class Candidate:
     """SmoothQuant's α; None without smoothing."""
     wide: bool = False
     """Whether a tensor that is wider than what its products make of it gets a Mul too."""
+    weight_bits: WeightBits = 8
     kept_fp32: tuple[str, ...] = ()
     """Names of products that stay in fp32."""
 
@@ -56,6 +58,7 @@ class Int8Chooser:
         self._activations = measure_activations(self._model, self._texts)
         self._references = _logits(self._model, self._texts)
         self.products = dense_products(self._model.graph)
+        self._last: tuple[Candidate, onnx.ModelProto, dict[str, IntegerWeight]] | None = None
 
     def choose(self, judge: Callable[[Path], Cost], *, may_be_static: bool) -> tuple[Int8Form, Cost]:
         """Write the graph in int8; ``judge`` says what the graph in a file costs.
@@ -63,8 +66,9 @@ class Int8Chooser:
         Returns:
             what was chosen, and its cost, which may be more than is allowed
         """
-        for wide in (False, True):
-            candidate = self._best_alpha(wide=wide)
+        smoothed = [self._best_alpha(wide=wide) for wide in (False, True)]
+        n_bits: tuple[WeightBits, ...] = (7, 8) if overflows() else (8,)
+        for candidate in (replace(each, weight_bits=bits) for bits in n_bits for each in smoothed):
             cost = self._judge(candidate, judge)
             if cost.passed:
                 break
@@ -73,6 +77,7 @@ class Int8Chooser:
         form = Int8Form(
             activations="dynamic",
             alpha=candidate.alpha,
+            weight_bits=candidate.weight_bits,
             kept_fp32=candidate.kept_fp32,
             calibration=self._texts[0].name,
             n_texts=sum(task.n_texts for task in self._texts),
@@ -92,15 +97,25 @@ class Int8Chooser:
         largest = {name: found.largest for name, found in self._activations.items()}
         return smooth(self._model, largest, candidate.alpha, wide=candidate.wide)
 
+    def _rounded(self, candidate: Candidate) -> tuple[onnx.ModelProto, dict[str, IntegerWeight]]:
+        """The smoothed graph, and its matrices in integers; made once for candidates that differ in ``kept_fp32`` alone."""
+        key = replace(candidate, kept_fp32=())
+        if self._last is None or self._last[0] != key:
+            smoothed = self._smoothed(candidate)
+            self._last = key, smoothed, round_weights(smoothed, self._texts, candidate.weight_bits)
+        return self._last[1:]
+
     def _quantized(self, candidate: Candidate) -> onnx.ModelProto:
-        return quantize_products(self._smoothed(candidate), kept_fp32=candidate.kept_fp32)
+        smoothed, weights = self._rounded(candidate)
+        return quantize_products(smoothed, weights=weights, kept_fp32=candidate.kept_fp32)
 
     def _error(self, model: onnx.ModelProto) -> float:
         return root_mean_square(self._references, _logits(model, self._texts))
 
     def _best_alpha(self, *, wide: bool) -> Candidate:
         candidates = [Candidate(alpha, wide) for alpha in ((*ALPHAS,) if wide else (None, *ALPHAS))]
-        errors = [self._error(self._quantized(candidate)) for candidate in candidates]
+        # Rounded to nearest: GPTQ for each would take as long as all else.
+        errors = [self._error(quantize_products(self._smoothed(candidate))) for candidate in candidates]
         return candidates[int(np.argmin(errors))]
 
     def _give_up_products(
@@ -133,10 +148,9 @@ class Int8Chooser:
     def _by_error_for_time(self, candidate: Candidate) -> list[str]:
         """The products' names, first the one that wins most when it stays in fp32, for the time that it takes."""
         references = _logits(self._model, self._few)
-        smoothed = self._smoothed(candidate)
 
         def error(kept: tuple[str, ...]) -> float:
-            return root_mean_square(references, _logits(quantize_products(smoothed, kept_fp32=kept), self._few))
+            return root_mean_square(references, _logits(self._quantized(replace(candidate, kept_fp32=kept)), self._few))
 
         say(f"      ranking {len(self.products)} dense products by what int8 in them costs")
         before, times = error(()), self._times()
@@ -147,12 +161,12 @@ class Int8Chooser:
         self, candidate: Candidate, form: Int8Form, cost: Cost, judge: Callable[[Path], Cost]
     ) -> tuple[Int8Form, Cost]:
         """Take static scales instead where they pass and are no slower."""
-        smoothed = self._smoothed(candidate)
-        dynamic = quantize_products(smoothed, kept_fp32=candidate.kept_fp32)
+        smoothed, weights = self._rounded(candidate)
+        dynamic = self._quantized(candidate)
         ranges = {name: found.range for name, found in measure_activations(smoothed, self._texts).items()}
         if not all(np.isfinite(bounds).all() for bounds in ranges.values()):
             return form, cost
-        static = quantize_products(smoothed, kept_fp32=candidate.kept_fp32, ranges=ranges)
+        static = quantize_products(smoothed, weights=weights, kept_fp32=candidate.kept_fp32, ranges=ranges)
         dynamic_ms, static_ms = _time_both(dynamic, static, self._texts[0])
         form = replace(form, dynamic_ms=dynamic_ms, static_ms=static_ms)
         if static_ms > SLOWER * dynamic_ms:
@@ -169,6 +183,8 @@ def _words(candidate: Candidate, n_products: int) -> str:
     smoothing = "not smoothed" if candidate.alpha is None else f"smoothed with α {candidate.alpha}"
     if candidate.wide:
         smoothing += " throughout"
+    if candidate.weight_bits == 7:
+        smoothing = f"7-bit weights, {smoothing}"
     n_kept = len(candidate.kept_fp32)
     return f"{smoothing}, {f'{n_kept} of {n_products} dense products in fp32' if n_kept else 'every dense product'}"
 

@@ -49,7 +49,8 @@ def wilson_interval(n_hits: int, n: int) -> tuple[float, float]:
     share, z2 = n_hits / n, Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return float(max(centre - half, 0)), float(min(centre + half, 1))
+    # For a share of 0 or 1 the near bound is the share itself, which rounding would miss.
+    return float(min(centre - half, share)), float(max(centre + half, share))
 
 
 def root_mean_square(references: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:

@@ -14,28 +14,42 @@ import onnx
 from onnx import numpy_helper
 
 from export.fold.precision.dense import DenseProduct, dense_products
+from export.fold.precision.rounding import IntegerWeight, round_to_nearest
 
 Range = tuple[float, float]
 """The smallest and the largest number of a tensor."""
 
 
 def quantize_products(
-    model: onnx.ModelProto, *, kept_fp32: Collection[str] = (), ranges: Mapping[str, Range] | None = None
+    model: onnx.ModelProto,
+    *,
+    weights: Mapping[str, IntegerWeight] | None = None,
+    kept_fp32: Collection[str] = (),
+    ranges: Mapping[str, Range] | None = None,
 ) -> onnx.ModelProto:
     """A graph with its dense products in int8, but for those to keep, by their names, and with int8 token embeddings.
 
     The nodes are those that ONNX Runtime fuses: MatMulInteger, Cast, Mul, Add. Attention's own products stay, as they have
-    no constant side. With ``ranges``, of each product's source by its name, activations have static scales.
+    no constant side.
+
+    Args:
+        weights: matrices in integers, by their initializers' names; others are rounded to the nearest of 8 bits
+        kept_fp32: products that stay in fp32, by their nodes' names
+        ranges: of each product's source by its name, for static scales; dynamic ones without
     """
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     graph = quantized.graph
     products = {product.name: product for product in dense_products(graph) if product.name not in kept_fp32}
     made: dict[str, onnx.TensorProto] = {}
-    weights = {product.weight: product for product in products.values()}
-    arrays = {item.name: numpy_helper.to_array(item) for item in graph.initializer if item.name in weights}
-    for name, product in weights.items():
-        made |= _integer_weight(name, arrays[name].T if product.transposed else arrays[name])
+    transposed = {product.weight: product.transposed for product in products.values()}
+    for item in graph.initializer:
+        if item.name in transposed:
+            weight = (weights or {}).get(item.name)
+            if weight is None:
+                matrix = numpy_helper.to_array(item)
+                weight = round_to_nearest(matrix.T if transposed[item.name] else matrix)
+            made |= _tensors({f"{item.name}_quantized": weight.values, f"{item.name}_scale": weight.scales})
     nodes: list[onnx.NodeProto] = []
     done: set[str] = set()
     for node in graph.node:
@@ -56,15 +70,6 @@ def quantize_products(
     graph.initializer.extend([*kept, *made.values()])
     _quantize_embeddings(graph)
     return quantized
-
-
-def _integer_weight(name: str, matrix: np.ndarray) -> dict[str, onnx.TensorProto]:
-    """A matrix, shape = (n_in, n_out), symmetric in int8, and a scale for each output channel, by their names."""
-    largest = 64 if overflows() else 127
-    scales = np.abs(matrix).max(axis=0) / largest
-    scales[scales == 0] = 1  # an output that is its bias alone
-    rounded = np.rint(matrix / scales).clip(-largest, largest).astype(np.int8)
-    return _tensors({f"{name}_quantized": np.ascontiguousarray(rounded), f"{name}_scale": scales.astype(np.float32)})
 
 
 def _quantize_activation(source: str, bounds: Range | None) -> tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]:
@@ -148,7 +153,7 @@ def _quantize_embeddings(graph: onnx.GraphProto) -> None:
 
 
 def overflows() -> bool:
-    """Whether this processor sums two products of 8 bits in 16, which overflows unless the weights have 7."""
+    """Whether this processor sums two products of 8 bits in 16, so that weights of 7 bits are faster than those of 8."""
     if platform.machine().lower() in {"arm64", "aarch64"}:
         return False
     return not {"avx512_vnni", "avx_vnni"} & cpu_flags()
