@@ -1,6 +1,6 @@
-"""Chooses a graph in int8: weights of as many bits as are fast here, smoothing, then single products in fp32, then static scales.
+"""Chooses a graph in int8: by smoothing and the bits of its weights; single products in fp32 where that is not enough.
 
-What is chosen by the logits' error is chosen on calibration texts, never on the rows of the gate.
+Last, static scales are tried. What is chosen by the logits' error is chosen on calibration texts, never on the gate's rows.
 """
 
 import time
@@ -114,7 +114,7 @@ class Int8Chooser:
 
     def _best_alpha(self, *, wide: bool) -> Candidate:
         candidates = [Candidate(alpha, wide) for alpha in ((*ALPHAS,) if wide else (None, *ALPHAS))]
-        # Rounded to nearest: GPTQ for each would take as long as all else.
+        # Rounded to nearest, as GPTQ for each of them would take longer than all else.
         errors = [self._error(quantize_products(self._smoothed(candidate))) for candidate in candidates]
         return candidates[int(np.argmin(errors))]
 

@@ -1,7 +1,7 @@
 """SmoothQuant (arXiv 2211.10438): the outliers of activations are moved into weights, where a scale a channel takes them.
 
-x·W = (x/s)·(s·W) with s_j = max|x_j|^α / max|W_j|^(1-α) for each input channel j (equation 4). 1/s is folded into what
-makes x where that is exact; else it is one Mul, for example where a norm feeds the residual as well.
+x·W = (x/s)·(s·W) with s_j = max|x_j|^α / max|W_j|^(1-α) for each input channel j (equation 4), but at least 1. 1/s is
+folded into what makes x where that is exact; else it is one Mul, for example where a norm feeds the residual as well.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ HEADS_FIRST = [0, 2, 1, 3]
 SMALLEST_WEIGHT = 1e-5
 """Share of the largest that a channel's weights count at least, as in SmoothQuant's own code."""
 LARGEST_SCALE = 1e4
-"""Bounds of a scale, with its inverse: beyond, fp32's own rounding would show in the logits."""
+"""Beyond, fp32's own rounding would show in the logits."""
 
 
 def smooth(model: onnx.ModelProto, largest: Mapping[str, np.ndarray], alpha: float, *, wide: bool) -> onnx.ModelProto:
@@ -62,9 +62,10 @@ def channel_scales(activations: np.ndarray, weights: np.ndarray, alpha: float) -
     usable = np.isfinite(scales) & (scales > 0)
     if not usable.any():
         return np.ones(len(scales), np.float32)
-    # All of them by one factor: the tensor's own scale takes that up, and x stays near its old size.
+    # Divided by their geometric mean, which the tensor's own scale takes up: x stays near its old size.
     centred = np.where(usable, scales, 1) / np.exp(np.log(scales[usable]).mean())
-    return np.where(usable, centred.clip(1 / LARGEST_SCALE, LARGEST_SCALE), 1).astype(np.float32)
+    # No channel is made larger: it may be small in the calibration texts alone, and then be an outlier in others.
+    return np.where(usable, centred.clip(1, LARGEST_SCALE), 1).astype(np.float32)
 
 
 def _groups(products: Sequence[DenseProduct]) -> list[tuple[list[str], list[DenseProduct]]]:
