@@ -1,6 +1,7 @@
 """The export, from adapter folders to a bundle folder: read, fold, trace, compare, quantize, write."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def export_adapters(config: ExportConfig) -> Bundle:
         say(f"[5/5] writing {config.out}")
         manifest = {"providers_tried": providers, **manifest}
         write_manifest(folder, manifest, sources.tasks, reports, kept=kept, refused=refused)
-    return load_bundle(config.out)
+        # A bundle that cannot be opened never takes its place.
+        bundle = load_bundle(folder)
+    return replace(bundle, folder=config.out)
 
 
 def _trace(sources: Sources, folder: Path) -> dict[str, Any]:

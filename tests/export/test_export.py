@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import export.fold.pipeline
 import export.fold.trace
 from export.bundle.folder import load_bundle
 from export.fold.config import ExportConfig
@@ -221,6 +222,27 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export_and_leaves_nothing(
     assert error.startswith("error: The exported graph differs from PyTorch by")
     assert "0.0001 is allowed" in error
     assert list(no_leftovers.iterdir()) == []
+
+
+def test_a_bundle_that_cannot_be_opened_never_takes_its_place(
+    adapter: Folders,
+    bundle: Folders,
+    no_leftovers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file changes between its hash and the bundle's opening."""
+    out = shutil.copytree(bundle("bert"), no_leftovers / "b")
+    first = load_bundle(out)
+    write_manifest = export.fold.pipeline.write_manifest
+
+    def write_and_change(folder: Path, *rest: Any, **more: Any) -> None:
+        write_manifest(folder, *rest, **more)
+        (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(export.fold.pipeline, "write_manifest", write_and_change)
+    assert "tokenizer.json" in refusal(capsys, adapter("gpt2"), "--out", out, "--overwrite", "--precision", "fp32")
+    assert load_bundle(out) == first
 
 
 def test_an_older_bundle_is_replaced_only_when_asked(
