@@ -1,6 +1,7 @@
 """Weights in integers: rounded so that a product's error is small, in as many bits as the processor is fast and exact with."""
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,10 +194,30 @@ def test_a_bundle_has_weights_of_as_many_bits_as_are_fast_where_it_was_exported(
     assert ("7-bit weights" in capsys.readouterr().out) == overflows
 
 
-def test_where_seven_bits_cost_too_much_eight_are_taken(
-    bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def fits_eight_bits_alone(path: Path) -> bool:
+    return largest_weights(path) == {127}
+
+
+def has_static_scales(path: Path) -> bool:
+    return "QuantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize(
+    ("passes", "bits", "activations", "n_refused"),
+    [(fits_eight_bits_alone, 8, "dynamic", 4), (has_static_scales, 7, "static", 1)],
+)
+def test_where_the_first_graph_costs_too_much_the_next_is_tried_before_any_product_goes_back_to_fp32(
+    passes: Callable[[Path], bool],
+    bits: int,
+    activations: str,
+    n_refused: int,
+    bundle: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(choose, "overflows", lambda: True)
+    monkeypatch.setattr(choose, "SLOWER", 0.0)  # where dynamic scales pass, they stay
     folder = tmp_path / "b"
     folder.mkdir()
     (folder / "model.onnx").write_bytes((bundle("bert") / "model.onnx").read_bytes())
@@ -204,12 +225,13 @@ def test_where_seven_bits_cost_too_much_eight_are_taken(
     chooser = Int8Chooser(folder, [CalibrationBatches("made up", 0, MRPC, tuple(batches))])
 
     def judge(path: Path) -> SimpleNamespace:
-        return SimpleNamespace(passed=largest_weights(path) == {127})
+        return SimpleNamespace(passed=passes(path))
 
-    form, cost = chooser.choose(judge, may_be_static=False)  # type: ignore[arg-type]
+    form, cost = chooser.choose(judge, may_be_static=True)  # type: ignore[arg-type]
     assert cost.passed
-    assert (form.weight_bits, form.kept_fp32) == (8, ())
-    assert capsys.readouterr().out.count("7-bit weights") == 2
+    assert (form.weight_bits, form.activations, form.kept_fp32) == (bits, activations, ())
+    assert passes(folder / GRAPH_FILES[INT8])
+    assert capsys.readouterr().out.count("7-bit weights") == n_refused
 
 
 def test_every_session_is_exact_with_eight_bits_on_a_processor_without_vnni(bundle_in: Precisions) -> None:

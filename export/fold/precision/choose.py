@@ -6,6 +6,7 @@ Last, static scales are tried. What is chosen by the logits' error is chosen on 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,8 @@ class Int8Chooser:
         self._activations = measure_activations(self._model, self._texts)
         self._references = _logits(self._model, self._texts)
         self.products = dense_products(self._model.graph)
+        self._alphas: dict[bool, float | None] = {}
+        """α by whether it is for wide tensors too."""
         self._last: tuple[Candidate, onnx.ModelProto, dict[str, IntegerWeight]] | None = None
 
     def choose(self, judge: Callable[[Path], Cost], *, may_be_static: bool) -> tuple[Int8Form, Cost]:
@@ -66,15 +69,21 @@ class Int8Chooser:
         Returns:
             what was chosen, and its cost, which may be more than is allowed
         """
-        smoothed = [self._best_alpha(wide=wide) for wide in (False, True)]
         n_bits: tuple[WeightBits, ...] = (7, 8) if overflows() else (8,)
-        for candidate in (replace(each, weight_bits=bits) for bits in n_bits for each in smoothed):
+        for bits, wide in product(n_bits, (False, True)):
+            candidate = self._with_best_alpha(Candidate(None, wide, bits))
             cost = self._judge(candidate, judge)
+            form = self._form(candidate)
+            if may_be_static:
+                form, cost = self._try_static(candidate, form, cost, judge)
             if cost.passed:
-                break
-        else:
-            candidate, cost = self._give_up_products(candidate, cost, judge)
-        form = Int8Form(
+                return form, cost
+        candidate, cost = self._give_up_products(candidate, cost, judge)
+        form = self._form(candidate)
+        return self._try_static(candidate, form, cost, judge) if may_be_static and cost.passed else (form, cost)
+
+    def _form(self, candidate: Candidate) -> Int8Form:
+        return Int8Form(
             activations="dynamic",
             alpha=candidate.alpha,
             weight_bits=candidate.weight_bits,
@@ -82,7 +91,6 @@ class Int8Chooser:
             calibration=self._texts[0].name,
             n_texts=sum(task.n_texts for task in self._texts),
         )
-        return self._try_static(candidate, form, cost, judge) if cost.passed and may_be_static else (form, cost)
 
     def _judge(self, candidate: Candidate, judge: Callable[[Path], Cost]) -> Cost:
         save_graph(self._quantized(candidate), self._path)
@@ -112,11 +120,19 @@ class Int8Chooser:
     def _error(self, model: onnx.ModelProto) -> float:
         return root_mean_square(self._references, _logits(model, self._texts))
 
-    def _best_alpha(self, *, wide: bool) -> Candidate:
-        candidates = [Candidate(alpha, wide) for alpha in ((*ALPHAS,) if wide else (None, *ALPHAS))]
-        # Rounded to nearest, as GPTQ for each of them would take longer than all else.
-        errors = [self._error(quantize_products(self._smoothed(candidate))) for candidate in candidates]
-        return candidates[int(np.argmin(errors))]
+    def _with_best_alpha(self, candidate: Candidate) -> Candidate:
+        """The candidate with the α that makes the least error; the same one with 7 bits and with 8."""
+        if candidate.wide not in self._alphas:
+            alphas = ALPHAS if candidate.wide else (None, *ALPHAS)
+            candidates = [replace(candidate, alpha=alpha) for alpha in alphas]
+            # To round to nearest is faster, and the order is nearly the same, but for wide tensors: without GPTQ their best
+            # α is a smaller one.
+            models = (
+                self._quantized(each) if candidate.wide else quantize_products(self._smoothed(each))
+                for each in candidates
+            )
+            self._alphas[candidate.wide] = alphas[int(np.argmin([self._error(model) for model in models]))]
+        return replace(candidate, alpha=self._alphas[candidate.wide])
 
     def _give_up_products(
         self, candidate: Candidate, cost: Cost, judge: Callable[[Path], Cost]
@@ -160,21 +176,24 @@ class Int8Chooser:
     def _try_static(
         self, candidate: Candidate, form: Int8Form, cost: Cost, judge: Callable[[Path], Cost]
     ) -> tuple[Int8Form, Cost]:
-        """Take static scales instead where they pass and are no slower."""
+        """Take static scales instead where they pass and are no slower, or where dynamic ones do not pass."""
         smoothed, weights = self._rounded(candidate)
         dynamic = self._quantized(candidate)
         ranges = {name: found.range for name, found in measure_activations(smoothed, self._texts).items()}
         if not all(np.isfinite(bounds).all() for bounds in ranges.values()):
             return form, cost
         static = quantize_products(smoothed, weights=weights, kept_fp32=candidate.kept_fp32, ranges=ranges)
-        dynamic_ms, static_ms = _time_both(dynamic, static, self._texts[0])
-        form = replace(form, dynamic_ms=dynamic_ms, static_ms=static_ms)
-        if static_ms > SLOWER * dynamic_ms:
-            return form, cost
+        if cost.passed:
+            dynamic_ms, static_ms = _time_both(dynamic, static, self._texts[0])
+            form = replace(form, dynamic_ms=dynamic_ms, static_ms=static_ms)
+            if static_ms > SLOWER * dynamic_ms:
+                return form, cost
         save_graph(static, self._path)
         static_cost = judge(self._path)
         if static_cost.passed:
             return replace(form, activations="static"), static_cost
+        if not cost.passed:
+            say(f"      int8, {_words(candidate, len(self.products))}, static scales: {static_cost}")
         save_graph(dynamic, self._path)
         return form, cost
 

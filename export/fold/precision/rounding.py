@@ -80,10 +80,15 @@ def round_weights(
     found: dict[str, IntegerWeight] = {}
     for readers in _parts(model.graph):
         grams = measure_grams(model, tasks, list(readers))
-        for sources, weights in readers.items():
-            for name in weights:
-                matrix = numpy_helper.to_array(matrices[name])
-                found[name] = round_by_gptq(matrix.T if transposed[name] else matrix, grams[sources], bits)
+        for sources, names in readers.items():
+            arrays = [numpy_helper.to_array(matrices[name]) for name in names]
+            together = [array.T if transposed[name] else array for name, array in zip(names, arrays, strict=True)]
+            # Outputs do not depend on each other, so matrices that read the same are rounded as one.
+            rounded = round_by_gptq(np.hstack(together), grams[sources], bits)
+            ends = np.cumsum([matrix.shape[1] for matrix in together])[:-1]
+            parts = zip(np.split(rounded.values, ends, axis=1), np.split(rounded.scales, ends), strict=True)
+            for name, (values, scales) in zip(names, parts, strict=True):
+                found[name] = IntegerWeight(np.ascontiguousarray(values), scales)
     return found
 
 
