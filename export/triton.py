@@ -183,7 +183,7 @@ output [
   {{ {logits.text}{label_file} }}
 ]
 # Only requests of the same shape share a batch, so clients should pad to a few lengths, on the right and with an
-# attention_mask of 0. {_INT8_BATCH if precision == INT8 else _EXACT_BATCH}
+# attention_mask of 0. {_int8_words(bundle) if precision == INT8 else _EXACT_BATCH}
 dynamic_batching {{
   preferred_batch_size: [8, 16, {MAX_BATCH_SIZE}]
   max_queue_delay_microseconds: 1000
@@ -196,8 +196,18 @@ model_warmup [
 """
 
 
+def _int8_words(bundle: Bundle) -> str:
+    """What a graph in int8 needs that Triton cannot give it: comments of config.pbtxt, begun in a line of one."""
+    form = next(graph.int8 for graph in bundle.graphs if graph.precision == INT8)
+    words = _EXACT_BATCH if form is not None and form.activations == "static" else _INT8_BATCH
+    return words if form is not None and form.weight_bits == 7 else f"{words}\n{_OVERFLOW}"
+
+
 _EXACT_BATCH = "No prediction depends on its padding, or on what else is in its batch."
 _INT8_BATCH = "int8 scales the numbers of a whole batch alike, so that probabilities move a little with their batch."
+_OVERFLOW = """\
+# On an x86 processor without VNNI, ONNX Runtime lets products of 8-bit weights overflow, and Triton has no parameter for
+# session.x64quantprecision, which prevents it: serve another precision there, or export the bundle there."""
 _INSTANCE_GROUP = {
     INT8: "# int8 is for CPUs: no GPU takes its matrix products.\ninstance_group [ { kind: KIND_CPU } ]\n",
     FP16: "instance_group [ { kind: KIND_GPU } ]\n",

@@ -14,6 +14,7 @@ from export.bundle.folder import GRAPH_FILES, INT8
 from export.fold.precision import choose, gate, integer, rounding
 from export.fold.precision.calibration import CalibrationBatches, measure_grams, session_in_memory
 from export.fold.precision.choose import Int8Chooser
+from export.fold.precision.dense import dense_products
 from export.fold.precision.rounding import round_by_gptq, round_to_nearest, round_weights
 from export.runtime.session import open_session
 from tests.conftest import Data, Folders, Precisions, random_batch
@@ -135,6 +136,13 @@ def test_a_matrix_that_layers_share_is_rounded_for_all_that_they_read(
     weights = round_weights(model, texts, 8)
     assert np.array_equal(weights["w"].values, round_by_gptq(arrays["w"], gram, 8).values)
     assert np.array_equal(weights["v"].values, round_by_gptq(arrays["v"].T, last.T @ last, 8).values)
+
+
+def test_a_matrix_that_is_read_in_both_directions_stays_in_fp32() -> None:
+    model = shared_graph()
+    model.graph.node[-1].input[1] = "w"
+    assert dense_products(model.graph) == []
+    assert "MatMulInteger" not in {node.op_type for node in integer.quantize_products(model).graph.node}
 
 
 def test_a_matrix_too_wide_for_its_gram_is_left_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.triton import main
 from tests.conftest import MAIN_KINDS, POSITIONS, VIRTUAL_TOKENS, Folders, Precisions, flip_bit
+from tests.export.graphs import change_manifest
 
 Capsys = pytest.CaptureFixture[str]
 PAIRS = [("word1 word2", "word3"), ("word4 word5 word6", "word7 word8")]
@@ -158,6 +159,21 @@ def test_the_best_graph_is_taken_and_runs_where_it_is_fast(
     assert (tmp_path / "plain" / "1" / "model.onnx").read_bytes() == (source / "model.onnx").read_bytes()
     config = read_config(tmp_path / "plain")
     assert (config.name, list(config.instance_group)) == ("plain", [])
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("bits", [None, 7, 8])
+def test_the_configuration_says_what_triton_cannot_do_for_int8(
+    bits: int | None, activations: str, bundle_in: Precisions, tmp_path: Path
+) -> None:
+    source = shutil.copytree(bundle_in("bert", "int8"), tmp_path / "b")
+    form = {"activations": activations, "weight_bits": bits}
+    change_manifest(source, lambda manifest: manifest["graphs"][1]["int8"].update(form))
+    folder = write(source, tmp_path / "models")
+    check_signature(folder)
+    text = (folder / "config.pbtxt").read_text()
+    assert ("move a little with their batch" in text) == (activations == "dynamic")
+    assert ("without VNNI" in text) == (bits != 7)
 
 
 def test_a_bundle_of_several_tasks_takes_the_task_of_each_row(adapter: Folders, tmp_path: Path) -> None:

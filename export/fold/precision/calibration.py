@@ -1,4 +1,4 @@
-"""Runs the fp32 graph on calibration texts, to learn what its dense products read: channels' sizes, and their correlation."""
+"""Runs the fp32 graph on calibration texts, to learn what its dense products read: how large channels are, how correlated."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

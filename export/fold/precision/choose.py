@@ -1,6 +1,6 @@
-"""Chooses a graph in int8: by smoothing and the bits of its weights; single products in fp32 where that is not enough.
+"""Chooses a graph in int8, by its weights' bits, by smoothing and by the kind of scales; then by single products in fp32.
 
-Last, static scales are tried. What is chosen by the logits' error is chosen on calibration texts, never on the gate's rows.
+What is chosen by the logits' error is chosen on calibration texts, never on the rows of the gate.
 """
 
 import time

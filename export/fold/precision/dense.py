@@ -72,7 +72,8 @@ def dense_products(graph: onnx.GraphProto) -> list[DenseProduct]:
     """The dense products in fp32, in the graph's order.
 
     A product with one matrix a head is none: it has no output channel that could be scaled. Nor is a Gemm with a transposed
-    source or with factors, which no exporter writes for a dense layer.
+    source or with factors, which no exporter writes for a dense layer, nor are products that read one matrix in both
+    directions, as one of its sides has the scales.
     """
     matrices = {
         item.name for item in graph.initializer if len(item.dims) == 2 and item.data_type == onnx.TensorProto.FLOAT
@@ -83,4 +84,5 @@ def dense_products(graph: onnx.GraphProto) -> list[DenseProduct]:
             values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
             if not values.get("transA") and values.get("alpha", 1) == 1 and values.get("beta", 1) == 1:
                 found.append(DenseProduct(node.name, node.input[0], node.input[1], bool(values.get("transB"))))
-    return found
+    directions = Counter(weight for weight, _ in {(product.weight, product.transposed) for product in found})
+    return [product for product in found if directions[product.weight] == 1]

@@ -1,7 +1,7 @@
 """Matrices in integers: rounded to nearest, or by GPTQ (arXiv 2210.17323) so that a product's error stays small.
 
-GPTQ rounds one input channel after the other, and changes those that are still to come so that they cancel its error as
-far as the calibration texts' inputs X allow: it needs H = Xᵀ·X alone (equations 2 and 3, all outputs at once).
+GPTQ rounds one input channel after the other. What that does to the product is taken back by changes of the channels that
+are not yet rounded (equation 3), as far as inputs are correlated: of the inputs X it needs H = Xᵀ·X alone.
 """
 
 from collections.abc import Iterator, Sequence
