@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from export.runtime.cuda_graphs import NOT_CAPTURED
 from train.common.errors import BundleError, first_line
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 NO_DEVICE = 100
@@ -25,13 +27,6 @@ SPIN_DURATION_US = 100
 
 By default ONNX Runtime's threads spin for 40 ms after each run. On cores that other processes use too, that takes their
 time, and a thread that spun has to wait for its turn when there is work again.
-"""
-
-NO_OVERFLOW = ("session.x64quantprecision", "1")
-"""An option of every session that may run int8, from ``onnxruntime_session_options_config_keys.h``.
-
-x86 processors without VNNI sum products of signed 8-bit weights in 16 bits, and by default ONNX Runtime lets the sums
-overflow. With it, weights beyond 7 bits become unsigned there, which is exact and slower; elsewhere nothing changes.
 """
 
 
@@ -50,7 +45,7 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
-    options.add_session_config_entry(*NO_OVERFLOW)
+    keep_int8_exact(options)
     if use_cuda is None:
         use_cuda = not cuda_absence()
     if use_cuda:
@@ -59,6 +54,33 @@ def open_session(
     wanted = providers(use_cuda=use_cuda, cuda_graphs=cuda_graphs)
     with runtime_failures(f"ONNX Runtime cannot load {path}"):
         return onnxruntime.InferenceSession(path, options, providers=wanted)
+
+
+def keep_int8_exact(options: "SessionOptions") -> None:
+    """Set what keeps 8-bit weights exact where sums overflow: ONNX Runtime makes them unsigned then, which is slower.
+
+    Not elsewhere, as it makes them unsigned, and slower, on every processor. The key is from
+    ``onnxruntime_session_options_config_keys.h``.
+    """
+    if overflows():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def overflows() -> bool:
+    """Whether ONNX Runtime sums two products of 8 bits in 16 on this processor: too few unless the weights have 7 bits."""
+    if platform.machine().lower() in {"arm64", "aarch64"}:
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & cpu_flags()
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's instruction sets, as Linux lists them; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def peft_batch(kind: str, n_batch: int, n_text: int, seed: int = 3) -> dict[str,
 
 
 def open_graph(graph: Path | bytes) -> onnxruntime.InferenceSession:
-    """A graph in plain ONNX Runtime, with int8 that is exact on processors without VNNI too."""
+    """A graph in plain ONNX Runtime, slowly, but with int8 that is exact on processors without VNNI too."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

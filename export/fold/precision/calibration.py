@@ -15,7 +15,7 @@ from export.fold.graphs.files import save_graph
 from export.fold.precision.dense import dense_products
 from export.runtime.batches import in_batches
 from export.runtime.classifier import with_task
-from export.runtime.session import NO_OVERFLOW
+from export.runtime.session import keep_int8_exact
 from export.runtime.tokenizer import TextTokenizer
 from train.common.machine import usable_cores
 from train.data.tasks import Task
@@ -189,7 +189,7 @@ def session_in_memory(model: onnx.ModelProto) -> "InferenceSession":
     options.intra_op_num_threads = usable_cores()
     # Two such sessions run in turn, and threads of the one that spin would disturb the other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(*NO_OVERFLOW)
+    keep_int8_exact(options)
     # ONNX Runtime has the numbers in memory when the file goes, and one message of protobuf holds 2 GB.
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"

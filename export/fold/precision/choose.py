@@ -18,9 +18,10 @@ from export.fold.precision.calibration import CalibrationBatches, measure_activa
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import root_mean_square
 from export.fold.precision.gate import Cost, run_for_task
-from export.fold.precision.integer import overflows, quantize_products
+from export.fold.precision.integer import quantize_products
 from export.fold.precision.rounding import IntegerWeight, WeightBits, round_weights
 from export.fold.precision.smooth import smooth
+from export.runtime.session import overflows
 from train.common.console import say
 
 ALPHAS = (0.4, 0.5, 0.6, 0.7)

@@ -4,10 +4,7 @@ Activations get one scale a tensor: dynamic, from the largest and smallest numbe
 from calibration texts; then a row's answer does not depend on the others in its batch.
 """
 
-import platform
-import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -150,20 +147,3 @@ def _quantize_embeddings(graph: onnx.GraphProto) -> None:
     ]
     del graph.node[:]
     graph.node.extend([*nodes[:position], *looked_up, *nodes[position + 1 :]])
-
-
-def overflows() -> bool:
-    """Whether this processor sums two products of 8 bits in 16, so that weights of 7 bits are faster than those of 8."""
-    if platform.machine().lower() in {"arm64", "aarch64"}:
-        return False
-    return not {"avx512_vnni", "avx_vnni"} & cpu_flags()
-
-
-def cpu_flags() -> frozenset[str]:
-    """The processor's instruction sets, as Linux lists them; empty elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found.group(1).split()) if found else frozenset()
