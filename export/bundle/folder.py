@@ -144,6 +144,9 @@ class Fidelity:
         )
 
 
+WeightBits = Literal[7, 8]
+
+
 @record(frozen=True, config=ConfigDict(extra="forbid"))
 class Int8Form:
     """How a graph in int8 was made."""
@@ -161,7 +164,7 @@ class Int8Form:
     dynamic_ms: float | None = None
     """Median time of one text with dynamic scales on the exporting machine, where both were tried."""
     static_ms: float | None = None
-    weight_bits: Literal[7, 8] | None = None
+    weight_bits: WeightBits | None = None
     """None in bundles from before it was written down."""
 
     def __str__(self) -> str:

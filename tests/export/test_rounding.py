@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from export.bundle.folder import GRAPH_FILES, INT8
+from export.bundle.folder import GRAPH_FILES, INT8, WeightBits
 from export.fold.precision import choose, gate, integer, rounding
 from export.fold.precision.calibration import CalibrationBatches, measure_grams, session_in_memory
 from export.fold.precision.choose import Int8Chooser
@@ -55,7 +55,7 @@ def by_least_squares(matrix: np.ndarray, gram: np.ndarray, largest: int) -> np.n
 
 @pytest.mark.parametrize(("bits", "largest"), [(7, 64), (8, 127)])
 def test_gptq_is_that_of_its_paper_and_spares_the_products(
-    bits: rounding.WeightBits, largest: int, monkeypatch: pytest.MonkeyPatch
+    bits: WeightBits, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, matrix = correlated_inputs(), matrix_of()
     gram = inputs.T @ inputs

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from export.bundle.folder import FP32, GRAPH_FILES, INT8, Int8Form
+from export.bundle.folder import FP32, GRAPH_FILES, INT8, Int8Form, WeightBits
 from export.fold.graphs.files import save_graph
 from export.fold.precision.calibration import CalibrationBatches, measure_activations, session_in_memory
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import root_mean_square
 from export.fold.precision.gate import Cost, run_for_task
 from export.fold.precision.integer import quantize_products
-from export.fold.precision.rounding import IntegerWeight, WeightBits, round_weights
+from export.fold.precision.rounding import IntegerWeight, round_weights
 from export.fold.precision.smooth import smooth
 from export.runtime.session import overflows
 from train.common.console import say

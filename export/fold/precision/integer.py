@@ -132,11 +132,10 @@ def _quantize_embeddings(graph: onnx.GraphProto) -> None:
     node = nodes[position]
     name = node.input[0]
     table = onnx.numpy_helper.to_array(tables[name])
-    scales = np.abs(table).max(axis=1, keepdims=True) / 127
-    scales[scales == 0] = 1  # a row of zeros, as [PAD] may have
+    rounded = round_to_nearest(table.T)
     graph.initializer.remove(tables[name])
-    graph.initializer.append(onnx.numpy_helper.from_array(np.rint(table / scales).astype(np.int8), f"{name}_quantized"))
-    graph.initializer.append(onnx.numpy_helper.from_array(scales, f"{name}_scale"))
+    values, scales = np.ascontiguousarray(rounded.values.T), rounded.scales[:, None]
+    graph.initializer.extend(_tensors({f"{name}_quantized": values, f"{name}_scale": scales}).values())
     rows, scale, whole = f"{node.name}_rows", f"{node.name}_scale", f"{node.name}_float"
     make = onnx.helper.make_node
     looked_up = [

@@ -6,16 +6,15 @@ are not yet rounded (equation 3), as far as inputs are correlated: of the inputs
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from export.bundle.folder import WeightBits
 from export.fold.precision.calibration import CalibrationBatches, measure_grams
 from export.fold.precision.dense import dense_products
 
-WeightBits = Literal[7, 8]
 LARGEST = {7: 64, 8: 127}
 """With 64, two products with an input of 8 bits fit into 16 bits, in which AVX2 sums them."""
 DAMPING = 0.01
