@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from export.serve.config import LOCAL, ServingConfig
 from export.serve.ports import PortFlags, check_port
 from export.serve.ports import find_port as find_free_port
 from export.serve.service import Service
+from train.common.child import ExitOnce, uninterrupted
 from train.common.command_line import Command
 from train.common.console import print_line, said_to, say
 from train.common.errors import UsageError
@@ -88,7 +90,7 @@ find_port = partial(find_free_port, first=DEFAULT_PORT)
 def _run(config: DemoConfig) -> None:
     """Serve the page until an exception, such as Ctrl-C's, ends it."""
     # As an exception, so that a start under way ends as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, ExitOnce(0))
     with ExitStack() as at_end:
         if "GRADIO_TEMP_DIR" not in os.environ:
             # Gradio's own folder is that of every Gradio page on this machine, and is left behind when they end.
@@ -121,6 +123,7 @@ def _serve(config: DemoConfig, at_end: ExitStack) -> None:
         say(f"starting the engines, each in a process of its own; ONNX Runtime in {setup.onnx}")
         stage.start(setup)
     # Gradio takes seconds to import; meanwhile the engines load.
+    uninterrupted(import_module, "demo.page.app")
     from demo.page.app import build_page
 
     page = build_page(stage, stage.open(setup), share=config.share, shows_example=not config.adapters)

@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from train.common.child import ExitOnce
 from train.common.errors import EngineError, UsageError, first_line
 from train.common.limits import MIB
 from train.common.machine import usable_cores
@@ -99,7 +100,7 @@ def ray_cluster(
                 "the same Python and Ray, and with its ~/.ray/auth_token."
             )
         before = signal.getsignal(signal.SIGTERM)
-        handler = before if callable(before) else lambda *_: sys.exit(128 + signal.SIGTERM)
+        handler = before if callable(before) else ExitOnce(128 + signal.SIGTERM)
         stack.callback(_handle_sigterm, before)
         _handle_sigterm(handler)
         stack.callback(ray.shutdown)

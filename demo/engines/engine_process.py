@@ -1,10 +1,10 @@
 """An engine in a process of its own, which the page asks over a pipe."""
 
 import multiprocessing
-import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from demo.engines.pytorch import PromptLogits
 from demo.engines.timing import Arrays, Backend, Burst, BurstPlan, Loaded, timed_runs
+from train.common.child import new_child, start_child
 from train.common.errors import EngineError, PromptfoldError
 from train.common.machine import peak_memory_mib
 
@@ -34,18 +35,22 @@ def make_onnx_backend(folder: Path, threads: int, *, task: str | None = None, pr
 
 def _serve(connection: Connection, make_backend: Callable[[Path, int], Backend], folder: Path, threads: int) -> None:
     """The engine's process. Sends what it loaded, then answers requests: (value, None) or (None, error)."""
-    # Ctrl-C reaches the whole process group; the page decides when its engines stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def send(value: object, error: PromptfoldError | None = None) -> None:
+        # The page may have ended; then the next request is no request either.
+        with suppress(OSError):
+            connection.send((value, error))
+
     try:
         backend = make_backend(folder, threads)
     except PromptfoldError as error:
-        connection.send((None, error))
+        send(None, error)
         return
-    connection.send(((backend.execution, peak_memory_mib()), None))
+    send((backend.execution, peak_memory_mib()))
     while True:
         try:
             method, arguments = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the page has ended; OSError: before it took the last reply
             return
         try:
             if method == "burst":
@@ -55,9 +60,9 @@ def _serve(connection: Connection, make_backend: Callable[[Path, int], Backend],
                 value = getattr(backend, method)(*arguments)
         except PromptfoldError as error:
             # The request was wrong, not the engine: it goes on.
-            connection.send((None, error))
+            send(None, error)
         else:
-            connection.send((value, None))
+            send(value)
 
 
 class EngineProcess:
@@ -84,13 +89,10 @@ class EngineProcess:
 
     def _start(self) -> None:
         # "spawn": a fork would copy the page's threads and locks in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        self._connection, remote = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(remote, *self._arguments), name=f"promptfold-{self.name}", daemon=True
-        )
+        self._connection, remote = multiprocessing.get_context("spawn").Pipe()
+        self._process = new_child(_serve, remote, *self._arguments, name=f"promptfold-{self.name}", daemon=True)
         self._started = time.perf_counter()
-        self._process.start()
+        start_child(self._process)
         # Only the process holds its end now, so its death is seen as an end of file.
         remote.close()
         self._loaded: Loaded | None = None

@@ -21,6 +21,7 @@ import signal
 import sys
 
 from export.bench.config import BenchConfig
+from train.common.child import ExitOnce
 from train.common.command_line import Command
 from train.common.console import say
 
@@ -40,5 +41,5 @@ main = Command(
 
 if __name__ == "__main__":
     # An exception, so that the engine's process ends too and gigabytes of graphs do not stay in the temporary folder.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, ExitOnce(143))
     sys.exit(main())

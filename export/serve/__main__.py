@@ -25,6 +25,7 @@ from export.bundle.folder import load_bundle
 from export.runtime.trial import try_bundle
 from export.serve.config import ServingConfig
 from export.serve.service import Service
+from train.common.child import ExitOnce
 from train.common.command_line import Command
 from train.common.console import say
 from train.common.errors import UsageError
@@ -55,7 +56,7 @@ class ServeConfig:
 def _run(config: ServeConfig) -> None:
     """Serve a bundle until an exception, such as Ctrl-C's, ends it; in a cluster that runs already, just deploy it."""
     # As an exception, so that a start under way ends as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, ExitOnce(0))
     if config.bundle is None:
         with closing(Service(config.serving)) as service:
             service.remove()

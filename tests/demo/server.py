@@ -42,6 +42,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # so that Ctrl-C can be sent to it and its engines, as a terminal does
         )
         assert self._process.stdout is not None
         self._printed = self._process.stdout
@@ -84,7 +85,10 @@ class Server:
         return [pid for pid, command in children if "spawn_main" in " ".join(command or [])]
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        self._process.send_signal(how)  # nothing is done where it has ended
+        if how == signal.SIGINT and self._process.poll() is None:
+            os.killpg(self.pid, how)
+        else:
+            self._process.send_signal(how)  # nothing is done where it has ended
         try:
             status = self._process.wait(timeout=60)
         finally:

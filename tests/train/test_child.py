@@ -1,17 +1,21 @@
-"""`run_in_child`: what comes back from a child process, and that none outlives its parent."""
+"""Child processes and signals: what comes back from a child, that none outlives its parent, and that no signal is lost."""
 
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from subprocess import PIPE, Popen
 
 import pytest
 
 from tests.conftest import ROOT
-from train.common.child import run_in_child
+from train.common.child import ExitOnce, run_in_child
+from train.common.command_line import Command
 from train.common.console import print_line, said_to, say
 from train.common.errors import EngineError, PromptfoldError, RequestError
 
@@ -58,6 +62,90 @@ def test_no_child_outlives_its_parent(how: signal.Signals) -> None:
         # Its end comes when no process has the pipe open any more.
         assert process.communicate(timeout=600)[0] == "cleaned up\n"
     assert process.returncode == -how
+
+
+def in_a_callback(work: Callable[[], object]) -> None:
+    """Python drops what is raised here."""
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: work())
+    del thing
+    assert reference() is None
+
+
+def in_a_class(work: Callable[[], object]) -> None:
+    """Python 3.11 makes a RuntimeError of what is raised here, as it does within an enumeration."""
+
+    class Name:
+        def __set_name__(self, *_: object) -> None:
+            work()
+
+    type("Thing", (), {"name": Name()})
+
+
+def as_an_error_of_the_users(work: Callable[[], object]) -> None:
+    try:
+        in_a_class(work)
+    except RuntimeError as cause:
+        raise EngineError("Nothing can be opened.") from cause
+
+
+class InterruptsTheGroup:
+    """Ctrl-C, which reaches a new child while it reads its arguments, and its parent."""
+
+    def __reduce__(self) -> tuple[Callable[[int, int], None], tuple[int, int]]:
+        return os.killpg, (0, signal.SIGINT)
+
+
+def in_the_start_of_a_child(_: Callable[[], object]) -> None:
+    run_in_child(print, InterruptsTheGroup(), name="Printing")
+
+
+PLACES = {
+    work.__name__: work for work in (in_a_callback, in_a_class, as_an_error_of_the_users, in_the_start_of_a_child)
+}
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A command that gets a signal."""
+
+    place: str
+    signal: str
+
+
+def be_interrupted(config: Interrupted) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGTERM, ExitOnce(7))
+    try:
+        PLACES[config.place](partial(signal.raise_signal, signal.Signals[config.signal]))
+        time.sleep(3600)
+    finally:
+        if config.signal == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)  # a second one does not interrupt this
+        print("cleaned up", flush=True)
+
+
+main = Command(Interrupted, be_interrupted, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("in_the_start_of_a_child", "SIGINT"),
+        *((place, how) for place in list(PLACES)[:-1] for how in ("SIGINT", "SIGTERM")),
+    ],
+)
+def test_a_signal_ends_a_command_wherever_it_strikes(place: str, how: str) -> None:
+    code = "import sys; from tests.train.test_child import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, place, how]
+    with Popen(command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
+        printed = process.communicate(timeout=600)
+    assert printed == ("cleaned up\n", {"SIGINT": "interrupted\n", "SIGTERM": ""}[how])
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 7}[how]
 
 
 def say_both(first: str, second: str) -> None:

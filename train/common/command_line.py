@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from cyclopts import App, ArgumentCollection, Parameter, Token, convert, exceptions
 from cyclopts.config import Dict
 
+from train.common.child import signals_kept
 from train.common.console import names
 from train.common.errors import PromptfoldError, UsageError
 from train.common.machine import give_libraries_usable_cores
@@ -51,7 +52,8 @@ class Command(Generic[T]):
         """
         give_libraries_usable_cores()
         try:
-            self.run(self.parse(sys.argv[1:] if argv is None else argv))
+            with signals_kept():
+                self.run(self.parse(sys.argv[1:] if argv is None else argv))
         except PromptfoldError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
