@@ -151,7 +151,7 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
         arrays[node.input[1]]
         for node in model.graph.node
         # An attention's product, which has no constant side, would fail here.
-        if node.op_type == "MatMulInteger"
+        if node.op_type == "MatMulIntegerToFloat"
     ]
     # An encoder's last key and value are no dense layers any more, but one matrix a head.
     folded = 2 if family_of(kind) in ENCODERS else 0

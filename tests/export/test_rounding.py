@@ -142,7 +142,7 @@ def test_a_matrix_that_is_read_in_both_directions_stays_in_fp32() -> None:
     model = shared_graph()
     model.graph.node[-1].input[1] = "w"
     assert dense_products(model.graph) == []
-    assert "MatMulInteger" not in {node.op_type for node in integer.quantize_products(model).graph.node}
+    assert "MatMulIntegerToFloat" not in {node.op_type for node in integer.quantize_products(model).graph.node}
 
 
 def test_a_matrix_too_wide_for_its_gram_is_left_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def largest_weights(path: Path) -> set[int]:
     """The largest absolute weight of each dense product of a graph."""
     model = onnx.load(path)
     arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    weights = [arrays[node.input[1]] for node in model.graph.node if node.op_type == "MatMulInteger"]
+    weights = [arrays[node.input[1]] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
     return {int(np.abs(weight.astype(int)).max()) for weight in weights}
 
 

@@ -201,7 +201,7 @@ def test_matrices_that_exporters_write_as_nodes_are_found(tmp_path: Path) -> Non
     assert len({product.name for product in products}) == 2
     x = np.random.default_rng(0).normal(size=(2, 3, N)).astype(np.float32)
     assert np.abs(run(loaded, x) - run(model, x)).max() < 1e-5
-    assert "MatMulInteger" in {node.op_type for node in quantize_products(loaded).graph.node}
+    assert "MatMulIntegerToFloat" in {node.op_type for node in quantize_products(loaded).graph.node}
 
 
 def test_fidelity_and_its_intervals_are_those_of_scipy() -> None:

@@ -4,6 +4,7 @@ Activations get one scale a tensor: dynamic, from the largest and smallest numbe
 from calibration texts; then a row's answer does not depend on the others in its batch.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -12,6 +13,9 @@ from onnx import numpy_helper
 
 from export.fold.precision.dense import DenseProduct, dense_products
 from export.fold.precision.rounding import IntegerWeight, round_to_nearest
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 
 Range = tuple[float, float]
 """The smallest and the largest number of a tensor."""
@@ -26,8 +30,8 @@ def quantize_products(
 ) -> onnx.ModelProto:
     """A graph with its dense products in int8, but for those to keep, by their names, and with int8 token embeddings.
 
-    The nodes are those that ONNX Runtime fuses: MatMulInteger, Cast, Mul, Add. Attention's own products stay, as they have
-    no constant side.
+    One operator of ONNX Runtime's multiplies, scales and adds the bias in one pass over memory. Attention's own products
+    stay, as they have no constant side.
 
     Args:
         weights: matrices in integers, by their initializers' names; others are rounded to the nearest of 8 bits
@@ -47,9 +51,13 @@ def quantize_products(
                 matrix = numpy_helper.to_array(item)
                 weight = round_to_nearest(matrix.T if transposed[item.name] else matrix)
             made |= _tensors({f"{item.name}_quantized": weight.values, f"{item.name}_scale": weight.scales})
+    sums = _bias_sums(graph, products)
+    summed = {output for _, output in sums.values()}
     nodes: list[onnx.NodeProto] = []
     done: set[str] = set()
     for node in graph.node:
+        if node.op_type == "Add" and node.output[0] in summed:
+            continue
         if node.name not in products:
             nodes.append(node)
             continue
@@ -59,13 +67,15 @@ def quantize_products(
             added, constants = _quantize_activation(source, None if ranges is None else ranges[source])
             nodes += added
             made |= constants
-        nodes += _integer_product(node, products[node.name])
+        nodes += _integer_product(node, products[node.name], *sums.get(node.name, ("", node.output[0])))
     left = {name for node in nodes for name in node.input}
     kept = [item for item in graph.initializer if item.name in left]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*kept, *made.values()])
     _quantize_embeddings(graph)
+    if MICROSOFT not in {opset.domain for opset in quantized.opset_import}:
+        quantized.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
     return quantized
 
 
@@ -84,22 +94,41 @@ def _quantize_activation(source: str, bounds: Range | None) -> tuple[list[onnx.N
     return [node], _tensors({scale: np.array(step), zero: np.array(np.rint(-low / step).clip(0, 255), np.uint8)})
 
 
-def _integer_product(node: onnx.NodeProto, product: DenseProduct) -> list[onnx.NodeProto]:
-    """The nodes in a dense product's place."""
-    source, name, (output,) = product.source, node.name, node.output
-    sums, floats, scale = f"{name}_sums", f"{name}_floats", f"{name}_scales"
-    has_bias = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
-    product_output = f"{name}_product" if has_bias else output
+def _bias_sums(graph: onnx.GraphProto, products: Mapping[str, DenseProduct]) -> dict[str, tuple[str, str]]:
+    """By the names of products that a constant vector is added to, and nothing else reads: that vector, and the sum."""
+    sizes = {item.name: list(item.dims) for item in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    uses.update(item.name for item in graph.output)
+    made_by: dict[str, str] = {}
+    sums: dict[str, tuple[str, str]] = {}
+
+    def add(name: str, bias: str, total: str) -> None:
+        product = products[name]
+        if sizes.get(bias) == [sizes[product.weight][0 if product.transposed else 1]]:
+            sums[name] = (bias, total)
+
+    for node in graph.node:
+        if node.name in products and len(node.input) > 2:
+            add(node.name, node.input[2], node.output[0])
+        elif node.name in products:
+            made_by[node.output[0]] = node.name
+        elif node.op_type == "Add":
+            for term, bias in (node.input, reversed(node.input)):
+                if term in made_by and uses[term] == 1:
+                    add(made_by[term], bias, node.output[0])
+    return sums
+
+
+def _integer_product(node: onnx.NodeProto, product: DenseProduct, bias: str, output: str) -> list[onnx.NodeProto]:
+    """The nodes in a dense product's place, the last of which has the product and its bias."""
+    names = [f"{product.source}_quantized", f"{product.weight}_quantized", f"{product.source}_scale"]
+    names += [f"{product.weight}_scale", f"{product.source}_zero_point", "", bias]
     make = onnx.helper.make_node
-    integers = [f"{source}_quantized", f"{product.weight}_quantized", f"{source}_zero_point"]
-    nodes = [
-        make("MatMulInteger", integers, [sums], name=f"{name}_integer"),
-        make("Cast", [sums], [floats], name=f"{name}_Cast", to=onnx.TensorProto.FLOAT),
-        make("Mul", [f"{source}_scale", f"{product.weight}_scale"], [scale], name=f"{name}_scales"),
-        make("Mul", [floats, scale], [product_output], name=f"{name}_Mul"),
-    ]
-    if has_bias:
-        nodes.append(make("Add", [product_output, node.input[2]], [output], name=f"{name}_Add"))
+    other = "".join(node.input[2:]) if not bias else ""
+    product_output = f"{node.name}_product" if other else output
+    nodes = [make("MatMulIntegerToFloat", names, [product_output], name=f"{node.name}_integer", domain=MICROSOFT)]
+    if other:  # such as one number, or a row for each text
+        nodes.append(make("Add", [product_output, other], [output], name=f"{node.name}_Add"))
     return nodes
 
 

@@ -76,7 +76,7 @@ def test_an_outlier_that_would_break_int8_is_smoothed_away(layer: int, tmp_path:
     assert form.kept_fp32 == ()
     assert form.alpha is not None
     kinds = Counter(node.op_type for node in onnx.load(out / "model_int8.onnx").graph.node)
-    assert kinds["MatMulInteger"] == 12
+    assert kinds["MatMulIntegerToFloat"] == 12
 
 
 def test_the_file_that_the_adapter_was_validated_with_is_taken_where_it_lies_unchanged(
