@@ -10,6 +10,7 @@ import torch
 from export.fold.fold import FoldedModel
 from export.fold.graphs.description import OPSET, OUTPUTS
 from export.fold.graphs.exporter import write_by_an_exporter
+from export.fold.graphs.sizes import share_sizes
 from export.fold.rewrites.gpu_operators import exporting_fused_attention, fuse_operators
 
 
@@ -46,4 +47,6 @@ def write_graph(model: FoldedModel, path: Path) -> WrittenGraph:
             description, exporter = write_by_an_exporter(model, path)
         if fuses:
             fuse_operators(path, heads=heads, hidden_size=settings.hidden_size)
+        if not model.for_gpu:  # there, sizes that several nodes share would be copied from the host at each request
+            share_sizes(path)
     return WrittenGraph(description.inputs, OUTPUTS, exporter)
