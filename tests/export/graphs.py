@@ -57,6 +57,10 @@ def peft_batch(kind: str, n_batch: int, n_text: int, seed: int = 3) -> dict[str,
     return batch
 
 
+INTEGER = {"MatMulInteger", "MatMulIntegerToFloat"}
+"""Operators of dense products in int8."""
+
+
 def open_graph(graph: Path | bytes) -> onnxruntime.InferenceSession:
     """A graph in plain ONNX Runtime, slowly, but with int8 that is exact on processors without VNNI too."""
     options = onnxruntime.SessionOptions()

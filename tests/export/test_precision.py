@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from export.bundle.folder import load_bundle
 from tests.conftest import ENCODERS, Folders, Precisions, family_of, make_pairs, write_jsonl
-from tests.export.graphs import manifest_of, open_graph, refusal, run_export
+from tests.export.graphs import INTEGER, manifest_of, open_graph, refusal, run_export
 
 Pairs = Sequence[tuple[str, str]]
 DENSE = {"Gemm", "MatMul"}
@@ -151,7 +151,7 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
         arrays[node.input[1]]
         for node in model.graph.node
         # An attention's product, which has no constant side, would fail here.
-        if node.op_type == "MatMulIntegerToFloat"
+        if node.op_type in INTEGER
     ]
     # An encoder's last key and value are no dense layers any more, but one matrix a head.
     folded = 2 if family_of(kind) in ENCODERS else 0

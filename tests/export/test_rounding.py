@@ -18,7 +18,7 @@ from export.fold.precision.dense import dense_products
 from export.fold.precision.rounding import round_by_gptq, round_to_nearest, round_weights
 from export.runtime import session
 from tests.conftest import Data, Folders, Precisions, random_batch
-from tests.export.graphs import manifest_of, run_export
+from tests.export.graphs import INTEGER, manifest_of, open_graph, run_export
 from train.data.tasks import MRPC
 
 N_IN, N_OUT = 24, 10
@@ -138,11 +138,23 @@ def test_a_matrix_that_layers_share_is_rounded_for_all_that_they_read(
     assert np.array_equal(weights["v"].values, round_by_gptq(arrays["v"].T, last.T @ last, 8).values)
 
 
+@pytest.mark.parametrize("ranges", [None, {"e": (-4.0, 4.0), "r": (0.0, 20.0), "rows": (-60.0, 60.0)}])
+def test_products_that_share_a_matrix_are_not_fused(ranges: dict[str, integer.Range] | None) -> None:
+    model, texts = shared_graph(), token_batches()
+    quantized = integer.quantize_products(model, weights=round_weights(model, texts, 7), ranges=ranges)
+    kinds = [node.op_type for node in quantized.graph.node if node.op_type in INTEGER]
+    assert kinds == ["MatMulInteger", "MatMulInteger", "MatMulIntegerToFloat"]
+    (exact,), (found,) = (
+        open_graph(one.SerializeToString()).run(["logits"], texts[0].batches[0]) for one in (model, quantized)
+    )
+    assert 0 < np.abs(found - exact).max() < 0.1 * np.abs(exact).max()
+
+
 def test_a_matrix_that_is_read_in_both_directions_stays_in_fp32() -> None:
     model = shared_graph()
     model.graph.node[-1].input[1] = "w"
     assert dense_products(model.graph) == []
-    assert "MatMulIntegerToFloat" not in {node.op_type for node in integer.quantize_products(model).graph.node}
+    assert INTEGER.isdisjoint(node.op_type for node in integer.quantize_products(model).graph.node)
 
 
 def test_a_matrix_too_wide_for_its_gram_is_left_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +187,7 @@ def largest_weights(path: Path) -> set[int]:
     """The largest absolute weight of each dense product of a graph."""
     model = onnx.load(path)
     arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    weights = [arrays[node.input[1]] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    weights = [arrays[node.input[1]] for node in model.graph.node if node.op_type in INTEGER]
     return {int(np.abs(weight.astype(int)).max()) for weight in weights}
 
 

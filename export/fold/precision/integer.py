@@ -30,8 +30,8 @@ def quantize_products(
 ) -> onnx.ModelProto:
     """A graph with its dense products in int8, but for those to keep, by their names, and with int8 token embeddings.
 
-    One operator of ONNX Runtime's multiplies, scales and adds the bias in one pass over memory. Attention's own products
-    stay, as they have no constant side.
+    One operator of ONNX Runtime's multiplies, scales and adds the bias in one pass over memory, but where products share a
+    matrix. Attention's own products stay, as they have no constant side.
 
     Args:
         weights: matrices in integers, by their initializers' names; others are rounded to the nearest of 8 bits
@@ -51,7 +51,8 @@ def quantize_products(
                 matrix = numpy_helper.to_array(item)
                 weight = round_to_nearest(matrix.T if transposed[item.name] else matrix)
             made |= _tensors({f"{item.name}_quantized": weight.values, f"{item.name}_scale": weight.scales})
-    sums = _bias_sums(graph, products)
+    shared = {name for name, n in Counter(product.weight for product in products.values()).items() if n > 1}
+    sums = _bias_sums(graph, {name: product for name, product in products.items() if product.weight not in shared})
     summed = {output for _, output in sums.values()}
     nodes: list[onnx.NodeProto] = []
     done: set[str] = set()
@@ -67,7 +68,9 @@ def quantize_products(
             added, constants = _quantize_activation(source, None if ranges is None else ranges[source])
             nodes += added
             made |= constants
-        nodes += _integer_product(node, products[node.name], *sums.get(node.name, ("", node.output[0])))
+        product = products[node.name]
+        make_product = _unfused_product if product.weight in shared else _integer_product
+        nodes += make_product(node, product, *sums.get(node.name, ("", node.output[0])))
     left = {name for node in nodes for name in node.input}
     kept = [item for item in graph.initializer if item.name in left]
     del graph.node[:], graph.initializer[:]
@@ -123,13 +126,37 @@ def _integer_product(node: onnx.NodeProto, product: DenseProduct, bias: str, out
     """The nodes in a dense product's place, the last of which has the product and its bias."""
     names = [f"{product.source}_quantized", f"{product.weight}_quantized", f"{product.source}_scale"]
     names += [f"{product.weight}_scale", f"{product.source}_zero_point", "", bias]
-    make = onnx.helper.make_node
     other = "".join(node.input[2:]) if not bias else ""
     product_output = f"{node.name}_product" if other else output
-    nodes = [make("MatMulIntegerToFloat", names, [product_output], name=f"{node.name}_integer", domain=MICROSOFT)]
-    if other:  # such as one number, or a row for each text
-        nodes.append(make("Add", [product_output, other], [output], name=f"{node.name}_Add"))
-    return nodes
+    fused = onnx.helper.make_node(
+        "MatMulIntegerToFloat", names, [product_output], name=f"{node.name}_integer", domain=MICROSOFT
+    )
+    return [fused, *_other_bias(node, product_output, other, output)]
+
+
+def _unfused_product(node: onnx.NodeProto, product: DenseProduct, _: str, output: str) -> list[onnx.NodeProto]:
+    """The same for a matrix that several products read.
+
+    With `session.x64quantprecision` ONNX Runtime converts the matrix of each fused node, under one name, and fails at the
+    second.
+    """
+    sums, floats, scale = (f"{node.name}_{what}" for what in ("sums", "floats", "scales"))
+    integers = [f"{product.source}_quantized", f"{product.weight}_quantized", f"{product.source}_zero_point"]
+    make = onnx.helper.make_node
+    other = "".join(node.input[2:])
+    product_output = f"{node.name}_product" if other else output
+    return [
+        make("MatMulInteger", integers, [sums], name=f"{node.name}_integer"),
+        make("Cast", [sums], [floats], name=f"{node.name}_Cast", to=onnx.TensorProto.FLOAT),
+        make("Mul", [f"{product.source}_scale", f"{product.weight}_scale"], [scale], name=f"{node.name}_scales"),
+        make("Mul", [floats, scale], [product_output], name=f"{node.name}_Mul"),
+        *_other_bias(node, product_output, other, output),
+    ]
+
+
+def _other_bias(node: onnx.NodeProto, product_output: str, bias: str, output: str) -> list[onnx.NodeProto]:
+    """The sum with a bias that is not in the product's node; no node where there is none."""
+    return [onnx.helper.make_node("Add", [product_output, bias], [output], name=f"{node.name}_Add")] if bias else []
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, onnx.TensorProto]:
