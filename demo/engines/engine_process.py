@@ -88,8 +88,7 @@ class EngineProcess:
         self._start()
 
     def _start(self) -> None:
-        # "spawn": a fork would copy the page's threads and locks in whatever state they are.
-        self._connection, remote = multiprocessing.get_context("spawn").Pipe()
+        self._connection, remote = multiprocessing.Pipe()
         self._process = new_child(_serve, remote, *self._arguments, name=f"promptfold-{self.name}", daemon=True)
         self._started = time.perf_counter()
         start_child(self._process)

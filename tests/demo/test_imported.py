@@ -14,7 +14,7 @@ from train.common.errors import UsageError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_what_nobody_knows_is_not_shown_as_a_zero(source: Sources, tmp_path: Path) -> None:  # noqa: F811
+def test_unknown_facts_are_not_shown_as_zeros(source: Sources, tmp_path: Path) -> None:  # noqa: F811
     adapter = run_import(source("mlp"), tmp_path / "mine")
     choice = Choice("mine", adapter, ())
     words = quality_words(choice)

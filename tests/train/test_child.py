@@ -176,7 +176,7 @@ def test_what_a_child_says_is_printed_once_and_can_be_listened_to(capfd: pytest.
     assert capfd.readouterr().out == "a\nb\nc\nd\n"
 
 
-def test_a_child_whose_words_nobody_takes_is_ended() -> None:
+def test_a_child_is_ended_where_its_words_are_refused() -> None:
     def refuse_line(line: str) -> None:
         raise BrokenPipeError(line)
 

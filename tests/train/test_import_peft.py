@@ -174,7 +174,7 @@ def test_a_pickle_is_read_only_when_it_is_allowed(
     assert "cannot be read" in refusal(capsys, folder, tmp_path / "other", "--allow-bin")
 
 
-def test_what_nobody_knows_is_absent_until_it_is_measured(source: Sources, tmp_path: Path, capsys: Capture) -> None:
+def test_unknown_facts_are_absent_until_they_are_measured(source: Sources, tmp_path: Path, capsys: Capture) -> None:
     rows = [{"text": row["sentence1"], "label": "abc"[index % 3]} for index, row in enumerate(make_pairs(12, seed=5))]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     labels = ("--labels", "a,b,c")

@@ -85,8 +85,8 @@ def new_child(
     work: Callable[..., object], *arguments: Any, name: str | None = None, daemon: bool = False
 ) -> BaseProcess:
     """A process for `start_child`, which does not end at Ctrl-C: that reaches the whole group, and the parent decides."""
-    context = multiprocessing.get_context("spawn")
-    return context.Process(target=_begin, args=(work, arguments), name=name, daemon=daemon)
+    # "spawn": a fork would copy the parent's threads and locks in whatever state they are.
+    return multiprocessing.get_context("spawn").Process(target=_begin, args=(work, arguments), name=name, daemon=daemon)
 
 
 def start_child(child: BaseProcess) -> None:
@@ -122,7 +122,7 @@ def run_in_child(work: Callable[..., T], *arguments: Any, name: str, remedy: str
     A `PromptfoldError` of the function is raised here too. A child that died is an EngineError, whose message begins
     with ``name`` ("The export of adapters/a") and ends with ``remedy``.
     """
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
     child = new_child(_run, sender, work, arguments)
     try:
         start_child(child)

@@ -69,8 +69,9 @@ def quantize_products(
             nodes += added
             made |= constants
         product = products[node.name]
-        make_product = _unfused_product if product.weight in shared else _integer_product
-        nodes += make_product(node, product, *sums.get(node.name, ("", node.output[0])))
+        # With `session.x64quantprecision` ONNX Runtime cannot convert one matrix for two fused nodes.
+        is_fused = product.weight not in shared
+        nodes += _integer_product(node, product, *sums.get(node.name, ("", node.output[0])), is_fused=is_fused)
     left = {name for node in nodes for name in node.input}
     kept = [item for item in graph.initializer if item.name in left]
     del graph.node[:], graph.initializer[:]
@@ -122,41 +123,33 @@ def _bias_sums(graph: onnx.GraphProto, products: Mapping[str, DenseProduct]) -> 
     return sums
 
 
-def _integer_product(node: onnx.NodeProto, product: DenseProduct, bias: str, output: str) -> list[onnx.NodeProto]:
+def _integer_product(
+    node: onnx.NodeProto, product: DenseProduct, bias: str, output: str, *, is_fused: bool
+) -> list[onnx.NodeProto]:
     """The nodes in a dense product's place, the last of which has the product and its bias."""
-    names = [f"{product.source}_quantized", f"{product.weight}_quantized", f"{product.source}_scale"]
-    names += [f"{product.weight}_scale", f"{product.source}_zero_point", "", bias]
-    other = "".join(node.input[2:]) if not bias else ""
-    product_output = f"{node.name}_product" if other else output
-    fused = onnx.helper.make_node(
-        "MatMulIntegerToFloat", names, [product_output], name=f"{node.name}_integer", domain=MICROSOFT
-    )
-    return [fused, *_other_bias(node, product_output, other, output)]
-
-
-def _unfused_product(node: onnx.NodeProto, product: DenseProduct, _: str, output: str) -> list[onnx.NodeProto]:
-    """The same for a matrix that several products read.
-
-    With `session.x64quantprecision` ONNX Runtime converts the matrix of each fused node, under one name, and fails at the
-    second.
-    """
-    sums, floats, scale = (f"{node.name}_{what}" for what in ("sums", "floats", "scales"))
-    integers = [f"{product.source}_quantized", f"{product.weight}_quantized", f"{product.source}_zero_point"]
     make = onnx.helper.make_node
-    other = "".join(node.input[2:])
-    product_output = f"{node.name}_product" if other else output
-    return [
-        make("MatMulInteger", integers, [sums], name=f"{node.name}_integer"),
-        make("Cast", [sums], [floats], name=f"{node.name}_Cast", to=onnx.TensorProto.FLOAT),
-        make("Mul", [f"{product.source}_scale", f"{product.weight}_scale"], [scale], name=f"{node.name}_scales"),
-        make("Mul", [floats, scale], [product_output], name=f"{node.name}_Mul"),
-        *_other_bias(node, product_output, other, output),
-    ]
-
-
-def _other_bias(node: onnx.NodeProto, product_output: str, bias: str, output: str) -> list[onnx.NodeProto]:
-    """The sum with a bias that is not in the product's node; no node where there is none."""
-    return [onnx.helper.make_node("Add", [product_output, bias], [output], name=f"{node.name}_Add")] if bias else []
+    source, weight, zero = (
+        f"{product.source}_quantized",
+        f"{product.weight}_quantized",
+        f"{product.source}_zero_point",
+    )
+    scales = [f"{product.source}_scale", f"{product.weight}_scale"]
+    other = "" if bias else "".join(node.input[2:])
+    result, name = f"{node.name}_product" if other else output, f"{node.name}_integer"
+    if is_fused:
+        inputs = [source, weight, *scales, zero, "", bias]
+        nodes = [make("MatMulIntegerToFloat", inputs, [result], name=name, domain=MICROSOFT)]
+    else:
+        sums, floats, factors = (f"{node.name}_{what}" for what in ("sums", "floats", "scales"))
+        nodes = [
+            make("MatMulInteger", [source, weight, zero], [sums], name=name),
+            make("Cast", [sums], [floats], name=f"{node.name}_Cast", to=onnx.TensorProto.FLOAT),
+            make("Mul", scales, [factors], name=factors),
+            make("Mul", [floats, factors], [result], name=f"{node.name}_Mul"),
+        ]
+    if other:  # a bias that is no vector of the outputs
+        nodes.append(make("Add", [result, other], [output], name=f"{node.name}_Add"))
+    return nodes
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, onnx.TensorProto]:
