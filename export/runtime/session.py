@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,20 @@ from export.runtime.cuda_graphs import NOT_CAPTURED
 from train.common.errors import BundleError, first_line
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, SessionOptions
+    from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 NO_DEVICE = 100
 """``CUDA_ERROR_NO_DEVICE`` of NVIDIA's cuda.h."""
+CAPABILITY_MAJOR = 75
+"""``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` of cuda.h."""
+HOPPER = 9
+"""The compute capability from which on ONNX Runtime prefers cuDNN's attention wherever that reads the mask."""
+KEY_STARTS_END = "key_starts_end"
+"""The initializer of a graph for GPUs that says how many of the places where each text's rows begin attention is given.
+
+cuDNN's attention takes none of them, ONNX Runtime's memory-efficient kernel wants all, as the file has it.
+"""
 EXPORT_AGAIN = "Export the bundle again."
 SPIN_DURATION_US = 100
 """How long a thread without work spins before it sleeps: longer than most gaps between a graph's parallel operators.
@@ -51,6 +61,8 @@ def open_session(
     if use_cuda:
         # The provider's libraries come from NVIDIA's wheels, which no loader path names.
         onnxruntime.preload_dlls()
+        if takes_cudnn_attention(cuda_graphs=cuda_graphs):
+            options.add_initializer(KEY_STARTS_END, _no_key_starts())
     wanted = providers(use_cuda=use_cuda, cuda_graphs=cuda_graphs)
     with runtime_failures(f"ONNX Runtime cannot load {path}"):
         return onnxruntime.InferenceSession(path, options, providers=wanted)
@@ -109,6 +121,30 @@ def providers(*, use_cuda: bool, cuda_graphs: bool = False) -> list[tuple[str, d
     return wanted
 
 
+def takes_cudnn_attention(*, cuda_graphs: bool) -> bool:
+    """Whether attention is left to cuDNN: faster on Hopper and later GPUs, but it plans each shape of a batch anew."""
+    return cuda_graphs and _capability() >= HOPPER
+
+
+@cache
+def _no_key_starts() -> "OrtValue":
+    """Made once, since sessions read it for as long as they live."""
+    from onnxruntime import OrtValue
+
+    return OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))
+
+
+def _capability() -> int:
+    """The major number of the first GPU's compute capability; 0 where the driver does not say."""
+    try:
+        driver = _driver()
+    except OSError:
+        return 0
+    major = ctypes.c_int()
+    failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, 0)
+    return 0 if failed else major.value
+
+
 def has_tensorrt() -> bool:
     """Whether ONNX Runtime has the provider and TensorRT's library is installed (``pip install tensorrt``)."""
     import onnxruntime
@@ -132,7 +168,7 @@ def cuda_absence() -> str:
     if CUDA not in onnxruntime.get_available_providers():
         return "this ONNX Runtime has no CUDA provider"
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        driver = _driver()
     except OSError:
         return "no NVIDIA driver on this machine"
     # In a container without its GPU, or with CUDA_VISIBLE_DEVICES empty, ONNX Runtime would warn and take the CPU.
@@ -141,6 +177,10 @@ def cuda_absence() -> str:
     if failure or not count.value:
         return f"the NVIDIA driver shows no GPU (CUDA error {failure or NO_DEVICE})"
     return ""
+
+
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def run_session(session: "InferenceSession", arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -14,7 +14,16 @@ import pytest
 
 import export.runtime.session
 from export.bundle.folder import FP32, GRAPH_FILES
-from export.runtime.session import CPU, CUDA, TENSORRT, cuda_absence, has_tensorrt, open_session, providers
+from export.runtime.session import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    cuda_absence,
+    has_tensorrt,
+    open_session,
+    providers,
+    takes_cudnn_attention,
+)
 from tests.conftest import Folders
 
 ON_LINUX = pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA wheels that are checked here are Linux's")
@@ -70,6 +79,30 @@ def test_a_driver_without_a_gpu_is_told_from_one_with(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(export.runtime.session.ctypes, "CDLL", lambda _: driver)
     assert cuda_absence() == expected
+
+
+@pytest.mark.parametrize(("major", "status", "expected"), [(8, 0, False), (9, 0, True), (12, 0, True), (9, 100, False)])
+def test_attention_is_left_to_cudnn_from_hopper_on_and_for_cuda_graphs_alone(
+    major: int, status: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attribute(reference: SimpleNamespace, number: int, device: int) -> int:
+        assert (number, device) == (75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR of NVIDIA's cuda.h
+        reference._obj.value = major
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: status, cuDeviceGetAttribute=attribute)
+    monkeypatch.setattr(export.runtime.session.ctypes, "CDLL", lambda _: driver)
+    assert takes_cudnn_attention(cuda_graphs=True) is expected
+    # Each shape of a batch would be planned anew.
+    assert not takes_cudnn_attention(cuda_graphs=False)
+
+
+def test_attention_is_not_left_to_cudnn_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(export.runtime.session.ctypes, "CDLL", absent)
+    assert not takes_cudnn_attention(cuda_graphs=True)
 
 
 @ON_LINUX

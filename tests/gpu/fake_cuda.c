@@ -2,12 +2,15 @@
  *
  * ONNX Runtime's CUDA provider loads on it, takes the nodes of a graph that it has kernels for, and runs them, so that a
  * machine without a GPU can tell whether a graph is all the provider's (or can be captured as a CUDA graph) and how many
- * kernels a request launches. What it answers is meaningless. `tests.gpu.fake_cuda` adds a function that returns 0 for
- * every other symbol that the provider wants. Signatures are those of CUDA 13's headers. */
+ * kernels a request launches. What it answers is meaningless. `tests.gpu.fake_cuda` compiles this file once for each library,
+ * and adds a function that returns 0 for every other symbol that the provider wants. Signatures are those of CUDA 13's
+ * headers. */
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef libcudart
 #define DEVICE_TO_HOST 2
 #define HOST_TO_DEVICE 1
 
@@ -107,7 +110,23 @@ int cudaFuncGetAttributes(struct Function *found, const void *function) {
     *found = (struct Function){0, 0, 0, 1024, 32};
     return 0;
 }
+#endif
 
-int cublasCreate_v2(void **created) { return handle(created); }
-int cublasLtCreate(void **created) { return handle(created); }
-int cudnnCreate(void **created) { return handle(created); }
+static int created(void **handle) { return *handle = (void *)handle, 0; }
+#ifdef libcublas
+int cublasCreate_v2(void **handle) { return created(handle); }
+#endif
+#ifdef libcublasLt
+int cublasLtCreate(void **handle) { return created(handle); }
+#endif
+#ifdef libcudnn
+int cudnnCreate(void **handle) { return created(handle); }
+/* From 9.3 on ONNX Runtime takes cuDNN's attention, of which no plan can be made here. */
+size_t fake_cudnn_version;
+size_t cudnnGetVersion(void) { return fake_cudnn_version; }
+#endif
+#ifdef libcuda
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { return *count = 1, 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { return *value = attribute == 75 ? 9 : 0, 0; }
+#endif

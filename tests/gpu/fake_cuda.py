@@ -4,21 +4,26 @@
 
 needs gcc. It prints one JSON object for each graph: whether all compute nodes are the provider's, so that the graph can be
 captured as a CUDA graph (``captured``, else a ``reason``), and what one request launches: ``kernels`` of the provider's own,
-``products`` by cuBLAS, and ``copies_to_device`` by kernels that read arrays of the host, and of inputs.
+``products`` by cuBLAS, and ``copies_to_device`` by kernels that read arrays of the host, and of inputs; and which kernels
+compute ``attention`` on a Hopper GPU, with CUDA graphs and without.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import re
 import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_suffix(".c")
+CUDNN_VERSION = 91900
+"""That of the requirements; without cuDNN's attention where launches are counted, since no plan of it can be made here."""
 
 LIBRARIES = {
     "libcuda.so.1": ("cuTensorMap",),
@@ -58,45 +63,43 @@ def build(folder: Path) -> dict[str, Path]:
     wanted, built = _wanted(), {}
     written = SOURCE.read_text(encoding="utf-8")
     for library in LIBRARIES:
-        names = wanted[library]
-        mine = [name for name in names if f"{name}(" in written]
-        counted = {name: "fake_cuda_products++;" if "emm" in name else "" for name in names if name not in mine}
+        names = [name for name in wanted[library] if f"{name}(" not in written]
+        counted = {name: "fake_cuda_products++;" if "emm" in name else "" for name in names}
         stubs = "".join(f"int {name}() {{ {count} return 0; }}\n" for name, count in counted.items())
-        # All of the file in the runtime; of the others only what is theirs.
-        creators = (f"int {name}(void **created) {{ return *created = (void *)created, 0; }}\n" for name in mine)
-        source = written if library == "libcudart.so.13" else "".join(creators)
         code, script, path = folder / f"{library}.c", folder / f"{library}.map", folder / library
-        code.write_text(f"{source}\nunsigned long fake_cuda_products;\n{stubs}", encoding="utf-8")
+        code.write_text(f"{written}\nunsigned long fake_cuda_products;\n{stubs}", encoding="utf-8")
         script.write_text(f"{library} {{ global: *; }};\n", encoding="utf-8")
+        # Of the file, what is this library's.
+        options = ["-w", "-shared", "-fPIC", f"-D{library.partition('.')[0]}"]
         link = f"-Wl,-soname,{library},--version-script,{script}"
-        subprocess.run(["/usr/bin/env", "gcc", "-w", "-shared", "-fPIC", link, "-o", path, code], check=True)
+        subprocess.run(["/usr/bin/env", "gcc", *options, link, "-o", path, code], check=True)
         built[library] = path
     return built
 
 
-def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> dict[str, object]:
-    """Open a graph for CUDA graphs, and run a batch without; ``libraries`` are loaded, by the names of `LIBRARIES`."""
+def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL], printed: int) -> dict[str, object]:
+    """Open a graph for CUDA graphs and without, and run a batch.
+
+    ``libraries`` are loaded, by the names of `LIBRARIES`; to the file ``printed`` goes what ONNX Runtime prints.
+    """
     import numpy as np
     import onnxruntime
 
+    from export.runtime.session import CUDA, open_session
+    from train.common.errors import BundleError
+
+    onnxruntime.preload_dlls = lambda: None  # NVIDIA's own libraries
+    onnxruntime.set_default_logger_severity(4)  # what it would say of a refused graph is in its exception
     counts = (ctypes.c_uint64 * 4).in_dll(libraries["libcudart.so.13"], "fake_cuda_counts")
     cublas = (libraries[name] for name in ("libcublas.so.13", "libcublasLt.so.13"))
     products = [ctypes.c_ulong.in_dll(library, "fake_cuda_products") for library in cublas]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it would say of a refused graph is in its exception
 
-    def opened(**settings: str) -> Any:
-        providers = [("CUDAExecutionProvider", {"use_tf32": "0", **settings}), "CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(graph, options, providers=providers)
-        assert session.get_providers()[0] == "CUDAExecutionProvider"
+    def opened(*, cuda_graphs: bool) -> Any:
+        session = open_session(graph, threads=1, use_cuda=True, cuda_graphs=cuda_graphs)
+        assert session.get_providers()[0] == CUDA
         return session
 
-    reason = ""
-    try:
-        opened(enable_cuda_graph="1")
-    except Exception as cause:  # ONNX Runtime's exceptions share no base
-        reason = str(cause)
-    session = opened()
+    session = opened(cuda_graphs=False)
     shapes = {item.name: (3, 24)[: len(item.shape)] for item in session.get_inputs()}
     arrays = {name: np.full(shape, name != "task_ids", np.int64) for name, shape in shapes.items()}
     for _ in range(2):
@@ -105,7 +108,28 @@ def ask(graph: Path, libraries: Mapping[str, ctypes.CDLL]) -> dict[str, object]:
             product.value = 0
         session.run(["logits"], arrays)
     launches = {"kernels": counts[0], "products": sum(product.value for product in products)}
-    return {"captured": not reason, "reason": reason, **launches, "copies_to_device": counts[1]}
+    launches["copies_to_device"] = counts[1]
+    reason, sessions = "", {"without": session}
+    try:
+        sessions["with CUDA graphs"] = opened(cuda_graphs=True)
+    except BundleError as cause:
+        reason = str(cause)
+    cudnn_version = ctypes.c_size_t.in_dll(libraries["libcudnn.so"], "fake_cudnn_version")
+    cudnn_version.value = CUDNN_VERSION
+    attention = {name: _attention_kernels(one, arrays, printed) for name, one in sessions.items()}
+    cudnn_version.value = 0
+    return {"captured": not reason, "reason": reason, **launches, "attention": attention}
+
+
+def _attention_kernels(session: Any, arrays: Mapping[str, Any], printed: int) -> list[str]:
+    """Which kernels a run takes for attention, as ONNX Runtime prints them."""
+    os.ftruncate(printed, 0)
+    os.lseek(printed, 0, os.SEEK_SET)
+    # cuDNN's attention fails, and which kernel is taken was printed by then.
+    with suppress(Exception):
+        session.run(["logits"], dict(arrays))
+    text = os.pread(printed, os.fstat(printed).st_size, 0).decode()
+    return sorted(set(re.findall(r"SdpaKernel=(\w+)", text)))
 
 
 def main() -> None:
@@ -115,9 +139,12 @@ def main() -> None:
     graphs = parser.parse_args().graphs
     with tempfile.TemporaryDirectory() as folder:
         built = build(Path(folder))
+        os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
         libraries = {name: ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for name, path in built.items()}
+        answers, printed = os.fdopen(os.dup(1), "w"), os.memfd_create("printed")
+        os.dup2(printed, 1)
         for graph in graphs:
-            print(json.dumps(ask(graph, libraries)))
+            print(json.dumps(ask(graph, libraries, printed)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,19 +23,25 @@ import torch
 
 from export.fold.rewrites.encoder import CpuEncoder
 from export.fold.rewrites.gpu_operators import absent_input
+from export.runtime.session import KEY_STARTS_END
 from train.model.prompted import PromptedClassifier
 
+ALL_STARTS = 2**30
+"""More than any batch has, and less than ONNX's highest number, for which ONNX Runtime would remove the cut."""
 EFFICIENT_WIDTH = 8
 """The memory-efficient kernel takes heads whose width is a multiple of this."""
 
 
-def mask_index(n_keys: torch.Tensor, *, n_queries: int, n_seen: int) -> torch.Tensor:
+def mask_index(n_keys: torch.Tensor, starts_end: torch.Tensor, *, n_queries: int, n_seen: int) -> torch.Tensor:
     """How many keys each text has and where its rows begin, as the memory-efficient kernel reads them.
+
+    A session that leaves attention to cuDNN (`export.runtime.session`) replaces ``starts_end`` by 0.
 
     Source: ONNX Runtime, contrib_ops/cpu/bert/attention_common.h, MASK_1D_KEY_SEQ_LEN_START.
 
     Args:
         n_keys: keys of each text, the prompt's included, padding not; shape = (n_batch,)
+        starts_end: how many of the starts are given, `ALL_STARTS` for all; shape = (1,)
         n_queries: queries of every text.
         n_seen: keys of every text, padding included.
 
@@ -45,7 +51,22 @@ def mask_index(n_keys: torch.Tensor, *, n_queries: int, n_seen: int) -> torch.Te
     n_ends = n_keys.shape[0] + 1
     # A range with a step, no product: its bounds are on the host, and a product with them would be, too.
     starts = [torch.arange(0, n_ends * count, count) for count in (n_queries, n_seen)]
-    return torch.cat([n_keys, *starts]).to(torch.int32)
+    return torch.cat([n_keys, _FirstOnes.apply(torch.cat(starts), starts_end)]).to(torch.int32)
+
+
+class _FirstOnes(torch.autograd.Function):
+    """The first numbers of a vector, as many as a tensor of shape = (1,) says; torch calls its functions by position."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        return numbers[: int(end)].clone()
+
+    @staticmethod
+    def symbolic(g: Any, numbers: Any, end: Any) -> Any:
+        zero = g.op("Constant", value_t=torch.tensor([0]))
+        first = g.op("Slice", numbers, zero, end, zero)
+        first.setType(numbers.type().with_sizes([None]))
+        return first
 
 
 class _Attention(torch.autograd.Function):
@@ -91,6 +112,7 @@ class GpuEncoder(CpuEncoder):
     last_key: torch.Tensor
     last_value: torch.Tensor
     last_weights: torch.Tensor
+    key_starts_end: torch.Tensor
 
     def __init__(self, classifier: PromptedClassifier) -> None:
         super().__init__(classifier)
@@ -104,6 +126,7 @@ class GpuEncoder(CpuEncoder):
             last = [self.last_key.flatten(0, 1), self.last_value.transpose(1, 2).flatten(0, 1)]
             self.register_buffer("last_weights", torch.cat(last).T.contiguous())
         del self.keys, self.values, self.last_key, self.last_value
+        self.register_buffer(KEY_STARTS_END, torch.tensor([ALL_STARTS]))
         if not self._in_every_layer:
             del self.queries
 
@@ -150,7 +173,7 @@ class GpuEncoder(CpuEncoder):
         if self._has_distances or self._head_width % EFFICIENT_WIDTH:
             return n_keys.to(torch.int32)
         n_seen = n_rows + self._n_virtual if self._in_every_layer else n_rows
-        return mask_index(n_keys, n_queries=n_queries, n_seen=n_seen)
+        return mask_index(n_keys, self.key_starts_end, n_queries=n_queries, n_seen=n_seen)
 
     def _learned_keys_values(self, prompt: Mapping[str, torch.Tensor], n_rows: int) -> tuple[torch.Tensor, ...]:
         """Each layer's keys and values side by side, the prompt's and then zeros for the text's; of each layer,

@@ -18,6 +18,7 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper, unregister_
 from torch.onnx._internal.torchscript_exporter import _type_utils
 
 from export.fold.graphs.files import save_graph
+from export.runtime.session import KEY_STARTS_END
 
 ATTENTION = "aten::scaled_dot_product_attention"
 LOWEST = float(torch.finfo(torch.float32).min)
@@ -99,7 +100,20 @@ def fuse_operators(path: Path, *, heads: int, hidden_size: int) -> None:
     sizes = {"num_heads": heads, "hidden_size": hidden_size}
     optimized = optimize_model(str(path), model_type="bert", **sizes, optimization_options=options, opt_level=0)
     _keep_on_device(optimized.model.graph)
+    _name_key_starts_end(optimized.model.graph)
     save_graph(optimized.model, path)
+
+
+def _name_key_starts_end(graph: onnx.GraphProto) -> None:
+    """Give the initializer that a session may replace its own name, without those of modules around its module."""
+    (found,) = {item.name for item in graph.initializer if item.name.endswith(KEY_STARTS_END)} or {KEY_STARTS_END}
+    for item in graph.initializer:
+        if item.name == found:
+            item.name = KEY_STARTS_END
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name == found:
+                node.input[place] = KEY_STARTS_END
 
 
 ARITHMETIC = frozenset({"Add", "Div", "Mod", "Mul", "Sub"})
