@@ -118,10 +118,7 @@ class CpuEncoder(torch.nn.Module):
         self.register_buffer("last_key", layer.key.weight.view(shape).clone())
         # shape = (n_heads, n_hidden, n_head)
         self.register_buffer("last_value", layer.value.weight.view(shape).transpose(1, 2).contiguous())
-        # The values' bias, which every sum of values has once, becomes part of the projection after it.
-        mix = _scaled(layer.mix, 1.0)
-        mix.bias.add_(layer.mix.weight @ layer.value.bias)
-        self.mixes[-1] = mix
+        self.mixes[-1] = with_bias_of_values(layer.mix, layer.value)
 
     def _fold_keys_values(self, classifier: KeyValuePrompt, last: _Layer) -> None:
         """See the module's point 3. In the last layer they lose the bias, as those of the text do."""
@@ -281,6 +278,13 @@ class CpuEncoder(torch.nn.Module):
             pooled = pooled[:, None] if self.pooler is None else self.pooler(pooled[:, None])
         logits: torch.Tensor = self.classifier(pooled)
         return logits
+
+
+def with_bias_of_values(mix: torch.nn.Linear, value: torch.nn.Linear) -> torch.nn.Linear:
+    """A copy of the projection after attention that adds the values' bias, which every sum of values has once."""
+    copied = _scaled(mix, 1.0)
+    copied.bias.add_(mix.weight @ value.bias)
+    return copied
 
 
 def _scaled(linear: torch.nn.Linear, scale: float) -> torch.nn.Linear:

@@ -17,11 +17,11 @@ What differs from the form for a CPU, and why (ONNX Runtime 1.31, contrib_ops/cu
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from export.fold.rewrites.encoder import CpuEncoder
+from export.fold.rewrites.encoder import CpuEncoder, with_bias_of_values
 from export.fold.rewrites.gpu_operators import absent_input
 from export.runtime.session import KEY_STARTS_END
 from train.model.prompted import PromptedClassifier
@@ -112,6 +112,7 @@ class GpuEncoder(CpuEncoder):
     last_key: torch.Tensor
     last_value: torch.Tensor
     last_weights: torch.Tensor
+    text_biases: torch.Tensor
     key_starts_end: torch.Tensor
 
     def __init__(self, classifier: PromptedClassifier) -> None:
@@ -119,9 +120,13 @@ class GpuEncoder(CpuEncoder):
         with torch.no_grad():
             for layer, projections in enumerate(zip(self.queries, self.keys, self.values, strict=True)):
                 packed: list[Any] = [*(projections[1:] if self._in_every_layer else projections)]
-                # shape = (n_hidden, n · n_hidden) and (n · n_hidden,)
+                # shape = (n_hidden, n · n_hidden)
                 self.register_buffer(f"weights_{layer}", torch.cat([dense.weight for dense in packed]).T.contiguous())
-                self.register_buffer(f"biases_{layer}", torch.cat([dense.bias for dense in packed]))
+                if not self._in_every_layer:
+                    # shape = (n · n_hidden,)
+                    self.register_buffer(f"biases_{layer}", torch.cat([dense.bias for dense in packed]))
+            if self._in_every_layer:
+                self._fold_biases()
             # The last layer's keys and values, whose biases are folded elsewhere; shape = (n_hidden, 2 · n_hidden)
             last = [self.last_key.flatten(0, 1), self.last_value.transpose(1, 2).flatten(0, 1)]
             self.register_buffer("last_weights", torch.cat(last).T.contiguous())
@@ -129,6 +134,19 @@ class GpuEncoder(CpuEncoder):
         self.register_buffer(KEY_STARTS_END, torch.tensor([ALL_STARTS]))
         if not self._in_every_layer:
             del self.queries
+
+    def _fold_biases(self) -> None:
+        """Take the biases from the text's keys and values, as `CpuEncoder` does in the last layer, so that no kernel adds them.
+
+        The prompt's keys and values lose the same. They do so within the graph: its constants are those of every graph, to
+        which `append_tasks` adds other adapters'.
+        """
+        pairs: Any = zip(self.keys, self.values, strict=True)
+        biases = [dense.bias for pair in pairs for dense in pair]
+        # Of all layers, shape = (n_layers · 2 · n_hidden,)
+        self.register_buffer("text_biases", torch.cat([*biases, torch.zeros(2 * self._heads * self._head_width)]))
+        for layer, value in enumerate(self.values):
+            self.mixes[layer] = with_bias_of_values(cast(Any, self.mixes[layer]), cast(Any, value))
 
     def _prompt(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The prompt's constants, which here are one for all texts, shape = (1, …)"""
@@ -149,14 +167,14 @@ class GpuEncoder(CpuEncoder):
         distances = self._distances(n_rows)
         n_keys = attention_mask.sum(dim=1) + self._n_virtual
         index = self._index(n_keys, n_rows, n_rows)
-        learned = self._learned_keys_values(prompt, n_rows) if self._in_every_layer else None
+        learned = self._learned_keys_values(prompt, input_ids.shape[0]) if self._in_every_layer else None
         for layer in range(self._n_layers - 1):
-            weights, biases = getattr(self, f"weights_{layer}"), getattr(self, f"biases_{layer}")
+            weights = getattr(self, f"weights_{layer}")
             if learned is None:
+                biases = getattr(self, f"biases_{layer}")
                 context = _Attention.apply(rows, weights, biases, index, self._heads, distances, True)
             else:
-                query = self.queries[layer](rows)
-                context = self._mix(query, rows @ weights + biases, index, learned[layer], None)
+                context = self._mix(self.queries[layer](rows), rows @ weights, index, learned[layer], None)
             rows = self._feed_forward(layer, context, rows)
         first = rows[:, :1]
         context = self._mix(
@@ -175,16 +193,16 @@ class GpuEncoder(CpuEncoder):
         n_seen = n_rows + self._n_virtual if self._in_every_layer else n_rows
         return mask_index(n_keys, self.key_starts_end, n_queries=n_queries, n_seen=n_seen)
 
-    def _learned_keys_values(self, prompt: Mapping[str, torch.Tensor], n_rows: int) -> tuple[torch.Tensor, ...]:
-        """Each layer's keys and values side by side, the prompt's and then zeros for the text's; of each layer,
-        shape = (n_batch or 1, n_virtual + n_rows, 2 · n_hidden)
+    def _learned_keys_values(self, prompt: Mapping[str, torch.Tensor], n_batch: int) -> tuple[torch.Tensor, ...]:
+        """The prompt's keys and values side by side, without the text's biases; of each layer,
+        shape = (n_batch, n_virtual, 2 · n_hidden)
         """
         keys_values = [
             prompt[f"prompt_{name}_{layer}"].transpose(1, 2).flatten(2)
             for layer in range(self._n_layers)
             for name in ("key", "value")
         ]
-        tables = torch.nn.functional.pad(torch.cat(keys_values, dim=2), (0, 0, 0, n_rows))
+        tables = (torch.cat(keys_values, dim=2) - self.text_biases).expand(n_batch, -1, -1)
         return tables.split(2 * self._heads * self._head_width, dim=2)
 
     def _mix(
@@ -204,8 +222,7 @@ class GpuEncoder(CpuEncoder):
             distances: added to the scores, shape = (1, n_heads, n_queries, n_rows)
         """
         if learned is not None:
-            # A sum of two tables, each with zeros in place of the other's rows.
-            of_text = torch.nn.functional.pad(of_text, (0, 0, self._n_virtual, 0)) + learned
+            of_text = torch.cat([learned, of_text], dim=1)
         key, value = of_text.split(self._heads * self._head_width, dim=2)
         mixed: torch.Tensor = _Attention.apply(query, key, value, index, self._heads, distances, False)
         return mixed
