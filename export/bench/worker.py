@@ -40,7 +40,7 @@ from export.bench.engines import (
     Timed,
 )
 from train.common.errors import first_line
-from train.common.machine import gpu_memory_used_mib, peak_memory_mib
+from train.common.machine import gpu_memory, peak_memory_mib
 
 WARM_UP_RUNS = 3
 """Upper bound for the runs before a timed burst: the first ones after a pause are slower."""
@@ -191,7 +191,7 @@ def start_engine(job: Job, name: str, cells: Sequence[str], graph: str) -> Measu
     """Load an engine and run it once on each cell; ``graph`` is the file of the engines that load no folder."""
     engine = ENGINES[name]
     inputs: Inputs = pickle.loads(Path(job.inputs).read_bytes())  # noqa: S301 -- written by the benchmark itself
-    gpu_mib_before = gpu_memory_used_mib() if job.on_cuda else None
+    gpu_before = gpu_memory() if job.on_cuda else None
     loaded = LOADERS[engine.family](job, engine, Path(graph))
     load_seconds = time.perf_counter() - loaded.start
     arranged = padded_on_the_left if loaded.pads_left else dict
@@ -207,13 +207,13 @@ def start_engine(job: Job, name: str, cells: Sequence[str], graph: str) -> Measu
             predictions[cell] = classes[np.argsort(inputs.rows[cell])].tolist()
     # The check comes last: torch.compile specializes on the first shape it meets, which shall be a measured one.
     difference = np.abs(loaded.run(arranged(inputs.check)).astype(np.float64) - inputs.reference).max()
-    gpu_mib = gpu_memory_used_mib() if job.on_cuda else None
+    gpu_after = gpu_memory() if job.on_cuda else None
     return Measured(
         library=loaded.library,
         note=loaded.note,
         load_seconds=load_seconds,
         peak_memory_mib=peak_memory_mib(),
-        gpu_memory_mib=None if gpu_mib is None or gpu_mib_before is None else gpu_mib - gpu_mib_before,
+        gpu_memory_mib=gpu_after.since(gpu_before) if gpu_after else None,
         file_mib=sum(path.stat().st_size for path in loaded.files) / 2**20,
         # JSON has no NaN, and an engine whose logits are not numbers is as wrong as can be.
         max_logit_difference=float(np.nan_to_num(difference, nan=sys.float_info.max)),

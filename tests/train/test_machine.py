@@ -1,6 +1,7 @@
 """What a container allows, by control groups of both versions as Linux shows them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from train.common.machine import core_limit, usable_memory_bytes
+from train.common.machine import GpuMemory, core_limit, usable_memory_bytes
 
 V1 = "30 24 0:26 {top} {mount} rw,nosuid - cgroup cgroup rw,{controllers}\n"
 V2 = "30 24 0:26 {top} {mount} rw,nosuid,relatime - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -111,3 +112,66 @@ def test_torch_starts_as_many_threads_as_the_quota_allows(tmp_path: Path) -> Non
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said == f'1 CoreLimit(cores=1, reason="{QUOTA}")\n'
+
+
+NVML = """
+#include <string.h>
+#include <unistd.h>
+typedef struct { unsigned long long total, free, used; } nvmlMemory_t;
+typedef struct { unsigned pid; unsigned long long usedGpuMemory; unsigned gpuInstanceId, computeInstanceId; } nvmlProcessInfo_t;
+int nvmlInit_v2(void) { return INIT; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { return *device = device, 0; }
+int nvmlDeviceGetMemoryInfo(void *device, nvmlMemory_t *memory) {
+    *memory = (nvmlMemory_t){80ull << 30, 77ull << 30, 3ull << 30};
+    return 0;
+}
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, nvmlProcessInfo_t *found) {
+    if (*count < 2) return 7;
+    found[0] = (nvmlProcessInfo_t){1, 2ull << 30, ~0u, ~0u};
+    found[1] = (nvmlProcessInfo_t){PID, OWN, ~0u, ~0u};
+    *count = 2;
+    return 0;
+}
+"""
+"""The driver's management library, with the structs of NVIDIA's nvml.h."""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc compiles a management library that needs no driver")
+@pytest.mark.parametrize(
+    ("defined", "expected"),
+    [
+        ({}, "GpuMemory(own_mib=1024.0, all_mib=3072.0)"),
+        # In a container the driver names the host's processes, and some drivers count no process's bytes.
+        ({"PID": "2"}, "GpuMemory(own_mib=None, all_mib=3072.0)"),
+        ({"OWN": "~0ull"}, "GpuMemory(own_mib=None, all_mib=3072.0)"),
+        ({"INIT": "9"}, "None"),
+    ],
+)
+def test_the_drivers_library_tells_this_process_from_the_others(
+    defined: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "nvml.c").write_text(NVML, encoding="utf-8")
+    names = {"PID": "getpid()", "OWN": "1ull << 30", "INIT": "0"} | defined
+    library = tmp_path / "libnvidia-ml.so.1"
+    options = [f"-D{name}={value}" for name, value in names.items()]
+    subprocess.run(
+        ["/usr/bin/env", "gcc", "-shared", "-fPIC", *options, "-o", library, tmp_path / "nvml.c"], check=True
+    )
+    command = [sys.executable, "-c", "from train.common.machine import gpu_memory; print(gpu_memory())"]
+    found = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == expected
+
+
+def test_memory_taken_is_this_processs_own_where_the_driver_tells() -> None:
+    before, after = GpuMemory(None, 1000.0), GpuMemory(300.0, 9000.0)
+    assert after.since(before) == 300
+    assert GpuMemory(500.0, 9000.0).since(after) == 200
+    assert GpuMemory(None, 9000.0).since(before) == 8000
+    assert after.since(None) is None

@@ -123,10 +123,43 @@ def peak_memory_mib() -> float:
         return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, others kilobytes
 
 
-def gpu_memory_used_mib() -> float | None:
-    """What all processes together have taken of the first GPU; None where NVIDIA's driver cannot say.
+@dataclass(frozen=True)
+class GpuMemory:
+    """How much of the first GPU is taken, each process's context included."""
 
-    The driver's management library counts ONNX Runtime's and PyTorch's allocators alike, and each process's context.
+    own_mib: float | None
+    """By this process; None where the driver cannot tell processes apart, as in most containers."""
+    all_mib: float
+    """By all processes together."""
+
+    def since(self, before: "GpuMemory | None") -> float | None:
+        """What was taken since an earlier count; None where there was none."""
+        if before is None:
+            return None
+        if self.own_mib is not None:
+            return self.own_mib - (before.own_mib or 0)
+        return self.all_mib - before.all_mib
+
+
+class _NvmlProcess(ctypes.Structure):
+    """``nvmlProcessInfo_t`` of nvml.h."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("used_bytes", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
+
+
+MAX_GPU_PROCESSES = 1024
+"""Of more than these the driver's library counts none."""
+
+
+def gpu_memory() -> GpuMemory | None:
+    """Count the first GPU's memory; None where NVIDIA's driver cannot say.
+
+    The driver's management library counts ONNX Runtime's and PyTorch's allocators alike.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -138,4 +171,11 @@ def gpu_memory_used_mib() -> float | None:
         or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
         or nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
     )
-    return None if failed else memory[2] / 2**20
+    if failed:
+        return None
+    count, processes = ctypes.c_uint(MAX_GPU_PROCESSES), (_NvmlProcess * MAX_GPU_PROCESSES)()
+    failed = nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), processes)
+    found = [] if failed else [one.used_bytes for one in processes[: count.value] if one.pid == os.getpid()]
+    # All bits are set where the driver does not count a process's bytes.
+    own = found[0] / 2**20 if found and found[0] < memory[0] else None
+    return GpuMemory(own, memory[2] / 2**20)
