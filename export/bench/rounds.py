@@ -5,7 +5,8 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,10 +35,12 @@ def run_bench(config: BenchConfig) -> dict[str, Any]:
         work, threads = Path(folder), config.threads or usable_cores()
         name = "Preparing the benchmark"
         prepared = run_in_child(prepare, config, work, threads, name=name, remedy="Is there enough memory?")
-        return time_engines(config, prepared, work)
+        with ExitStack() as at_end:
+            engines = start_engines(config, prepared, work, at_end)
+            return time_engines(config, prepared, work, engines)
 
 
-def time_engines(config: BenchConfig, prepared: Prepared, work: Path) -> dict[str, Any]:
+def time_engines(config: BenchConfig, prepared: Prepared, work: Path, engines: "Engines") -> dict[str, Any]:
     """The part of `run_bench` that wants the machine to itself; ``work`` is the folder of `prepare`."""
     from export.bench.report import document, draw, tables
 
@@ -47,8 +50,7 @@ def time_engines(config: BenchConfig, prepared: Prepared, work: Path) -> dict[st
     if isinstance(peaks, str):
         say(f"the machine's peak could not be measured: {peaks}")
         peaks = []
-    with ExitStack() as at_end:
-        rounds = _time_in_turn(config, prepared, work, at_end)
+    rounds = _time_in_turn(config, prepared, engines)
     if all(isinstance(found, str) for engines in rounds for found in engines.values()):
         name, reason = next(iter(rounds[0].items()))
         raise EngineError(f"No engine could be measured. {name}: {reason}.")
@@ -70,12 +72,26 @@ class _Started(NamedTuple):
     """All but the latencies."""
 
 
-def _time_in_turn(config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack) -> Rounds:
-    """Start every engine, and time them in turn, cell by cell: what slows a shared machine down then meets all alike."""
-    engines: dict[str, _Started | str] = {}
-    for name in config.all_engines:
-        started = engines[name] = _start(config, prepared, name, work, at_end)
+Engines = Mapping[str, _Started | str]
+"""By name, the engines that can be timed, and why the others cannot."""
+
+
+def start_engines(
+    config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack, *, at_once: int = 1
+) -> Engines:
+    """Start every engine; ``at_end`` ends them. Several at once disturb the times of loading and of first runs."""
+
+    def start(name: str) -> _Started | str:
+        started = _start(config, prepared, name, work, at_end)
         say(f"{name} {f'is not run: {started}' if isinstance(started, str) else 'is ready'}")
+        return started
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(config.all_engines, pool.map(start, config.all_engines), strict=True))
+
+
+def _time_in_turn(config: BenchConfig, prepared: Prepared, engines: Engines) -> Rounds:
+    """Time the engines in turn, cell by cell: what slows a shared machine down then meets all alike."""
     rounds: list[dict[str, Measured | str]] = []
     for number in range(1, config.rounds + 1):
         found = {name: one if isinstance(one, str) else one.measured for name, one in engines.items()}

@@ -3,15 +3,15 @@
     /tmp/gpu/venv/bin/python -m tests.gpu.check STEP [STEP …] [--behind STEP [STEP …]] [--seconds 500]
 
 Each step is a process of its own (`tests.gpu.steps`), one after the other; those after ``--behind`` run beside them, in
-sessions of their own, and go on when the command has ended: ``wait:NAME`` waits for one. What was found is printed as it
-comes, and stands in check.json, which is written to the folder $OUT after every line of it and keeps what earlier calls
-found. NAME is ``v1`` or ``v2`` (the demo's adapters) or ``large`` (random weights in the shape of roberta-large).
+sessions of their own, and go on when the command has ended. What was found is printed as it comes, and stands in
+check.json, which is written to the folder $OUT after every line of it and keeps what earlier calls found. NAME is ``v1`` or ``v2`` (the demo's adapters) or ``large`` (random weights in the shape of roberta-large).
 
 - machine: versions, the GPU, ONNX Runtime's providers
 - tiny, tiny:KIND,…: a model of each family made in code, fp32 and fp16, with and without CUDA graphs, held against PEFT on the CPU
-- prepare:NAME: export with --precision fp16, and what `export.bench` needs; wait:NAME waits for it
-- graphs:NAME: the same comparison as tiny, at the benchmark's shapes, with GPU memory
-- bench:NAME: `export.bench` without torch.compile; compile:NAME: with it alone
+- engines:NAME, only behind: export with --precision fp16, and start all engines of `export.bench`
+- wait:NAME: wait for that export; graphs:NAME: the same comparison as tiny, at the benchmark's shapes, with GPU memory
+- bench:NAME: wait for all engines, and time them; nothing else should run then
+- attention:NAME: the fp16 graph with cuDNN's attention and with ONNX Runtime's own
 - profile:NAME: kernels, launches and copies of a request, and which kernels take the time
 - hidden: what the runtime says where the GPU, or the driver, is hidden
 - demo: the page's PyTorch side, held against the graph
@@ -27,7 +27,7 @@ import sys
 import time
 from typing import Any
 
-from tests.gpu.steps import MARK, WORK
+from tests.gpu.places import MARK, WORK
 
 
 class Findings:
@@ -43,7 +43,9 @@ class Findings:
         return time.monotonic() - self._start
 
     def note(self, step: str, key: str, value: Any) -> None:
-        """Keep a finding and print it."""
+        """Keep a finding and print it, once."""
+        if self._found.get(step, {}).get(key) == value:
+            return
         self._found.setdefault(step, {})[key] = value
         text = json.dumps(value)
         print(f"[{self.seconds:5.1f} s] {step}: {key}: {text if len(text) < 700 else text[:700] + ' …'}", flush=True)
@@ -56,24 +58,27 @@ class Findings:
 def start(step: str, **pipes: Any) -> "subprocess.Popen[str]":
     """Start a step. Nothing asks a hub; the step that hides the GPU has it hidden."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if step == "hidden" else {}
-    settings: Any = {"env": {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}, "stdin": subprocess.DEVNULL, **pipes}
+    settings: Any = {
+        "env": {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", **hidden},
+        "stdin": subprocess.DEVNULL,
+        **pipes,
+    }
     words = [sys.executable, "-u", "-m", "tests.gpu.steps", *step.split(":")]
     return subprocess.Popen(words, start_new_session=True, text=True, errors="replace", **settings)
 
 
-def wait(name: str, findings: Findings, at_most: float) -> None:
-    """Wait for a preparation, and keep what it found."""
-    log, folder = WORK / f"prepare-{name}.log", WORK / name
+def wait(name: str, marker: str, findings: Findings, at_most: float) -> None:
+    """Wait until ``engines:NAME`` has come as far as a marker, and keep what it found until then."""
+    log, folder = WORK / f"engines-{name}.log", WORK / name
     end = time.monotonic() + at_most
-    ends = (folder / "prepared.pickle", folder / "failed")
-    while not any(path.exists() for path in ends) and time.monotonic() < end:
-        time.sleep(0.3)
+    while not any((folder / name).exists() for name in (marker, "failed")) and time.monotonic() < end:
+        time.sleep(0.1)
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["nothing was begun"]
     for line in lines:
         if line.startswith(MARK):
-            findings.note(f"prepare:{name}", *json.loads(line.removeprefix(MARK)))
-    if not ends[0].exists():
-        findings.note(f"prepare:{name}", "failed", lines[-15:])
+            findings.note(f"engines:{name}", *json.loads(line.removeprefix(MARK)))
+    if not (folder / marker).exists():
+        findings.note(f"engines:{name}", f"not {marker}", lines[-15:])
 
 
 def run(step: str, findings: Findings, at_most: float) -> None:
@@ -112,7 +117,12 @@ def main() -> None:
         if left < 5:
             findings.note(step, "ended", "no time was left")
         elif step.startswith("wait:"):
-            wait(step.partition(":")[2], findings, left)
+            wait(step.partition(":")[2], "exported", findings, left)
+        elif step.startswith("bench:"):
+            name = step.partition(":")[2]
+            wait(name, "ready", findings, left)
+            (WORK / name / "go").touch()
+            wait(name, "done", findings, options.seconds - findings.seconds)
         else:
             run(step, findings, left)
     print(f"{findings.seconds:.0f} s", flush=True)

@@ -71,7 +71,7 @@ PYTHON
 rm -rf .gpu
 mkdir .gpu
 git check-ignore -q .gpu/x || echo /.gpu/ >> "$(git rev-parse --git-path info/exclude)"
-tar -C "$work/site" --sort=name -c . | xz -3 -T2 > "$work/packages.tar.xz"
+tar -C "$work/site" --sort=name -c . | xz -9 -T1 > "$work/packages.tar.xz"
 xz -3 -T2 < "$work/weights.planes" > "$work/weights.xz"
 cat "$work/packages.tar.xz" "$work/weights.xz" | split -b "${PART:-56M}" -a 1 --numeric-suffixes=1 - "$work/piece-"
 stat -c %s "$work/packages.tar.xz" > "$work/PACKAGES_BYTES"

@@ -3,15 +3,12 @@
 GPU_CHECK_DEVICE=cpu tries them without a GPU, at smaller shapes.
 """
 
-import json
 import os
-import pickle
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,31 +16,22 @@ from typing import Any
 import numpy as np
 
 # None of these imports torch or ONNX Runtime, whose order counts.
+from demo.engines.timing import BurstPlan, timed_runs
 from export.bench import prepare as preparation
 from export.bench import random_model
 from export.bench.config import BenchConfig, Shape
-from export.bench.engines import ENGINES, OPENVINO, REFERENCE
 from export.bench.models import peft_for_batches
-from export.bench.rounds import time_engines
+from export.bench.rounds import start_engines, time_engines
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.runtime.session import cuda_absence, providers
+from tests.gpu.kernels import attention, profile
+from tests.gpu.places import ADAPTERS, DEVICE, ON_CUDA, ROWS, SHAPES, WORK, folders, tell
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base
 from train.common.folder_record import read_record
-from train.common.machine import gpu_memory_used_mib, usable_cores
+from train.common.machine import gpu_memory, usable_cores
 
-MARK = "RESULT "
-"""Before what was found, as JSON, for `tests.gpu.check`."""
-WORK = Path(os.environ.get("GPU_CHECK_WORK", "/tmp/gpu/work"))  # noqa: S108 -- a machine for this alone
-ROWS = Path(os.environ.get("GPU_STORE", "/tmp/gpu")) / "parts/rows.jsonl"  # noqa: S108 -- the same
-DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
-ON_CUDA = DEVICE == "cuda"
-ADAPTERS = {"v1": Path("demo/adapters/minilm-mrpc").resolve(), "v2": Path("demo/adapters/minilm-mrpc-v2").resolve()}
-
-SHAPES = ("1x16", "1x60", "1x200", "8x60", "32x60", "256x60") if ON_CUDA else ("1x16", "2x30")
-COMPILED_SHAPES = {"large": ("1x60", "32x60", "256x60")}
-"""Shapes for torch.compile where it would take minutes to compile for all of them."""
 _BERT: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
 _BERT |= {"num_hidden_layers": 3, "initializer_range": 0.2}
 TINY: dict[str, dict[str, Any]] = {
@@ -56,10 +44,6 @@ TINY: dict[str, dict[str, Any]] = {
 }
 """Sizes of a tiny model of each family; heads are 32 or 64 wide, as of minilm and roberta-large."""
 TINY_KINDS = ("bert", "bert-v2", "roberta", "roberta-v2", "mpnet", "distilbert", "gpt2", "gpt2-v2", "llama-v2")
-
-
-def tell(key: str, value: Any) -> None:
-    print(MARK + json.dumps([key, value]), flush=True)
 
 
 def machine() -> None:
@@ -114,7 +98,7 @@ def tiny(kinds: str = "") -> None:
 
 def graphs(name: str) -> None:
     """A bundle's graphs at the benchmark's shapes."""
-    _compare(name, *_folders(name), SHAPES)
+    _compare(name, *folders(name), SHAPES)
 
 
 def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tuple[str, ...]) -> None:
@@ -148,7 +132,7 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
         plain: list[Any] = []
         for cuda_graphs in (False, True) if ON_CUDA else (False,):
             key = f"{title} {precision}{' with CUDA graphs' if cuda_graphs else ''}"
-            before, began = gpu_memory_used_mib() or 0.0, time.monotonic()
+            before, began = gpu_memory(), time.monotonic()
             try:
                 classifier = OnnxClassifier(bundle, precision=precision, use_cuda=ON_CUDA, cuda_graphs=cuda_graphs)
                 load_seconds = time.monotonic() - began
@@ -166,7 +150,7 @@ def _compare(title: str, adapter_folder: Path, bundle_folder: Path, shapes: tupl
                 "labels_changed": int(sum(changed)),
                 "texts": sum(map(len, expected)),
                 "load_seconds": round(load_seconds, 2),
-                "gpu_mib": round((gpu_memory_used_mib() or 0.0) - before, 1),
+                "gpu_mib": (after := gpu_memory()) and after.since(before),
             }
             if plain:
                 result["max_difference_from_without"] = difference(logits, plain)
@@ -183,74 +167,65 @@ def _batches(bundle: Any, shapes: tuple[str, ...], *, padded: bool) -> Iterator[
             yield preparation.random_texts(generator, Shape.parse(text), bundle, padded=padded and turn > 0)
 
 
-def _folders(name: str) -> tuple[Path, Path]:
-    """Adapter and bundle, once ``prepare`` has made them."""
-    return ADAPTERS.get(name, WORK / name / "adapter"), WORK / name / "bundle"
-
-
 def _config(name: str, **changed: Any) -> BenchConfig:
-    plan: dict[str, Any] = {"pause": 0.1, "min_runs": 15, "max_runs": 200, "budget_seconds": 0.4}
-    return BenchConfig(*_folders(name), shapes=SHAPES, rounds=1, device=DEVICE, **(plan | changed))
+    plan: dict[str, Any] = {"pause": 0.1, "min_runs": 7, "max_runs": 200, "budget_seconds": 0.25}
+    return BenchConfig(*folders(name), shapes=SHAPES, rounds=2, device=DEVICE, **(plan | changed))
 
 
-def prepare(name: str) -> None:
-    """Export, and make what `export.bench` needs, so that only measuring is left."""
-    from export.fold.config import ExportConfig
-    from export.fold.pipeline import export_adapters
+def engines(name: str) -> None:
+    """Export, start every engine, and time them once `tests.gpu.check` says that nothing else runs.
 
+    Files in the model's folder say how far it is: exported, ready, failed, done; ``go`` comes from outside.
+    """
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     try:
-        rows = ROWS if ROWS.is_file() and name != "large" else None
-        if name == "large":
-            shape = "roberta-large"
-            if not ON_CUDA:
-                from transformers import AutoConfig
-
-                shape = str(folder / "small")
-                AutoConfig.for_model("roberta", vocab_size=200, **TINY["roberta"]).save_pretrained(shape)
-            random_model.make_random_bundle(shape, folder, device=DEVICE)
-        else:
-            gate: dict[str, Any] = {"validation_files": (rows,)} if rows else {"ungated": True}
-            export_adapters(ExportConfig((ADAPTERS[name],), out=folder / "bundle", precision="fp16", **gate))
-        manifest = read_record(folder / "bundle", BUNDLE)
-        gates = {graph.precision: list(map(str, graph.gates)) for graph in load_bundle(folder / "bundle").graphs}
-        parity = manifest["tasks"][0]["parity"]["max_logit_difference"]
-        found = {"fp32 against PEFT on the CPU": parity, "providers": manifest["providers_tried"], "gates": gates}
-        tell("exported", found | {"seconds": round(time.monotonic() - began, 1)})
-        work = folder / "bench"
-        work.mkdir(exist_ok=True)
-        prepared = preparation.prepare(_config(name, file=rows), work, usable_cores())
-        (folder / "prepared.tmp").write_bytes(pickle.dumps(prepared))
-        (folder / "prepared.tmp").rename(folder / "prepared.pickle")
-        absent = {name: reason for name, reason in prepared.graphs.items() if isinstance(reason, str)}
-        tell("prepared", {"absent": absent, "seconds": round(time.monotonic() - began, 1)})
+        with ExitStack() as at_end:
+            config, prepared = _prepare(name, folder)
+            began = time.monotonic()
+            started = start_engines(config, prepared, folder / "bench", at_end, at_once=len(config.all_engines))
+            absent = {name: one for name, one in started.items() if isinstance(one, str)}
+            tell("ready", {"absent": absent, "seconds": round(time.monotonic() - began, 1)})
+            (folder / "ready").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.1)
+            _tell_timed(time_engines(config, prepared, folder / "bench", started))
+            (folder / "done").touch()
     except BaseException:
         (folder / "failed").touch()
         raise
 
 
-def bench(name: str, engines: str = "") -> None:
-    """`export.bench` without torch.compile, whose engines are ``compile``'s."""
-    plain = {name: one for name, one in ENGINES.items() if not one.compile_mode and one.family != OPENVINO}
-    chosen = [name for name, one in plain.items() if DEVICE in one.devices]
-    _time(name, tuple(engines.split(",") if engines else chosen))
+def _prepare(name: str, folder: Path) -> tuple[BenchConfig, preparation.Prepared]:
+    from export.fold.config import ExportConfig
+    from export.fold.pipeline import export_adapters
+
+    began = time.monotonic()
+    rows = ROWS if ROWS.is_file() and name != "large" else None
+    if name == "large":
+        shape = "roberta-large"
+        if not ON_CUDA:
+            from transformers import AutoConfig
+
+            shape = str(folder / "small")
+            AutoConfig.for_model("roberta", vocab_size=200, **TINY["roberta"]).save_pretrained(shape)
+        random_model.make_random_bundle(shape, folder, device=DEVICE)
+    else:
+        gate: dict[str, Any] = {"validation_files": (rows,)} if rows else {"ungated": True}
+        export_adapters(ExportConfig((ADAPTERS[name],), out=folder / "bundle", precision="fp16", **gate))
+    (folder / "exported").touch()
+    manifest = read_record(folder / "bundle", BUNDLE)
+    gates = {graph.precision: list(map(str, graph.gates)) for graph in load_bundle(folder / "bundle").graphs}
+    parity = manifest["tasks"][0]["parity"]["max_logit_difference"]
+    found = {"fp32 against PEFT on the CPU": parity, "providers": manifest["providers_tried"], "gates": gates}
+    tell("exported", found | {"seconds": round(time.monotonic() - began, 1)})
+    (folder / "bench").mkdir()
+    config = _config(name, file=rows)
+    return config, preparation.prepare(config, folder / "bench", usable_cores())
 
 
-def compile(name: str, engines: str = "") -> None:
-    """`export.bench` with torch.compile alone."""
-    chosen = [name for name, one in ENGINES.items() if one.compile_mode and DEVICE in one.devices]
-    _time(name, (REFERENCE, *(engines.split(",") if engines else reversed(chosen))), COMPILED_SHAPES.get(name, SHAPES))
-
-
-def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> None:
-    folder = WORK / name
-    prepared = pickle.loads((folder / "prepared.pickle").read_bytes())  # noqa: S301 -- our own
-    if shapes:
-        prepared = replace(prepared, cells=tuple(cell for cell in prepared.cells if cell.name in shapes))
-    found = time_engines(_config(name, engines=engines), prepared, folder / "bench")
-    keys = ("library", "note", "status", "reason", "max_logit_difference", "load_seconds", "gpu_memory_mib", "scores")
+def _tell_timed(found: dict[str, Any]) -> None:
+    keys = ("library", "note", "status", "reason", "max_logit_difference", "gpu_memory_mib", "scores")
     columns = ("latency_ms", "speedup", "peak_share")
     for engine in found["engines"]:
         cells = {cell["cell"]: [cell[key] and round(cell[key], 3) for key in columns] for cell in engine["cells"]}
@@ -259,78 +234,12 @@ def _time(name: str, engines: tuple[str, ...], shapes: tuple[str, ...] = ()) -> 
     tell("whole", found)
 
 
-def profile(name: str) -> None:
-    """Kernels, launches and copies of a request, counted by CUPTI through PyTorch's profiler, which sees ONNX Runtime's."""
-    import torch
-
-    adapter_folder, bundle_folder = _folders(name)
-    adapter, bundle = load_adapter(adapter_folder), load_bundle(bundle_folder)
-
-    def ours(precision: str, *, cuda_graphs: bool = False) -> Callable[[dict[str, Any]], Any]:
-        return OnnxClassifier(bundle, precision=precision, use_cuda=ON_CUDA, cuda_graphs=cuda_graphs).logits
-
-    def peft_eager(dtype: torch.dtype) -> Callable[[dict[str, Any]], Any]:
-        model: Any = peft_for_batches(adapter, find_adapter_base(adapter), bundle.pad_token_id)
-        model.to(DEVICE, dtype)
-
-        def run(batch: dict[str, Any]) -> Any:
-            with torch.inference_mode():
-                return model(**{key: torch.from_numpy(value).to(DEVICE) for key, value in batch.items()}).logits.cpu()
-
-        return run
-
-    ways: dict[str, Callable[[], Callable[[dict[str, Any]], Any]]] = {
-        "ours-fp16": partial(ours, "fp16"),
-        "ours-graphs-fp16": partial(ours, "fp16", cuda_graphs=True),
-        "ours-fp32": partial(ours, "fp32"),
-        "peft-eager-fp16": partial(peft_eager, torch.float16),
-    }
-    generator = np.random.default_rng(2)
-    for way, make in ways.items():
-        run = make()
-        for text in (SHAPES[1], SHAPES[-1]):
-            batch = preparation.random_texts(generator, Shape.parse(text), bundle)
-            for _ in range(3):
-                run(batch)
-            tell(f"{way} {text}", _profiled(partial(run, batch)))
-        del run
-
-
-def _profiled(request: Callable[[], Any], n_requests: int = 5) -> dict[str, Any]:
-    """One request's kernels by time, and its calls to CUDA, as means over a few requests."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    began = time.perf_counter()
-    for _ in range(n_requests):
-        request()
-    wall_us = 1e6 * (time.perf_counter() - began) / n_requests
-    with profiler(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ON_CUDA) as found:
-        for _ in range(n_requests):
-            request()
-    calls, kernels, times = Counter[str](), Counter[str](), Counter[str]()
-    for event in found.events():
-        if str(event.device_type).endswith("CUDA"):
-            kernels[event.name] += 1
-            times[event.name] += event.device_time
-        elif event.name.startswith(("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy", "cuLaunch", "cudaMemset")):
-            calls[event.name] += 1
-    longest = [[key[:110], kernels[key] / n_requests, round(us / n_requests, 1)] for key, us in times.most_common(16)]
-    return {
-        "wall_us": round(wall_us),
-        "gpu_us": round(sum(times.values()) / n_requests),
-        "calls": {key: count / n_requests for key, count in calls.items()},
-        "kernels_and_copies": sum(kernels.values()) / n_requests,
-        "longest": longest,
-    }
-
-
 def hidden() -> None:
     """`tests.gpu.check` hides the GPU from this process; then the driver's library as well, where root may."""
     tell("with CUDA_VISIBLE_DEVICES empty", cuda_absence())
     code = (
         "from export.bundle.folder import load_bundle; from export.runtime.classifier import OnnxClassifier; from pathlib import Path; "
-        f"print(OnnxClassifier(load_bundle(Path({str(_folders('v2')[1])!r}))).execution)"
+        f"print(OnnxClassifier(load_bundle(Path({str(folders('v2')[1])!r}))).execution)"
     )
     tell("OnnxClassifier then", _last_line([sys.executable, "-c", code]))
     masked = (
@@ -349,9 +258,8 @@ def _last_line(words: list[str]) -> str:
 def demo() -> None:
     """`PyTorchBackend` in its modes, held against the graph in fp32."""
     from demo.engines.pytorch import PyTorchBackend
-    from demo.engines.timing import BurstPlan, timed_runs
 
-    onnx = OnnxClassifier(load_bundle(_folders("v2")[1]), precision="fp32", use_cuda=ON_CUDA)
+    onnx = OnnxClassifier(load_bundle(folders("v2")[1]), precision="fp32", use_cuda=ON_CUDA)
     texts = [("Coast redwoods are tall.", "The tallest trees are redwoods."), ("It rains.", "The sun shines.")]
     arrays = onnx.tokenize(texts).arrays
     expected = onnx.logits(arrays)
@@ -368,7 +276,7 @@ def demo() -> None:
 
 
 STEPS: dict[str, Callable[..., None]] = {
-    step.__name__: step for step in (machine, tiny, prepare, graphs, bench, compile, profile, hidden, demo)
+    step.__name__: step for step in (machine, tiny, engines, graphs, attention, profile, hidden, demo)
 }
 
 if __name__ == "__main__":
