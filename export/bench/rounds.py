@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -76,18 +75,9 @@ Engines = Mapping[str, _Started | str]
 """By name, the engines that can be timed, and why the others cannot."""
 
 
-def start_engines(
-    config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack, *, at_once: int = 1
-) -> Engines:
-    """Start every engine; ``at_end`` ends them. Several at once disturb the times of loading and of first runs."""
-
-    def start(name: str) -> _Started | str:
-        started = _start(config, prepared, name, work, at_end)
-        say(f"{name} {f'is not run: {started}' if isinstance(started, str) else 'is ready'}")
-        return started
-
-    with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(config.all_engines, pool.map(start, config.all_engines), strict=True))
+def start_engines(config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack) -> Engines:
+    """Start every engine, one after the other; ``at_end`` ends them."""
+    return {name: start_one(config, prepared, name, work, at_end) for name in config.all_engines}
 
 
 def _time_in_turn(config: BenchConfig, prepared: Prepared, engines: Engines) -> Rounds:
@@ -112,8 +102,14 @@ def _with_burst(measured: Measured, worker: "Worker", cell: str) -> Measured | s
     return replace(measured, cells={**measured.cells, cell: replace(measured.cells[cell], latencies_ms=latencies_ms)})
 
 
+def start_one(config: BenchConfig, prepared: Prepared, name: str, work: Path, at_end: ExitStack) -> _Started | str:
+    """Load an engine in a process of its own, which ``at_end`` ends; where it cannot run, the reason."""
+    started = _start(config, prepared, name, work, at_end)
+    say(f"{name} {f'is not run: {started}' if isinstance(started, str) else 'is ready'}")
+    return started
+
+
 def _start(config: BenchConfig, prepared: Prepared, name: str, work: Path, at_end: ExitStack) -> _Started | str:
-    """Load an engine in a process of its own; where it cannot run, the reason."""
     job, graph, needs = prepared.job, prepared.graphs.get(name, Path()), ENGINES[name].needs
     interpreter = str(config.interpreters[needs]) if needs else sys.executable
     if isinstance(graph, str):

@@ -4,7 +4,8 @@
 
 Each step is a process of its own (`tests.gpu.steps`), one after the other; those after ``--behind`` run beside them, in
 sessions of their own, and go on when the command has ended. What was found is printed as it comes, and stands in
-check.json, which is written to the folder $OUT after every line of it and keeps what earlier calls found. NAME is ``v1`` or ``v2`` (the demo's adapters) or ``large`` (random weights in the shape of roberta-large).
+check.json, which is written to the folder $OUT after every line of it and keeps what earlier calls found. NAME is ``v1`` or
+``v2`` (the demo's adapters) or ``large`` (random weights in the shape of roberta-large).
 
 - machine: versions, the GPU, ONNX Runtime's providers
 - tiny, tiny:KIND,…: a model of each family made in code, fp32 and fp16, with and without CUDA graphs, held against PEFT on the CPU
@@ -74,7 +75,7 @@ def wait(name: str, marker: str, findings: Findings, at_most: float) -> None:
     """Wait until ``engines:NAME`` has come as far as a marker, and keep what it found until then."""
     log, folder = WORK / f"engines-{name}.log", WORK / name
     end = time.monotonic() + at_most
-    while not any((folder / name).exists() for name in (marker, "failed")) and time.monotonic() < end:
+    while not any((folder / one).exists() for one in (marker, "failed")) and time.monotonic() < end:
         time.sleep(0.1)
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["nothing was begun"]
     for line in lines:
@@ -124,8 +125,9 @@ def main() -> None:
         elif step.startswith("bench:"):
             name = step.partition(":")[2]
             wait(name, "ready", findings, left)
-            (WORK / name / "go").touch()
-            wait(name, "done", findings, options.seconds - findings.seconds)
+            if (WORK / name / "ready").exists():
+                (WORK / name / "go").touch()
+                wait(name, "done", findings, options.seconds - findings.seconds)
         else:
             run(step, findings, left)
     print(f"{findings.seconds:.0f} s", flush=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from export.bench import prepare as preparation
 from export.bench import random_model
 from export.bench.config import BenchConfig, Shape
 from export.bench.models import peft_for_batches
-from export.bench.rounds import start_engines, time_engines
+from export.bench.rounds import start_one, time_engines
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
 from export.runtime.session import cuda_absence, providers
@@ -183,7 +184,10 @@ def engines(name: str) -> None:
         with ExitStack() as at_end:
             config, prepared = _prepare(name, folder)
             began = time.monotonic()
-            started = start_engines(config, prepared, folder / "bench", at_end, at_once=len(config.all_engines))
+            start = partial(start_one, config, prepared, work=folder / "bench", at_end=at_end)
+            names = config.all_engines
+            with ThreadPoolExecutor(len(names)) as pool:
+                started = dict(zip(names, pool.map(start, names), strict=True))
             absent = {name: one for name, one in started.items() if isinstance(one, str)}
             tell("ready", {"absent": absent, "seconds": round(time.monotonic() - began, 1)})
             (folder / "ready").touch()
