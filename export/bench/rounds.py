@@ -28,41 +28,6 @@ ROOT = Path(__file__).parents[2]
 """The repository, from which the engines' processes import."""
 
 
-def run_bench(config: BenchConfig) -> dict[str, Any]:
-    """Compare the engines, print the tables, draw the chart, and return the JSON document."""
-    with tempfile.TemporaryDirectory(prefix="promptfold-bench-") as folder:
-        work, threads = Path(folder), config.threads or usable_cores()
-        name = "Preparing the benchmark"
-        prepared = run_in_child(prepare, config, work, threads, name=name, remedy="Is there enough memory?")
-        with ExitStack() as at_end:
-            engines = start_engines(config, prepared, work, at_end)
-            return time_engines(config, prepared, work, engines)
-
-
-def time_engines(config: BenchConfig, prepared: Prepared, work: Path, engines: "Engines") -> dict[str, Any]:
-    """The part of `run_bench` that wants the machine to itself; ``work`` is the folder of `prepare`."""
-    from export.bench.report import document, draw, tables
-
-    say("measuring the machine's peak")
-    with Worker(sys.executable, prepared.job, work) as worker:
-        peaks = worker.call(partial(find_peaks, prepared.job))
-    if isinstance(peaks, str):
-        say(f"the machine's peak could not be measured: {peaks}")
-        peaks = []
-    rounds = _time_in_turn(config, prepared, engines)
-    if all(isinstance(found, str) for engines in rounds for found in engines.values()):
-        name, reason = next(iter(rounds[0].items()))
-        raise EngineError(f"No engine could be measured. {name}: {reason}.")
-    report = document(prepared, rounds, peaks)
-    for part in tables(prepared, report):
-        say(part)
-    if config.png is not None:
-        draw(config.png, prepared, report)
-        say(f"chart: {config.png}")
-    settings = {"device": config.device, "threads": prepared.job.threads, "rounds": config.rounds}
-    return {**settings, "plan": asdict(config.plan), **report}
-
-
 class _Started(NamedTuple):
     """An engine that can be timed."""
 
@@ -75,9 +40,39 @@ Engines = Mapping[str, _Started | str]
 """By name, the engines that can be timed, and why the others cannot."""
 
 
-def start_engines(config: BenchConfig, prepared: Prepared, work: Path, at_end: ExitStack) -> Engines:
-    """Start every engine, one after the other; ``at_end`` ends them."""
-    return {name: start_one(config, prepared, name, work, at_end) for name in config.all_engines}
+def run_bench(config: BenchConfig) -> dict[str, Any]:
+    """Compare the engines, print the tables, draw the chart, and return the JSON document."""
+    with tempfile.TemporaryDirectory(prefix="promptfold-bench-") as folder:
+        work, threads = Path(folder), config.threads or usable_cores()
+        name = "Preparing the benchmark"
+        prepared = run_in_child(prepare, config, work, threads, name=name, remedy="Is there enough memory?")
+        with ExitStack() as at_end:
+            engines = {name: start_one(config, prepared, name, work, at_end) for name in config.all_engines}
+            return time_engines(config, prepared, work, engines)
+
+
+def time_engines(config: BenchConfig, prepared: Prepared, work: Path, engines: Engines) -> dict[str, Any]:
+    """The part of `run_bench` that wants the machine to itself; ``work`` is the folder of `prepare`."""
+    from export.bench.report import document, draw, tables
+
+    say("measuring the machine's peak")
+    with Worker(sys.executable, prepared.job, work) as worker:
+        peaks = worker.call(partial(find_peaks, prepared.job))
+    if isinstance(peaks, str):
+        say(f"the machine's peak could not be measured: {peaks}")
+        peaks = []
+    rounds = _time_in_turn(config, prepared, engines)
+    if all(isinstance(found, str) for one in rounds for found in one.values()):
+        name, reason = next(iter(rounds[0].items()))
+        raise EngineError(f"No engine could be measured. {name}: {reason}.")
+    report = document(prepared, rounds, peaks)
+    for part in tables(prepared, report):
+        say(part)
+    if config.png is not None:
+        draw(config.png, prepared, report)
+        say(f"chart: {config.png}")
+    settings = {"device": config.device, "threads": prepared.job.threads, "rounds": config.rounds}
+    return {**settings, "plan": asdict(config.plan), **report}
 
 
 def _time_in_turn(config: BenchConfig, prepared: Prepared, engines: Engines) -> Rounds:
