@@ -100,20 +100,12 @@ def fuse_operators(path: Path, *, heads: int, hidden_size: int) -> None:
     sizes = {"num_heads": heads, "hidden_size": hidden_size}
     optimized = optimize_model(str(path), model_type="bert", **sizes, optimization_options=options, opt_level=0)
     _keep_on_device(optimized.model.graph)
-    _name_key_starts_end(optimized.model.graph)
-    save_graph(optimized.model, path)
-
-
-def _name_key_starts_end(graph: onnx.GraphProto) -> None:
-    """Give the initializer that a session may replace its own name, without those of modules around its module."""
-    (found,) = {item.name for item in graph.initializer if item.name.endswith(KEY_STARTS_END)} or {KEY_STARTS_END}
-    for item in graph.initializer:
-        if item.name == found:
+    for item in optimized.model.graph.initializer:
+        # Sessions know it by this name, without those of the modules around its own.
+        if item.name.endswith(KEY_STARTS_END):
+            optimized.replace_input_of_all_nodes(item.name, KEY_STARTS_END)
             item.name = KEY_STARTS_END
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name == found:
-                node.input[place] = KEY_STARTS_END
+    save_graph(optimized.model, path)
 
 
 ARITHMETIC = frozenset({"Add", "Div", "Mod", "Mul", "Sub"})
