@@ -46,7 +46,7 @@ def places(
         (["--adapter", "{adapter}", "--port", "{taken}"], "is in use on 127.0.0.1"),
         (["--port", "70000"], "give a number from 1 to 65535"),
         (["--engine", "gpu"], '"gpu" for --engine. Choose from: "both", "onnx", "ray"'),
-        (["--auth", "nobody"], "--auth"),
+        (["--auth", "alice"], "--auth"),
         (["--host", "192.0.2.1"], "this machine has no such address"),
         (["--host", "no.such.host.invalid"], "there is no such address"),
     ],

@@ -209,7 +209,7 @@ def test_engines_start_when_wanted_and_the_oldest_stop(adapter: Folders, bundle:
 
 def test_a_choice_that_there_is_not_is_refused(pair: Pair) -> None:
     for chosen, words in (
-        (("nobody", "fp32", "eager"), "There is no adapter 'nobody' here. Choose one of"),
+        (("absent", "fp32", "eager"), "There is no adapter 'absent' here. Choose one of"),
         ((None, "fp32", "eager"), "There is no adapter 'None' here"),
         (("bert", "int4", "eager"), "There is no precision 'int4' here. Choose one of fp32, fp16, int8"),
         (("bert", "fp32", ["x" * 1000]), "There is no way for PyTorch"),

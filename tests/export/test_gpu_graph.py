@@ -71,11 +71,12 @@ def test_every_operator_that_can_be_fused_is_and_the_logits_are_pefts(
     is_known = family_of(kind) in ENCODERS and family_of(kind) != "mpnet"
     assert (KEY_STARTS_END in {item.name for item in fp16.graph.initializer}) is is_known
     if is_known:
+        # A name of its own, since the session reads it for as long as it lives.
+        none = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))
         options = onnxruntime.SessionOptions()
-        options.add_initializer(KEY_STARTS_END, none := onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64)))
+        options.add_initializer(KEY_STARTS_END, none)
         session = onnxruntime.InferenceSession(folder / "model_fp16.onnx", options, providers=["CPUExecutionProvider"])
         assert np.array_equal(session.run(["logits"], batch)[0], logits)
-        del none  # the session reads it for as long as it lives
     golden = peft_logits(adapter(kind), base_model(family_of(kind)), batch)
     # fp16 has 11 bits of mantissa: a thousandth of each sum, a few sums deep, which rarely point the same way.
     assert np.abs(logits - golden).max() < 2e-2
@@ -93,7 +94,7 @@ def attention_kernels(graph: Path) -> dict[str, list[str]]:
     return {"without": ["EFFICIENT_ATTENTION" if says_it else cudnn], "with CUDA graphs": [cudnn]}
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc compiles the CUDA libraries that need no GPU")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, which compiles the CUDA libraries that need no GPU")
 def test_cuda_takes_every_node_and_a_request_copies_its_inputs_alone(gpu_bundles: list[Path]) -> None:
     """Asked of ONNX Runtime's own CUDA provider, on libraries that launch nothing: else CUDA graphs would be refused."""
     graphs = [folder / "model_fp16.onnx" for folder in gpu_bundles]

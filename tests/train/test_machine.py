@@ -136,7 +136,9 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, nvmlP
 """The driver's management library, with the structs of NVIDIA's nvml.h."""
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc compiles a management library that needs no driver")
+@pytest.mark.skipif(
+    shutil.which("gcc") is None, reason="no gcc, which compiles a management library that needs no driver"
+)
 @pytest.mark.parametrize(
     ("defined", "expected"),
     [

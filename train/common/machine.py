@@ -153,7 +153,7 @@ class _NvmlProcess(ctypes.Structure):
 
 
 MAX_GPU_PROCESSES = 1024
-"""Of more than these the driver's library counts none."""
+"""The processes that there is room for: where more run, the driver's library lists none."""
 
 
 def gpu_memory() -> GpuMemory | None:

@@ -66,7 +66,7 @@ sys.exit(status)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from there")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc, from which the peak of a process is read")
 @pytest.mark.parametrize(
     ("source_suffix", "out_suffix"), [(".jsonl", ".parquet"), (".parquet", ".csv"), (".csv", ".jsonl")]
 )
