@@ -88,6 +88,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a file's content in a test's name by its argument alone.
+
+    Packed content can hold the time at which it was packed: pytest-xdist's workers would disagree about the names.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each of pytest-xdist's workers whole files, for their fixtures, and all that start Ray to one of them.
