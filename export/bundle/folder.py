@@ -161,6 +161,8 @@ class Int8Form:
     calibration: str
     """Where the calibration texts come from."""
     n_texts: int
+    wide: bool = False
+    """Whether tensors between the feed-forward layers are smoothed too."""
     dynamic_ms: float | None = None
     """Median time of one text with dynamic scales on the exporting machine, where both were tried."""
     static_ms: float | None = None
@@ -169,7 +171,8 @@ class Int8Form:
 
     def __str__(self) -> str:
         """For people: "static scales, smoothed with α 0.5, every dense product in int8"."""
-        smoothing = "not smoothed" if self.alpha is None else f"smoothed with α {self.alpha:g}"
+        throughout = " throughout" if self.wide else ""
+        smoothing = "not smoothed" if self.alpha is None else f"smoothed{throughout} with α {self.alpha:g}"
         n_kept = len(self.kept_fp32)
         kept = f"{n_kept} dense product{'s' * (n_kept > 1)} in fp32" if n_kept else "every dense product in int8"
         weights = "7-bit weights, " if self.weight_bits == 7 else ""

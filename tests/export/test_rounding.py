@@ -12,7 +12,7 @@ from onnx import numpy_helper, parser
 
 from export.bundle.folder import GRAPH_FILES, INT8, WeightBits
 from export.fold.precision import choose, gate, integer, rounding
-from export.fold.precision.calibration import CalibrationBatches, measure_grams, session_in_memory
+from export.fold.precision.calibration import TaskBatches, measure_grams, session_in_memory
 from export.fold.precision.choose import Int8Chooser
 from export.fold.precision.dense import dense_products
 from export.fold.precision.rounding import round_by_gptq, round_to_nearest, round_weights
@@ -115,9 +115,9 @@ def shared_graph() -> onnx.ModelProto:
     return model
 
 
-def token_batches() -> list[CalibrationBatches]:
+def token_batches() -> list[TaskBatches]:
     ids = np.random.default_rng(5).integers(0, 50, size=(3, 4, 9))
-    return [CalibrationBatches("made up", 0, MRPC, tuple({"input_ids": batch} for batch in ids))]
+    return [TaskBatches("made up", 0, MRPC, tuple({"input_ids": batch} for batch in ids))]
 
 
 @pytest.mark.parametrize("memory", [1e9, 1])
@@ -222,14 +222,25 @@ def has_static_scales(path: Path) -> bool:
     return "QuantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
 
 
+def is_smoothed_between_layers(path: Path) -> bool:
+    """The feed-forward layers of the tiny BERT meet in 64 channels; all else is 32 wide."""
+    constants = onnx.load(path).graph.initializer
+    return any(item.name.endswith("_inverse_scales") and list(item.dims) == [64] for item in constants)
+
+
 @pytest.mark.parametrize(
-    ("passes", "bits", "activations", "n_refused"),
-    [(fits_eight_bits_alone, 8, "dynamic", 4), (has_static_scales, 7, "static", 1)],
+    ("passes", "bits", "activations", "wide", "n_refused"),
+    [
+        (fits_eight_bits_alone, 8, "dynamic", False, 4),
+        (has_static_scales, 7, "static", False, 1),
+        (is_smoothed_between_layers, 7, "dynamic", True, 2),
+    ],
 )
 def test_where_the_first_graph_costs_too_much_the_next_is_tried_before_any_product_goes_back_to_fp32(
     passes: Callable[[Path], bool],
     bits: int,
     activations: str,
+    wide: bool,
     n_refused: int,
     bundle: Folders,
     tmp_path: Path,
@@ -242,14 +253,14 @@ def test_where_the_first_graph_costs_too_much_the_next_is_tried_before_any_produ
     folder.mkdir()
     (folder / "model.onnx").write_bytes((bundle("bert") / "model.onnx").read_bytes())
     batches = [random_batch(np.random.default_rng(seed), 6, 12, token_types=True) for seed in range(3)]
-    chooser = Int8Chooser(folder, [CalibrationBatches("made up", 0, MRPC, tuple(batches))])
+    chooser = Int8Chooser(folder, [TaskBatches("made up", 0, MRPC, tuple(batches))])
 
     def judge(path: Path) -> SimpleNamespace:
         return SimpleNamespace(passed=passes(path))
 
     form, cost = chooser.choose(judge, may_be_static=True)  # type: ignore[arg-type]
     assert cost.passed
-    assert (form.weight_bits, form.activations, form.kept_fp32) == (bits, activations, ())
+    assert (form.weight_bits, form.activations, form.wide, form.kept_fp32) == (bits, activations, wide, ())
     assert passes(folder / GRAPH_FILES[INT8])
     assert capsys.readouterr().out.count("7-bit weights") == n_refused
 

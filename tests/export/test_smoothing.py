@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from export.__main__ import main as export
 from export.bundle.folder import load_bundle
-from export.fold.precision.calibration import CalibrationBatches, measure_activations
+from export.fold.precision.calibration import TaskBatches, measure_activations
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import compare_logits, wilson_interval
 from export.fold.precision.integer import quantize_products
@@ -110,7 +110,7 @@ def test_smoothing_of_a_whole_classifier_is_exact_and_static_int8_gives_a_row_th
     folder = bundle("bert")
     model = load_graph(folder / "model.onnx")
     batches = [random_batch(np.random.default_rng(seed), 6, 12, token_types=True) for seed in range(3)]
-    texts = [CalibrationBatches("made up", 0, MRPC, tuple(batches))]
+    texts = [TaskBatches("made up", 0, MRPC, tuple(batches))]
     activations = measure_activations(model, texts)
     largest = {name: found.largest for name, found in activations.items()}
     smoothed = smooth(model, largest, 0.6, wide=True)
@@ -211,12 +211,12 @@ def test_fidelity_and_its_intervals_are_those_of_scipy() -> None:
     generator = np.random.default_rng(0)
     reference = generator.normal(size=(200, 3))
     logits = reference + generator.normal(size=(200, 3)) / 10
-    found = compare_logits(CalibrationBatches("made up", 0, MNLI, ()), reference, logits)
+    found = compare_logits(TaskBatches("made up", 0, MNLI, ()), reference, logits)
     assert found.equal_labels == (reference.argmax(1) == logits.argmax(1)).sum()
     assert found.rms_logit_difference == pytest.approx(np.linalg.norm(reference - logits) / np.sqrt(600))
     assert found.max_logit_difference == np.abs(reference - logits).max()
     assert found.passed == (found.equal_labels >= 196)
-    assert not compare_logits(CalibrationBatches("", 0, MNLI, ()), reference, np.full((200, 3), np.nan)).passed
+    assert not compare_logits(TaskBatches("", 0, MNLI, ()), reference, np.full((200, 3), np.nan)).passed
 
 
 def test_the_everyday_pairs_are_300_and_no_two_alike() -> None:

@@ -1,7 +1,7 @@
 """Runs the fp32 graph on calibration texts, to learn what its dense products read: how large channels are, how correlated."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -29,8 +29,8 @@ BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
-class CalibrationBatches:
-    """The calibration texts of a task, tokenized."""
+class TaskBatches:
+    """The texts of a task, tokenized once for every candidate."""
 
     name: str
     """Where they come from, for people."""
@@ -43,12 +43,6 @@ class CalibrationBatches:
     @property
     def n_texts(self) -> int:
         return sum(len(batch["input_ids"]) for batch in self.batches)
-
-    def sample(self, n_texts: int) -> "CalibrationBatches":
-        """Batches of about so many texts, of all lengths."""
-        n_wanted = min(-(-n_texts // BATCH_SIZE), len(self.batches))
-        picked = (round(i) for i in np.linspace(0, len(self.batches) - 1, n_wanted))
-        return replace(self, batches=tuple(self.batches[i] for i in picked))
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Activations:
         return np.asarray(np.maximum(np.abs(self.low), np.abs(self.high)))
 
 
-def batch_texts(folder: Path, sources: "Sources") -> list[CalibrationBatches]:
+def batch_texts(folder: Path, sources: "Sources") -> list[TaskBatches]:
     """Tokenize the calibration texts of all tasks into batches of similar length."""
     tokenize = text_tokenizer(folder, sources)
     found = []
@@ -81,7 +75,7 @@ def batch_texts(folder: Path, sources: "Sources") -> list[CalibrationBatches]:
         if task.texts is not None:
             rows = task.texts.rows
             batches = tuple(tokenize([rows[row] for row in group]).arrays for group in in_batches(rows, BATCH_SIZE))
-            found.append(CalibrationBatches(task.texts.name, task.number, task.adapter.task, batches))
+            found.append(TaskBatches(task.texts.name, task.number, task.adapter.task, batches))
     return found
 
 
@@ -96,7 +90,7 @@ def text_tokenizer(folder: Path, sources: "Sources") -> TextTokenizer:
     )
 
 
-def measure_activations(model: onnx.ModelProto, tasks: Sequence[CalibrationBatches]) -> dict[str, Activations]:
+def measure_activations(model: onnx.ModelProto, tasks: Sequence[TaskBatches]) -> dict[str, Activations]:
     """The sizes of each tensor that dense products read, by its name.
 
     Only the smallest and the largest numbers leave the graph: the tensors themselves would take gigabytes.
@@ -128,7 +122,7 @@ def measure_activations(model: onnx.ModelProto, tasks: Sequence[CalibrationBatch
 
 
 def measure_grams(
-    model: onnx.ModelProto, tasks: Sequence[CalibrationBatches], groups: Sequence[tuple[str, ...]]
+    model: onnx.ModelProto, tasks: Sequence[TaskBatches], groups: Sequence[tuple[str, ...]]
 ) -> dict[tuple[str, ...], np.ndarray]:
     """Xᵀ·X of what dense products read, summed over the tensors of each group; float64, shape = (n_channels, n_channels)"""
     widths = source_widths(model.graph)
@@ -167,9 +161,7 @@ def source_widths(graph: onnx.GraphProto) -> dict[str, int]:
     return {product.source: shapes[product.weight][int(product.transposed)] for product in dense_products(graph)}
 
 
-def _run(
-    model: onnx.ModelProto, tasks: Sequence[CalibrationBatches], outputs: Sequence[str]
-) -> Iterator[list[np.ndarray]]:
+def _run(model: onnx.ModelProto, tasks: Sequence[TaskBatches], outputs: Sequence[str]) -> Iterator[list[np.ndarray]]:
     """These outputs of a graph that is in memory, batch by batch."""
     have = {item.name for item in model.graph.output}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs if name not in have)

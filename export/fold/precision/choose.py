@@ -14,10 +14,10 @@ import onnx
 
 from export.bundle.folder import FP32, GRAPH_FILES, INT8, Int8Form, WeightBits
 from export.fold.graphs.files import save_graph
-from export.fold.precision.calibration import CalibrationBatches, measure_activations, session_in_memory
+from export.fold.precision.calibration import BATCH_SIZE, TaskBatches, measure_activations, session_in_memory
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import root_mean_square
-from export.fold.precision.gate import Cost, run_for_task
+from export.fold.precision.gate import Cost, run_for_task, task_logits
 from export.fold.precision.integer import quantize_products
 from export.fold.precision.rounding import IntegerWeight, round_weights
 from export.fold.precision.smooth import smooth
@@ -51,14 +51,14 @@ class Candidate:
 class Int8Chooser:
     """A graph in fp32, and what calibration texts say of it."""
 
-    def __init__(self, folder: Path, texts: Sequence[CalibrationBatches]) -> None:
+    def __init__(self, folder: Path, texts: Sequence[TaskBatches]) -> None:
         """Run the graph on the calibration texts."""
         self._path = folder / GRAPH_FILES[INT8]
         self._model = load_graph(folder / GRAPH_FILES[FP32])
-        self._texts = [task.sample(CHOOSING_TEXTS) for task in texts]
-        self._few = [task.sample(RANKING_TEXTS) for task in texts]
+        self._texts = [_sample(task, CHOOSING_TEXTS) for task in texts]
+        self._few = [_sample(task, RANKING_TEXTS) for task in texts]
         self._activations = measure_activations(self._model, self._texts)
-        self._references = _logits(self._model, self._texts)
+        self._references = task_logits(session_in_memory(self._model), self._texts)
         self.products = dense_products(self._model.graph)
         self._alphas: dict[bool, float | None] = {}
         """α by whether it is for wide tensors too."""
@@ -87,6 +87,7 @@ class Int8Chooser:
         return Int8Form(
             activations="dynamic",
             alpha=candidate.alpha,
+            wide=candidate.wide,
             weight_bits=candidate.weight_bits,
             kept_fp32=candidate.kept_fp32,
             calibration=self._texts[0].name,
@@ -97,7 +98,7 @@ class Int8Chooser:
         save_graph(self._quantized(candidate), self._path)
         cost = judge(self._path)
         if not cost.passed:
-            say(f"      int8, {_words(candidate, len(self.products))}: {cost}")
+            say(f"      int8, {self._form(candidate)}: {cost}")
         return cost
 
     def _smoothed(self, candidate: Candidate) -> onnx.ModelProto:
@@ -119,7 +120,7 @@ class Int8Chooser:
         return quantize_products(smoothed, weights=weights, kept_fp32=candidate.kept_fp32)
 
     def _error(self, model: onnx.ModelProto) -> float:
-        return root_mean_square(self._references, _logits(model, self._texts))
+        return root_mean_square(self._references, task_logits(session_in_memory(model), self._texts))
 
     def _with_best_alpha(self, candidate: Candidate) -> Candidate:
         """The candidate with the α that makes the least error; the same one with 7 bits and with 8."""
@@ -164,10 +165,11 @@ class Int8Chooser:
 
     def _by_error_for_time(self, candidate: Candidate) -> list[str]:
         """The products' names, first the one that wins most when it stays in fp32, for the time that it takes."""
-        references = _logits(self._model, self._few)
+        references = task_logits(session_in_memory(self._model), self._few)
 
         def error(kept: tuple[str, ...]) -> float:
-            return root_mean_square(references, _logits(self._quantized(replace(candidate, kept_fp32=kept)), self._few))
+            model = self._quantized(replace(candidate, kept_fp32=kept))
+            return root_mean_square(references, task_logits(session_in_memory(model), self._few))
 
         say(f"      ranking {len(self.products)} dense products by what int8 in them costs")
         before, times = error(()), self._times()
@@ -194,32 +196,19 @@ class Int8Chooser:
         if static_cost.passed:
             return replace(form, activations="static"), static_cost
         if not cost.passed:
-            say(f"      int8, {_words(candidate, len(self.products))}, static scales: {static_cost}")
+            say(f"      int8, {replace(form, activations='static')}: {static_cost}")
         save_graph(dynamic, self._path)
         return form, cost
 
 
-def _words(candidate: Candidate, n_products: int) -> str:
-    smoothing = "not smoothed" if candidate.alpha is None else f"smoothed with α {candidate.alpha}"
-    if candidate.wide:
-        smoothing += " throughout"
-    if candidate.weight_bits == 7:
-        smoothing = f"7-bit weights, {smoothing}"
-    n_kept = len(candidate.kept_fp32)
-    return f"{smoothing}, {f'{n_kept} of {n_products} dense products in fp32' if n_kept else 'every dense product'}"
+def _sample(task: TaskBatches, n_texts: int) -> TaskBatches:
+    """Batches of about so many texts, of all lengths."""
+    n_wanted = min(-(-n_texts // BATCH_SIZE), len(task.batches))
+    picked = (round(i) for i in np.linspace(0, len(task.batches) - 1, n_wanted))
+    return replace(task, batches=tuple(task.batches[i] for i in picked))
 
 
-def _logits(model: onnx.ModelProto, tasks: Sequence[CalibrationBatches]) -> list[np.ndarray]:
-    """The logits of a graph in memory for each task's texts; float64, shape = (n_texts, n_labels)"""
-    session = session_in_memory(model)
-    found = []
-    for task in tasks:
-        logits = np.concatenate([run_for_task(session, batch, task.number) for batch in task.batches])
-        found.append(logits[:, : len(task.task.labels)].astype(np.float64))
-    return found
-
-
-def _time_both(one: onnx.ModelProto, other: onnx.ModelProto, texts: CalibrationBatches) -> tuple[float, float]:
+def _time_both(one: onnx.ModelProto, other: onnx.ModelProto, texts: TaskBatches) -> tuple[float, float]:
     """Medians of one text's time in ms, in turn."""
     sessions = [session_in_memory(model) for model in (one, other)]
     longest = texts.batches[-1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from export.bundle.folder import Fidelity
-from export.fold.precision.calibration import CalibrationBatches
+from export.fold.precision.calibration import TaskBatches
 from export.runtime.batches import differ
 from train.config import REGRESSION
 from train.data.tasks import Task
@@ -19,7 +19,7 @@ Z_95 = 1.959964
 """The normal distribution's quantile for an interval of 95 %."""
 
 
-def compare_logits(texts: CalibrationBatches, reference: np.ndarray, logits: np.ndarray) -> Fidelity:
+def compare_logits(texts: TaskBatches, reference: np.ndarray, logits: np.ndarray) -> Fidelity:
     """Compare logits with those of fp32; float64, shapes = (n_texts, n_labels)"""
     is_finite = bool(np.isfinite(logits).all())
     differences = np.abs(logits - reference) if is_finite else np.zeros(1)

@@ -1,6 +1,6 @@
 """The quality gate: what a precision costs, on labelled rows and in fidelity to fp32."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ import numpy as np
 
 from export.bundle.folder import FP32, GRAPH_FILES, Fidelity, Gate
 from export.fold.config import GATE_TOLERANCE
-from export.fold.precision.calibration import CalibrationBatches, text_tokenizer
+from export.fold.precision.calibration import TaskBatches, text_tokenizer
 from export.fold.precision.fidelity import compare_logits
 from export.fold.read import Sources
 from export.runtime.batches import differ, in_batches
@@ -17,7 +17,7 @@ from export.runtime.classifier import with_task
 from export.runtime.session import open_session, run_session
 from train.common.machine import usable_cores
 from train.data.intervals import rise_intervals
-from train.data.tasks import Task, score
+from train.data.tasks import score
 from train.data.token_ids import sentences_of
 
 if TYPE_CHECKING:
@@ -25,14 +25,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LabelledBatches:
-    """The labelled rows of a task, tokenized once for every candidate; ``file`` is the name of the file with them."""
+class LabelledBatches(TaskBatches):
+    """The labelled rows of a task; ``name`` is that of the file with them."""
 
-    file: str
-    task: Task
-    number: int
-    batches: tuple[dict[str, np.ndarray], ...]
-    """Text inputs by name."""
     expected: tuple[np.ndarray, ...]
     """The labels of each batch, in the form of `Task.predict`."""
 
@@ -73,7 +68,7 @@ def label_batches(folder: Path, sources: Sources) -> list[LabelledBatches]:
         groups = list(in_batches(texts, 32))
         batches = tuple(tokenize([texts[row] for row in group]).arrays for group in groups)
         expected = tuple(labels[group] for group in groups)
-        found.append(LabelledBatches(task.rows.file.name, task.rows.task, task.number, batches, expected))
+        found.append(LabelledBatches(task.rows.file.name, task.number, task.rows.task, batches, expected))
     return found
 
 
@@ -83,10 +78,20 @@ def run_for_task(session: "InferenceSession", batch: Mapping[str, np.ndarray], n
     return run_session(session, {item.name: arrays[item.name] for item in session.get_inputs()})
 
 
+def task_logits(session: "InferenceSession", tasks: Iterable[TaskBatches]) -> list[np.ndarray]:
+    """The logits for all texts of each task; float64, shape = (n_texts, n_labels)"""
+    found = []
+    for task in tasks:
+        logits = np.concatenate([run_for_task(session, batch, task.number) for batch in task.batches])
+        # A graph for many tasks has as many columns as the task with the most labels.
+        found.append(logits[:, : len(task.task.labels)].astype(np.float64))
+    return found
+
+
 class Judge:
     """Compares a bundle's graphs with its fp32 graph, task by task: on labelled rows, and on calibration texts."""
 
-    def __init__(self, folder: Path, rows: Sequence[LabelledBatches], texts: Sequence[CalibrationBatches]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[LabelledBatches], texts: Sequence[TaskBatches]) -> None:
         """Run nothing yet.
 
         Args:
@@ -110,14 +115,7 @@ class Judge:
     def _logits(self, path: Path, *, on_cpu: bool) -> list[np.ndarray]:
         """The logits for the labelled rows of each task, then for its texts; float64, shape = (n_rows, n_labels)"""
         session = open_session(path, threads=usable_cores(), use_cuda=False if on_cpu else None)
-        # A graph for many tasks has as many columns as the task with the most labels.
-        wanted = [(one.batches, one.number, len(one.task.labels)) for one in self._rows]
-        wanted += [(one.batches, one.number, len(one.task.labels)) for one in self._texts]
-        found = []
-        for batches, number, n_labels in wanted:
-            logits = np.concatenate([run_for_task(session, batch, number) for batch in batches])
-            found.append(logits[:, :n_labels].astype(np.float64))
-        return found
+        return task_logits(session, (*self._rows, *self._texts))
 
     def classes_seen(self) -> list[int]:
         """How many different answers fp32 gives to the texts of each task."""
@@ -136,7 +134,7 @@ def _gate(rows: LabelledBatches, reference: np.ndarray, logits: np.ndarray) -> G
     before, after = (rows.task.predict(np.nan_to_num(found)) for found in (reference, logits))
     changes = np.abs(rows.task.probabilities(logits) - rows.task.probabilities(reference))
     return Gate(
-        file=rows.file,
+        file=rows.name,
         n_rows=len(expected),
         fp32=score(rows.task, before, expected).values,
         scores=score(rows.task, after, expected).values,

@@ -12,7 +12,7 @@ from export.fold.compare import compare_with_peft
 from export.fold.config import AUTO, GATE_TOLERANCE, ExportConfig
 from export.fold.fold import fold_adapters
 from export.fold.graphs.files import save_graph
-from export.fold.precision.calibration import CalibrationBatches, batch_texts
+from export.fold.precision.calibration import TaskBatches, batch_texts
 from export.fold.precision.choose import Int8Chooser
 from export.fold.precision.fidelity import LEAST_EQUAL
 from export.fold.precision.gate import Cost, Judge, LabelledBatches, label_batches
@@ -87,7 +87,7 @@ _REMEDY = "Give labelled rows with --validation-file, or texts in its language w
 
 
 def _find_judge(
-    folder: Path, sources: Sources, rows: list[LabelledBatches], texts: list[CalibrationBatches]
+    folder: Path, sources: Sources, rows: list[LabelledBatches], texts: list[TaskBatches]
 ) -> tuple[Judge | None, str]:
     """The judge of what a precision costs, or None and the reason."""
     trouble = next((task.texts.trouble for task in sources.tasks if task.texts and task.texts.trouble), "")
@@ -105,9 +105,7 @@ def _find_judge(
     return (None, trouble) if trouble else (judge, "")
 
 
-def _make(
-    precision: str, folder: Path, sources: Sources, texts: list[CalibrationBatches], judge: Judge | None
-) -> MadeGraph:
+def _make(precision: str, folder: Path, sources: Sources, texts: list[TaskBatches], judge: Judge | None) -> MadeGraph:
     """Make a graph, or take the one that the bundle holds already, and measure what it costs."""
     path = folder / GRAPH_FILES[precision]
     cost_of = partial(judge, on_cpu=precision == INT8) if judge else lambda _: NOTHING

@@ -12,7 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from export.bundle.folder import WeightBits
-from export.fold.precision.calibration import CalibrationBatches, measure_grams
+from export.fold.precision.calibration import TaskBatches, measure_grams
 from export.fold.precision.dense import dense_products
 
 LARGEST = {7: 64, 8: 127}
@@ -70,9 +70,7 @@ def round_by_gptq(matrix: np.ndarray, gram: np.ndarray, bits: WeightBits) -> Int
     return IntegerWeight(rounded, scales.astype(np.float32))
 
 
-def round_weights(
-    model: onnx.ModelProto, tasks: Sequence[CalibrationBatches], bits: WeightBits
-) -> dict[str, IntegerWeight]:
+def round_weights(model: onnx.ModelProto, tasks: Sequence[TaskBatches], bits: WeightBits) -> dict[str, IntegerWeight]:
     """The matrices of a graph's dense products by GPTQ on calibration texts, by the initializers' names."""
     matrices = {item.name: item for item in model.graph.initializer}
     transposed = {product.weight: product.transposed for product in dense_products(model.graph)}
