@@ -51,11 +51,7 @@ def open_session(
     import onnxruntime
 
     check_graph(path)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
-    keep_int8_exact(options)
+    options = session_options(threads)
     if use_cuda is None:
         use_cuda = not cuda_absence()
     if use_cuda:
@@ -68,14 +64,19 @@ def open_session(
         return onnxruntime.InferenceSession(path, options, providers=wanted)
 
 
-def keep_int8_exact(options: "SessionOptions") -> None:
-    """Set what keeps 8-bit weights exact where sums overflow: ONNX Runtime makes them unsigned then, which is slower.
+def session_options(threads: int) -> "SessionOptions":
+    """The options of every session, whose graph comes from a file or is only tried."""
+    import onnxruntime
 
-    Not elsewhere, as it makes them unsigned, and slower, on every processor. The key is from
-    ``onnxruntime_session_options_config_keys.h``.
-    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
     if overflows():
+        # Makes 8-bit weights unsigned, which is slower and exact. Not elsewhere: it does so on every processor. The key is
+        # from onnxruntime_session_options_config_keys.h.
         options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def overflows() -> bool:

@@ -15,7 +15,7 @@ from export.fold.graphs.files import save_graph
 from export.fold.precision.dense import dense_products
 from export.runtime.batches import in_batches
 from export.runtime.classifier import with_task
-from export.runtime.session import keep_int8_exact
+from export.runtime.session import session_options
 from export.runtime.tokenizer import TextTokenizer
 from train.common.machine import usable_cores
 from train.data.tasks import Task
@@ -177,11 +177,7 @@ def session_in_memory(model: onnx.ModelProto) -> "InferenceSession":
     """A session of a graph that is in no file, on the CPU."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    # Two such sessions run in turn, and threads of the one that spin would disturb the other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    keep_int8_exact(options)
+    options = session_options(usable_cores())
     # ONNX Runtime has the numbers in memory when the file goes, and one message of protobuf holds 2 GB.
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"

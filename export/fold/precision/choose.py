@@ -23,13 +23,13 @@ from export.fold.precision.rounding import IntegerWeight, round_weights
 from export.fold.precision.smooth import smooth
 from export.runtime.session import overflows
 from train.common.console import say
+from train.common.errors import PrecisionError
 
 ALPHAS = (0.4, 0.5, 0.6, 0.7)
 CHOOSING_TEXTS = 96
 """Calibration texts on which candidates are compared by the logits' error."""
 RANKING_TEXTS = 32
 """The same for single products, of which there are many."""
-TIMED_SHAPE = (1, 60)
 TIMED_RUNS = 15
 SLOWER = 1.02
 """Static scales are taken up to this ratio of the dynamic graph's time: rows independent of their batch are worth that."""
@@ -52,14 +52,22 @@ class Int8Chooser:
     """A graph in fp32, and what calibration texts say of it."""
 
     def __init__(self, folder: Path, texts: Sequence[TaskBatches]) -> None:
-        """Run the graph on the calibration texts."""
+        """Run the graph on the calibration texts.
+
+        Raises:
+            PrecisionError: no product of the graph has a constant side.
+        """
         self._path = folder / GRAPH_FILES[INT8]
         self._model = load_graph(folder / GRAPH_FILES[FP32])
+        self.products = dense_products(self._model.graph)
+        if not self.products:
+            raise PrecisionError(
+                "int8 would win nothing: the graph has no product with a constant matrix. Take --precision fp32."
+            )
         self._texts = [_sample(task, CHOOSING_TEXTS) for task in texts]
         self._few = [_sample(task, RANKING_TEXTS) for task in texts]
         self._activations = measure_activations(self._model, self._texts)
         self._references = task_logits(session_in_memory(self._model), self._texts)
-        self.products = dense_products(self._model.graph)
         self._alphas: dict[bool, float | None] = {}
         """α by whether it is for wide tensors too."""
         self._last: tuple[Candidate, onnx.ModelProto, dict[str, IntegerWeight]] | None = None
@@ -216,7 +224,7 @@ def _time_both(one: onnx.ModelProto, other: onnx.ModelProto, texts: TaskBatches)
     runs_ms: list[list[float]] = [[], []]
     for _ in range(TIMED_RUNS + 1):
         for session, times in zip(sessions, runs_ms, strict=True):
-            run_for_task(session, batch, texts.number)  # its threads spin again
+            run_for_task(session, batch, texts.number)  # for the caches, which the other one used
             start = time.perf_counter()
             run_for_task(session, batch, texts.number)
             times.append(1000 * (time.perf_counter() - start))

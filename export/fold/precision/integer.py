@@ -93,7 +93,8 @@ def _quantize_activation(source: str, bounds: Range | None) -> tuple[list[onnx.N
         return [node], {}
     # Zero must have a number of its own, as in ONNX's DynamicQuantizeLinear.
     low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
-    step = np.float32((high - low) / 255) if high > low else np.float32(1)
+    # A range so small that its step would be 0 in fp32 is one of zeros.
+    step = np.float32((high - low) / 255) or np.float32(1)
     node = onnx.helper.make_node("QuantizeLinear", [source, scale, zero], [quantized], name=f"{source}_to_int8")
     return [node], _tensors({scale: np.array(step), zero: np.array(np.rint(-low / step).clip(0, 255), np.uint8)})
 
