@@ -165,9 +165,22 @@ def model_facts(opened: OpenedEngines) -> Markup:
         base_model=Path(bundle.base_model).name,
         method=METHODS.get(bundle.method, bundle.method),
         opened=opened,
+        not_for_use=not_for_use(opened.choice),
         task=opened.task,
         labels_shown=LABELS_SHOWN,
     )
+
+
+def not_for_use(choice: Choice) -> str:
+    """That an answer without a learned prompt is better, and which adapter to take; empty where the adapter is better."""
+    scores = choice.adapter.scores
+    _, baseline = best_scores(choice.adapter.baselines)
+    metric = next(iter(baseline.values), "")
+    if not metric or scores.values[metric] >= baseline.values[metric]:
+        return ""
+    better = [rival.folder.name for rival in choice.rivals if rival.scores.key > scores.key]
+    take = f"; take {better[0]}" if better else ""
+    return f"An answer that needs no learned prompt has a better {METRICS[metric]}{take}."
 
 
 def quality_words(choice: Choice) -> Markup:

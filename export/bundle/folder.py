@@ -190,6 +190,8 @@ class GraphFile:
     """One for each task, or none."""
     int8: Int8Form | None = None
     """None for other precisions, and in bundles from before there was a choice."""
+    no_fidelity: str = ""
+    """Why texts without labels cannot say what it costs; empty where they can."""
 
     @property
     def is_judged(self) -> bool:

@@ -68,6 +68,8 @@ def _graph_record(made: "MadeGraph", old: Mapping[str, Any]) -> dict[str, Any]:
     }
     if made.int8:
         record["int8"] = asdict(made.int8)
+    if made.no_fidelity:
+        record["no_fidelity"] = made.no_fidelity
     for name, costs in (("gates", made.cost.gates), ("fidelity", made.cost.fidelity)):
         # One for each task, or none.
         if costs and (not old or old.get(name)):

@@ -14,7 +14,7 @@ import pytest
 from demo.__main__ import main
 from demo.engines.adapters import Choice, choose_adapters
 from demo.measure.all_engines import measure_all
-from demo.page.app import model_facts, quality_words
+from demo.page.app import model_facts, not_for_use, quality_words
 from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
@@ -71,12 +71,13 @@ def test_the_page_says_how_good_the_adapter_is(adapter: Folders, second: Callabl
     make_shipped(shipped, adapter("bert"), adapter("bert-v2"), second("bert", three=True))
     choices = {choice.name: choice for choice in choose_adapters(shipped=shipped)}
     best = readable(quality_words(choices["better"]))
-    assert "On 40 validation rows: accuracy 77.5, F1 50.0." in best
+    assert "On 40 validation rows: accuracy 77.5, F1 50.0 (95 %: accuracy " in best
     assert "(always equivalent) has accuracy 70.0, F1 80.0: the model's accuracy is 7.5 points above it." in best
     assert "P-Tuning v2: accuracy 77.5, against 71.1 of P-Tuning (plain), which ships too: 6.4 points more." in best
     worst = readable(quality_words(choices["worst"]))
     assert "the model's accuracy is 10.0 points BELOW it." in worst
-    assert worst.startswith("An example of its method, not for use. ") and "a better accuracy; take better." in worst
+    assert not_for_use(choices["worst"]) == "An answer that needs no learned prompt has a better accuracy; take better."
+    assert not_for_use(choices["better"]) == ""
     assert "P-Tuning: accuracy 60.0, against 77.5 of P-Tuning v2 (better), which ships too: 17.5 points less." in worst
     training = json.loads((shipped / "worst" / "training.json").read_text())
     assert "not for use:** always `equivalent`, which needs no learned prompt" in model_card(training)
@@ -97,6 +98,12 @@ def test_int8_runs_where_chosen_and_the_page_names_its_cost_the_method_and_the_t
     assert f"int8, on 40 labelled rows: {gate}" in facts
     assert f"P-Tuning, {VIRTUAL_TOKENS} virtual tokens" in facts
     assert "mrpc, pairs of sentences: not_equivalent, equivalent" in facts
+    worse = replace(opened.choice, adapter=replace(opened.choice.adapter, scores=Scores({"accuracy": 0.1, "f1": 0.1})))
+    assert (
+        readable(model_facts(replace(opened, choice=worse)))
+        .strip()
+        .startswith("An example of its method, not for use.")
+    )
     many = custom_task(("a", "b"), "label", tuple(f"intent{number}" for number in range(150)))
     opened = replace(opened, bundle_task=replace(opened.bundle_task, task=many))
     assert "intent8, intent9 and 140 more" in readable(model_facts(opened))

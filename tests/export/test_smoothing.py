@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -15,14 +16,18 @@ from scipy.stats import binomtest
 from export.__main__ import main as export
 from export.bundle.folder import load_bundle
 from export.fold.precision.calibration import TaskBatches, measure_activations
+from export.fold.precision.choose import Int8Chooser
 from export.fold.precision.dense import dense_products, load_graph
 from export.fold.precision.fidelity import compare_logits, wilson_interval
 from export.fold.precision.integer import quantize_products
 from export.fold.precision.smooth import channel_scales, smooth
-from export.fold.precision.texts import everyday_texts
-from tests.conftest import Folders, make_pairs, random_batch, write_jsonl
+from export.fold.precision.texts import everyday_texts, read_texts
+from tests.conftest import ROOT, SHIPPED, Folders, make_pairs, random_batch, write_jsonl
 from tests.export.graphs import manifest_of, open_graph, refusal, run_export
+from train.adapter.folder import load_adapter
+from train.common.errors import PrecisionError
 from train.data.tasks import MRPC, TASKS
+from train.model.tokenizer import load_tokenizer
 
 MNLI = TASKS["mnli"]
 N, M = 8, 12
@@ -65,6 +70,16 @@ SQUARE, UP, DOWN = (N, N), (N, M), (M, N)
             "g = MatMul(x, a) s = Sigmoid(g) u = MatMul(x, c) m = Mul(s, u) y = MatMul(m, d)",
             {"a": UP, "c": UP, "d": DOWN},
             1,  # x itself is no node's
+        ),
+        # Attention of two heads: its values take the scales of what reads its output.
+        (
+            """h = Constant<value_ints = [0, 0, 2, 4]>() f = Constant<value_ints = [0, 0, 8]>()
+            q = MatMul(x, b) k = Reshape(q, h) l = Transpose<perm = [0, 2, 1, 3]>(k) r = Transpose<perm = [0, 2, 3, 1]>(k)
+            s = MatMul(l, r) p = Softmax<axis = -1>(s)
+            v = MatMul(x, a) u = Reshape(v, h) w = Transpose<perm = [0, 2, 1, 3]>(u)
+            c = MatMul(p, w) t = Transpose<perm = [0, 2, 1, 3]>(c) j = Reshape(t, f) y = MatMul(j, d)""",
+            {"a": SQUARE, "b": SQUARE, "d": SQUARE},
+            1,
         ),
         # As OPT's: ReLU lets a scale through, a bias takes its part.
         ("p = MatMul(x, a) q = Add(p, k) r = Relu(q) y = MatMul(r, d)", {"a": UP, "k": (M,), "d": DOWN}, 1),
@@ -227,6 +242,12 @@ def test_the_everyday_pairs_are_300_and_no_two_alike() -> None:
     assert (min(words), max(words)) == pytest.approx((2, 20), abs=2)
 
 
+GERMAN = (
+    "Die Katze sitzt auf der Fensterbank und schaut den Vögeln zu.",
+    "Der Zug nach Hamburg fährt von Gleis sieben ab.",
+)
+
+
 def calibration_file(path: Path, n_rows: int) -> Path:
     rows = [{"sentence1": row["sentence1"], "sentence2": row["sentence2"]} for row in make_pairs(n_rows, seed=9)]
     return write_jsonl(path, rows)
@@ -246,6 +267,10 @@ def calibration_file(path: Path, n_rows: int) -> Path:
             "texts.jsonl, row 1 (line 1): column 'sentence2' holds no text",
         ),
         ([{"sentence1": "word1", "sentence2": "word2"}] * 40, "fp32 gives all texts of texts.jsonl the same label"),
+        (
+            [{"sentence1": "kein Wort", "sentence2": "word2"}] * 40,
+            "costs is unknown: the tokenizer does not know 67 % of the words in texts.jsonl. Give labelled rows with",
+        ),
     ],
 )
 def test_calibration_files_that_say_nothing_are_refused_and_leave_nothing(
@@ -259,6 +284,40 @@ def test_calibration_files_that_say_nothing_are_refused_and_leave_nothing(
     flags = ("--precision", "int8", "--calibration-file", file)
     assert words in refusal(capsys, adapter("bert"), "--out", no_leftovers / "b", *flags)
     assert [path.name for path in no_leftovers.iterdir()] == ["texts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "trained", "trouble"),
+    [
+        (GERMAN, 1.07, "texts.jsonl into 1.7 tokens a word and the training's texts into 1.1, so these are in another"),
+        (GERMAN, 1.6, ""),
+        (GERMAN, 0.0, ""),  # an adapter of which the training's texts are not known
+        (None, 1.07, ""),
+        (
+            None,
+            0.7,
+            "splits everyday English into 1.0 tokens a word and the training's texts into 0.7, so these are in",
+        ),
+        (None, 12.0, "so these are in another language"),  # one without blanks between its words
+    ],
+)
+def test_texts_in_another_language_than_the_trainings_are_no_measure(
+    texts: tuple[str, str] | None, trained: float, trouble: str, tmp_path: Path
+) -> None:
+    adapter = replace(load_adapter(ROOT / "demo" / "adapters" / SHIPPED[0]), tokens_per_word=trained)
+    tokenizer = load_tokenizer(adapter.folder, 128)
+    rows: list[dict[str, object]] = [dict(zip(adapter.task.text_columns, texts or (), strict=False))] * 40
+    file = write_jsonl(tmp_path / "texts.jsonl", rows) if texts else None
+    found = read_texts(adapter, file, tokenizer)
+    assert found.name == (file.name if file else "everyday English")
+    assert trouble in found.trouble and bool(trouble) == bool(found.trouble)
+
+
+def test_a_graph_without_a_product_with_a_constant_matrix_is_refused(tmp_path: Path) -> None:
+    onnx.save(make_graph("y = Tanh(x)", {}), tmp_path / "model.onnx")
+    with pytest.raises(PrecisionError, match=r"int8 would win nothing: .* constant matrix\. Take --precision fp32\."):
+        Int8Chooser(tmp_path, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_an_interrupted_quantization_leaves_nothing(

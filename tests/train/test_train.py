@@ -101,8 +101,11 @@ def test_the_model_card_names_the_command_the_seed_and_the_scores(adapter: Folde
     assert len(training["baselines"]) == 2
     assert "## Limits\n\n- The same rows chose the epoch" in card
     accuracy = training["validation"]["accuracy"]
-    half = 100 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 40)
-    assert f"- With 40 rows the 95 % confidence interval of the accuracy is about ±{half:.1f} points." in card
+    low, high = training["intervals"]["accuracy"]
+    assert low < accuracy < high
+    # The normal approximation of a share's interval.
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(accuracy * (1 - accuracy) / 40), rel=0.2)
+    assert f"95 % intervals (bootstrap): accuracy {100 * low:.1f} to {100 * high:.1f}, F1 " in card
     assert "that of the best baseline (cosine of the frozen model's embeddings)." in card
     assert "![Loss and scores per epoch](curves.png)" in card
 

@@ -66,11 +66,13 @@ class _TrainingRecord:
     max_length: TokenCount
     # The rest is known of an adapter that was trained or measured here.
     validation: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     baseline_rules: Baselines | None = None
     n_validation: int = 0
     config: _SettingsRecord = _SettingsRecord()
     data_sha256: dict[str, str] = field(default_factory=dict)
+    tokens_per_word: float = 0.0
     recalls: _RecallsRecord = field(default_factory=_RecallsRecord)
     more_validation: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -112,12 +114,12 @@ def load_adapter(folder: Path) -> Adapter:
         method=record.method,
         virtual_tokens=record.virtual_tokens,
         max_length=record.max_length,
-        scores=_scores(task, record.validation, record.recalls.validation),
+        scores=_scores(task, record.validation, record.recalls.validation, record.intervals),
         baselines={
-            name: _scores(task, values, record.recalls.baselines.get(name, {}))
+            name: _scores(task, values, record.recalls.baselines.get(name, {}), {})
             for name, values in record.baselines.items()
         },
-        more_scores={name: _scores(task, values, {}) for name, values in record.more_validation.items()},
+        more_scores={name: _scores(task, values, {}, {}) for name, values in record.more_validation.items()},
         baseline_rules=record.baseline_rules,
         n_validation=record.n_validation,
         validation_file=record.config.validation_file,
@@ -125,9 +127,17 @@ def load_adapter(folder: Path) -> Adapter:
         read_options=read_options,
         train_sha256=record.data_sha256.get("train", ""),
         validation_sha256=record.data_sha256.get("validation", ""),
+        tokens_per_word=record.tokens_per_word,
         sha256=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
     )
 
 
-def _scores(task: Task, values: dict[str, float], recalls: dict[str, float]) -> Scores:
-    return Scores({name: values[name] for name in task.metrics if name in values}, recalls)
+def _scores(
+    task: Task, values: dict[str, float], recalls: dict[str, float], intervals: dict[str, tuple[float, float]]
+) -> Scores:
+    names = [name for name in task.metrics if name in values]
+    return Scores(
+        {name: values[name] for name in names},
+        recalls,
+        {name: intervals[name] for name in names if name in intervals},
+    )

@@ -229,10 +229,19 @@ class Scores:
     """By the names of `METRICS`, in the task's order; at most 1, and larger is better."""
     recalls: dict[str, float] = field(default_factory=dict)
     """By label: how much of the rows that have it was found, from 0 to 1; without labels that no row has."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % interval of each metric, by its name; empty where none was measured."""
 
     def __str__(self) -> str:
         """For people, in percent: "accuracy 71.1, F1 81.5"."""
         return ", ".join(f"{METRICS[name]} {round(100 * value, 1) + 0.0:.1f}" for name, value in self.values.items())
+
+    @property
+    def interval_words(self) -> str:
+        """The intervals in percent, for people: "accuracy 66.9 to 75.2, F1 77.9 to 84.8"."""
+        return ", ".join(
+            f"{METRICS[name]} {100 * low:.1f} to {100 * high:.1f}" for name, (low, high) in self.intervals.items()
+        )
 
     @property
     def key(self) -> tuple[float, ...]:

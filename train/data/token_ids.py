@@ -1,6 +1,7 @@
 """Rows of text → token ids, and the order in which training sees them."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from train.data.tasks import Task
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
+
+
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,18 @@ class Encoded:
 def sentences_of(dataset: "Dataset", task: Task) -> list[tuple[str, ...]]:
     """The one or two sentences of each row."""
     return list(zip(*(dataset[column] for column in task.text_columns), strict=True))
+
+
+def tokens_per_word(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[tuple[str, ...]]) -> float:
+    """Tokens, without special ones, for each word or punctuation mark of at most 512 texts; 0 without words.
+
+    Texts in another language than the tokenizer's have far more.
+    """
+    step = -(-len(texts) // 512) or 1
+    sentences = [sentence for text in texts[::step] for sentence in text]
+    n_tokens = sum(map(len, tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]))
+    n_words = sum(len(_WORD.findall(sentence)) for sentence in sentences)
+    return n_tokens / n_words if n_words else 0.0
 
 
 def encode(dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerFast", *, swap: bool = False) -> Encoded:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from train.common.errors import DataError, UsageError
 from train.common.limits import MAX_BASE_BYTES
 from train.common.processes import from_main_process, is_main_process, process_count
 from train.config import TrainConfig
+from train.data.intervals import metric_intervals
 from train.data.load import Splits, class_weights, load_splits
 from train.data.tasks import Scores, Task, score
 from train.data.token_ids import Encoded, LengthGroupedSampler, encode
@@ -257,9 +258,10 @@ def evaluate(
     *,
     batch_size: int = 32,
 ) -> Scores:
-    """Score a classifier on encoded rows, on a GPU where there is one."""
+    """Score a classifier on encoded rows, with 95 % intervals, on a GPU where there is one."""
     predicted = predict(classifier, task, tokenizer, rows, batch_size=batch_size)
-    return score(task, predicted, [row["labels"] for row in rows])
+    expected = np.array([row["labels"] for row in rows])
+    return replace(score(task, predicted, expected), intervals=metric_intervals(task, predicted, expected))
 
 
 def predict(

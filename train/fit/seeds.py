@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 import statistics
 from contextlib import suppress
@@ -23,7 +22,7 @@ from train.common.processes import from_main_process, is_main_process, process_c
 from train.config import TrainConfig, flag
 from train.data.read_rows import sha256_of_path
 from train.data.tasks import METRICS, Scores, best_scores
-from train.data.token_ids import encode
+from train.data.token_ids import encode, sentences_of, tokens_per_word
 from train.fit.checkpoint import Progress, check_checkpoints, prepare_checkpoints, remove_checkpoints, seed_folder
 from train.fit.curves import draw_curves
 from train.fit.loop import Prepared, check_machine, evaluate, fit, prepare
@@ -159,6 +158,7 @@ def _write_adapter(folder: Path, run: _Run, peft_model: "PeftModel", progress: P
     )
     draw_curves(folder / FILES.curves, task, progress.epochs, progress.best_epoch, run.baseline_scores)
     record = _training_record(run, progress, seed, scores)
+    record["tokens_per_word"] = tokens_per_word(tokenizer, sentences_of(run.splits.train, task))
     if more:
         record["more_validation"] = {name: part.values for name, part in zip(run.splits.more, more, strict=True)}
     finish_adapter(folder, record)
@@ -176,6 +176,7 @@ def _training_record(run: _Run, progress: Progress, seed: int, scores: Scores) -
         "virtual_tokens": config.virtual_tokens,
         "max_length": run.max_length,
         "validation": scores.values,
+        "intervals": scores.intervals,
         "baselines": {name: baseline.values for name, baseline in run.baseline_scores.items()},
         "recalls": {
             "validation": scores.recalls,
@@ -234,11 +235,9 @@ def _keep_median(run: _Run, finished: dict[int, Adapter]) -> TrainResult:
 def _limits(scores: Scores, baselines: dict[str, Scores], n_validation: int, base: BaseModel) -> list[str]:
     """What a reader of the model card should know before trusting the scores."""
     limits = ["The same rows chose the epoch, so these scores flatter the adapter somewhat. No test set was used."]
-    if "accuracy" in scores.values:
-        accuracy = scores.values["accuracy"]
-        half = 196 * math.sqrt(accuracy * (1 - accuracy) / n_validation)
+    if scores.intervals:
         limits.append(
-            f"With {n_validation} rows the 95 % confidence interval of the accuracy is about ±{half:.1f} points."
+            f"With {n_validation} rows chance alone moves the scores; 95 % intervals (bootstrap): {scores.interval_words}."
         )
     name, best = best_scores(baselines)
     first = next(iter(scores.values))

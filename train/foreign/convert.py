@@ -204,7 +204,7 @@ def _record(
 def _measured(folder: Path, config: ImportConfig, base: BaseModel, rows: "Dataset") -> dict[str, Any]:
     """The entries of training.json on the validation rows."""
     from train.adapter.peft import load_prompted_classifier
-    from train.data.token_ids import encode
+    from train.data.token_ids import encode, sentences_of, tokens_per_word
     from train.fit.loop import evaluate
     from train.model.tokenizer import load_tokenizer
 
@@ -215,6 +215,8 @@ def _measured(folder: Path, config: ImportConfig, base: BaseModel, rows: "Datase
     scores: Scores = evaluate(load_prompted_classifier(adapter, base), adapter.task, tokenizer, encoded.rows)
     return {
         "validation": scores.values,
+        "intervals": scores.intervals,
+        "tokens_per_word": tokens_per_word(tokenizer, sentences_of(rows, adapter.task)),
         "recalls": {"validation": scores.recalls},
         "n_validation": len(encoded.rows),
         "config": {"validation_file": str(config.validation_file.resolve())},

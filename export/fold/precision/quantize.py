@@ -1,7 +1,7 @@
 """Step 5, quantize: the graph in int8 for CPUs and in fp16 for CUDA, each kept only if it passes the quality gate."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class MadeGraph:
     precision: str
     cost: Cost
     int8: Int8Form | None = None
+    no_fidelity: str = ""
+    """Why the calibration texts are no measure of what it costs; empty where they are."""
 
 
 NOTHING = Cost((), ())
@@ -55,13 +57,13 @@ def quantize(folder: Path, sources: Sources, config: ExportConfig) -> tuple[list
     if sources.old and not any(graph.gates for graph in sources.old.graphs):
         rows = []  # a new task is judged as those before it were
     judge, trouble = _find_judge(folder, sources, rows, texts)
-    if trouble and (sources.old or not config.ungated):
+    if judge is None and (sources.old or not config.ungated):
         if sources.old or config.precision != AUTO:
             raise PrecisionError(f"What {precisions[0]} costs is unknown: {trouble}. {_REMEDY}")
-        say(f"      left out, as nothing can say what they cost: {trouble}. {_REMEDY}")
+        say(f"      left out, as nothing can say what they cost. {_REMEDY}")
         return kept, refused
     for precision in precisions:
-        made = _make(precision, folder, sources, texts, judge)
+        made = replace(_make(precision, folder, sources, texts, judge), no_fidelity=trouble)
         if made.cost is not NOTHING:
             say(f"      {precision} {made.cost}")
         if made.cost.passed:
@@ -89,7 +91,7 @@ _REMEDY = "Give labelled rows with --validation-file, or texts in its language w
 def _find_judge(
     folder: Path, sources: Sources, rows: list[LabelledBatches], texts: list[TaskBatches]
 ) -> tuple[Judge | None, str]:
-    """The judge of what a precision costs, or None and the reason."""
+    """The judge of what a precision costs, None where nothing can say it; and why texts without labels cannot."""
     trouble = next((task.texts.trouble for task in sources.tasks if task.texts and task.texts.trouble), "")
     judge = Judge(folder, rows, [] if trouble else texts)
     if not trouble:
@@ -98,11 +100,9 @@ def _find_judge(
         if one_sided:
             trouble = f"fp32 gives all texts of {one_sided[0]} the same label"
             judge = Judge(folder, rows, [])
-    if rows:
-        if trouble:
-            say(f"      no fidelity without labels is measured: {trouble}")
-        return judge, ""
-    return (None, trouble) if trouble else (judge, "")
+    if trouble:
+        say(f"      no fidelity without labels is measured: {trouble}")
+    return (judge if rows or not trouble else None), trouble
 
 
 def _make(precision: str, folder: Path, sources: Sources, texts: list[TaskBatches], judge: Judge | None) -> MadeGraph:

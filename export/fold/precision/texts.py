@@ -17,6 +17,7 @@ from train.data.files.find import find_files
 from train.data.files.options import ReadOptions
 from train.data.read_rows import find_source, read_chunks, sha256_of_rows
 from train.data.tasks import Task
+from train.data.token_ids import tokens_per_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Texts = tuple[tuple[str, ...], ...]
 
 _AS_GIVEN = ReadOptions()
+ENGLISH = "everyday English"
 EVERYDAY = Path(__file__).with_name("everyday_pairs.txt")
 """In each line a sentence, a paraphrase of it, and another sentence on the same topic."""
 MOST_TEXTS = 512
@@ -31,8 +33,12 @@ MOST_TEXTS = 512
 MOST_ROWS = 100_000
 FEWEST_TEXTS = 32
 """With fewer, the interval of the share of equal labels is too wide to say anything: 32 of 32 may be 89 %."""
-MOST_TOKENS_A_WORD = 2.0
-"""English has 1.2 to 1.5 tokens a word in the tokenizer of an English or a multilingual model."""
+MOST_TOKENS_PER_WORD = 1.7
+"""Everyday English has 1.0 to 1.3 in the tokenizer of an English or a multilingual model."""
+LEAST_OF_TRAINING, MOST_OF_TRAINING = 0.25, 1.35
+"""How many times as many tokens a word as the training's texts other texts may have. With the tokenizer of an English model
+MRPC has 1.07, everyday English 1.01, a tweet 1.2, Spanish 1.5 and German 1.7 to 1.9; in a language without blanks a whole
+sentence is one word."""
 MOST_UNKNOWN = 0.05
 """Share of the tokens that may be unknown."""
 
@@ -61,14 +67,14 @@ def read_texts(adapter: Adapter, given: Path | None, tokenizer: "PreTrainedToken
                 f"--calibration-file {given} has {len(rows)} texts, too few to say what int8 costs: give at least "
                 f"{FEWEST_TEXTS}, better some hundreds."
             )
-        return CalibrationTexts(given.name, rows)
+        return CalibrationTexts(given.name, rows, _trouble(given.name, rows, tokenizer, adapter))
     trained = unchanged_file(adapter.train_file, adapter.train_sha256)
     if trained is not None:
         rows = _read_file(trained, adapter.task, adapter.read_options)
         if len(rows) >= FEWEST_TEXTS:
             return CalibrationTexts(trained.name, rows)
     rows = everyday_texts(is_pair=adapter.task.is_pair)
-    return CalibrationTexts("everyday English", rows, _trouble_with_english(rows, tokenizer))
+    return CalibrationTexts(ENGLISH, rows, _trouble(ENGLISH, rows, tokenizer, adapter))
 
 
 def unchanged_file(file: Path | None, sha256: str) -> Path | None:
@@ -120,14 +126,17 @@ def spread(rows: Sequence[tuple[str, ...]], most: int) -> Texts:
     return tuple(rows[index] for index in picked)
 
 
-def _trouble_with_english(rows: Texts, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Why everyday English is no measure for a tokenizer, which was made for another language then."""
-    sentences = list(chain.from_iterable(rows))
-    ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
-    n_tokens, n_words = sum(map(len, ids)), sum(len(sentence.split()) for sentence in sentences)
+def _trouble(texts: str, rows: Texts, tokenizer: "PreTrainedTokenizerFast", adapter: Adapter) -> str:
+    """Why texts of this name are no measure for an adapter, whose language is another one then."""
+    ids = tokenizer(list(chain.from_iterable(rows)), add_special_tokens=False, verbose=False)["input_ids"]
+    n_tokens = sum(map(len, ids))
     n_unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
     if n_unknown > MOST_UNKNOWN * n_tokens:
-        return f"the tokenizer does not know {100 * n_unknown / n_tokens:.0f} % of the words in everyday English"
-    if n_tokens > MOST_TOKENS_A_WORD * n_words:
-        return f"the tokenizer splits everyday English into {n_tokens / n_words:.1f} tokens a word, so it is for another language"
+        return f"the tokenizer does not know {100 * n_unknown / n_tokens:.0f} % of the words in {texts}"
+    found, trained = tokens_per_word(tokenizer, rows), adapter.tokens_per_word
+    words = f"the tokenizer splits {texts} into {found:.1f} tokens a word"
+    if trained and not LEAST_OF_TRAINING * trained <= found <= MOST_OF_TRAINING * trained:
+        return f"{words} and the training's texts into {trained:.1f}, so these are in another language"
+    if texts == ENGLISH and found > MOST_TOKENS_PER_WORD:
+        return f"{words}, so it is for another language"
     return ""
