@@ -144,16 +144,16 @@ def test_smoothing_of_a_whole_classifier_is_exact_and_static_int8_gives_a_row_th
         assert np.abs(np.subtract(logits[name], logits["fp32"])).max() < tolerance, name
     assert np.abs(np.subtract(logits["static"], logits["fp32"])).max() > 1e-5
 
-    def alone(name: str, batch: dict[str, np.ndarray], row: int) -> np.ndarray:
-        # A neighbour with large numbers, which would take the whole range of a dynamic scale.
-        pair = {key: array[[row, 0]] for key, array in batch.items()}
-        return np.asarray(run_model[name].run(["logits"], pair)[0][0])
+    def beside(name: str, batch: dict[str, np.ndarray], row: int, *others: int) -> np.ndarray:
+        part = {key: array[[row, *others]] for key, array in batch.items()}
+        return np.asarray(run_model[name].run(["logits"], part)[0][0])
 
     for batch, whole in zip(batches, logits["static"], strict=True):
         for row in range(len(whole)):
-            assert np.array_equal(alone("static", batch, row), whole[row])
+            for others in ((), (0,), (5, 3), (0, 1, 2, 3, 4, 5, 0, 1, 2, 3)):
+                assert np.array_equal(beside("static", batch, row, *others), whole[row])
     differences = [
-        np.abs(alone("dynamic", batch, row) - whole[row]).max()
+        np.abs(beside("dynamic", batch, row, 0) - whole[row]).max()
         for batch, whole in zip(batches, logits["dynamic"], strict=True)
         for row in range(len(whole))
     ]

@@ -14,8 +14,9 @@ from transformers import AutoModel
 import export.fold.precision.gate
 from export.bundle.folder import load_bundle
 from export.fold.precision.dense import dense_products, load_graph
+from export.fold.precision.texts import everyday_texts
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import Data, Folders, Second, make_base_model, make_pairs, random_batch, write_jsonl
+from tests.conftest import ROOT, SHIPPED, Data, Folders, Second, make_base_model, make_pairs, random_batch, write_jsonl
 from tests.export.graphs import manifest_of, refusal, run_export
 from tests.export.test_precision import check_gate, easy_rows, hard_rows, read_rows, run_pairs
 from tests.slow.export.test_every_kind import train_and_export
@@ -45,6 +46,23 @@ def test_auto_leaves_out_a_precision_that_costs_too_much_and_its_cost_is_counted
     assert gate["fp32"]["accuracy"] == 1.0
     assert gate["label_flips"] > 0
     assert gate["scores"]["accuracy"] == pytest.approx(1 - gate["label_flips"] / 48)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_adapter_alone_gets_int8_in_every_dense_product_and_its_fidelity(name: str, tmp_path: Path) -> None:
+    """From nothing but the texts that come with the program: its training's are not on this machine."""
+    out = tmp_path / "b"
+    assert run_export(ROOT / "demo" / "adapters" / name, "--out", out) == 0
+    (int8,) = [record for record in manifest_of(out)["graphs"] if record["precision"] == "int8"]
+    assert (int8["int8"]["kept_fp32"], int8["gates"]) == ([], [])
+    assert dense_products(load_graph(out / "model_int8.onnx").graph) == []
+    (fidelity,) = int8["fidelity"]
+    pairs = [(one, two) for one, two in everyday_texts(is_pair=True)]
+    labels = [run_pairs(out / file, pairs).argmax(axis=1) for file in ("model.onnx", "model_int8.onnx")]
+    # In other batches dynamic scales move labels whose two logits are nearly equal.
+    assert fidelity["equal_labels"] == pytest.approx((labels[0] == labels[1]).sum(), abs=3)
+    assert (fidelity["texts"], fidelity["n_texts"]) == ("everyday English", 300)
+    assert 294 <= fidelity["equal_labels"] <= 300
 
 
 def bert_with_an_outlier(folder: Path, *, layer: int, activation: float, weight: float) -> Path:
