@@ -1,5 +1,6 @@
 """Base models as people bring them: other files than tokenizer.json and safetensors, and vocabularies that do not fit."""
 
+import json
 import re
 import shlex
 import shutil
@@ -8,18 +9,22 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from export.__main__ import main as export_main
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import Data, Folders, make_base_model, write_jsonl
+from tests.conftest import Data, Folders, make_base_model, peft_logits, random_batch, train_kind, write_jsonl
 from tests.test_untrusted import rehash
+from tests.train.peft_sources import list_mismatches_as, make_base_with_head
 from train.__main__ import main as train_main
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_prompted_classifier
 from train.adapter.record import ADAPTER
 from train.common.errors import BundleError, ModelError
 from train.common.folder_record import FolderKind
@@ -187,6 +192,44 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(copied: F
     converted = load_file(found.folder / "model.safetensors")
     assert all(torch.equal(converted[f"bert.{name}"], tensor) for name, tensor in weights.items())
     assert len(base_tokenizer(found, 20)) == found.vocabulary_size
+
+
+@pytest.mark.parametrize("transformers", [4, 5])
+def test_a_head_for_other_labels_gives_way_to_a_new_one_and_no_other_tensor_does(
+    transformers: int,
+    base_model: Folders,
+    data: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 3)
+    list_mismatches_as(transformers, monkeypatch)
+    train_kind("bert", base, tmp_path / "a", "--epochs 1", data.flags)
+    adapter = load_adapter(tmp_path / "a")
+    batch = random_batch(np.random.default_rng(0), 3, 9, token_types=True)
+    logits = load_prompted_classifier(adapter, find_adapter_base(adapter))(
+        **{name: torch.from_numpy(array) for name, array in batch.items()}
+    )["logits"]
+    assert logits.detach().numpy() == pytest.approx(peft_logits(tmp_path / "a", base, batch), abs=2e-5)
+    weights = load_file(base / "model.safetensors")
+    weights["bert.embeddings.token_type_embeddings.weight"] = torch.ones(3, 32)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert train_main(["--model", str(base), "--out", str(tmp_path / "b"), *data.flags]) == 2
+    words = "in another shape, such as bert.embeddings.token_type_embeddings.weight. Take an unbroken copy."
+    assert words in capsys.readouterr().err
+
+
+def test_the_base_models_own_kind_of_task_changes_nothing_in_the_training_of_another(
+    copied: Folders, data: Data, tmp_path: Path
+) -> None:
+    base, weights = copied("bert"), set()
+    config = json.loads((base / "config.json").read_text())
+    for number, problem_type in enumerate((None, "multi_label_classification", "regression")):
+        (base / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
+        train_kind("bert", base, tmp_path / str(number), "--epochs 1", data.flags)
+        weights.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(weights) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # transformers' own, in Funnel

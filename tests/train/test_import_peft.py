@@ -18,7 +18,15 @@ from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import Folders, MadeOnce, make_pairs, write_jsonl
-from tests.train.peft_sources import PROMPT_KINDS, TASK, VIRTUAL_TOKENS, golden_logits, make_source
+from tests.train.peft_sources import (
+    PROMPT_KINDS,
+    TASK,
+    VIRTUAL_TOKENS,
+    golden_logits,
+    list_mismatches_as,
+    make_base_with_head,
+    make_source,
+)
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
 from train.adapter.record import Adapter
@@ -153,6 +161,20 @@ def test_tensors_by_other_names_are_found(
         save_file(tensors, folder / WEIGHTS)
     adapter = run_import(folder, tmp_path / "out")
     check_against_peft(kind, folder, base_model("bert"), adapter, original=source(kind))
+
+
+@pytest.mark.parametrize(("kind", "transformers"), [("mlp", 4), ("lora", 5)])
+def test_a_base_model_may_have_a_head_for_another_number_of_labels(
+    kind: str, transformers: int, base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 2)
+    folder = make_source(tmp_path / "source", base, kind)
+    list_mismatches_as(transformers, monkeypatch)
+    check_against_peft(kind, folder, base, run_import(folder, tmp_path / "out"))
+    # Without a head of its own the adapter would answer with random numbers: the weight fits no more than the bias.
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor for name, tensor in tensors.items() if "classifier.bias" not in name}, folder / WEIGHTS)
+    assert "holds no classifier.bias" in refusal(capsys, folder, tmp_path / "lost")
 
 
 def test_a_pooler_that_was_trained_too_comes_along(source: Sources, base_model: Folders, tmp_path: Path) -> None:

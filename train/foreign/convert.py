@@ -70,7 +70,7 @@ def import_adapter(config: ImportConfig) -> Imported:
     n_labels = count_labels(base, head)
     task = _task_of(config, settings, n_labels)
     rows = load_split(task, "validation", config.validation_file) if config.validation_file else None
-    refuse_chance(source, base, n_labels, head)
+    refuse_chance(source, base, task.labels, head)
     is_renamed = tensors.keys() != stored.keys()
     with reference_model(source, tensors, base, task.labels, is_renamed=is_renamed) as reference:
         max_length = text_limit(base, content.virtual_tokens)
