@@ -264,6 +264,46 @@ def test_a_head_of_one_number_is_a_regression_and_labels_may_be_many(
     assert (many.task.kind, many.labels) == ("multi_label", ("x", "y", "z"))
 
 
+def test_the_base_models_problem_type_is_the_adapters_kind_of_task(
+    base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    """And that of the bundle, by which transformers' pipeline chooses between sigmoids and a softmax."""
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 3, problem_type="multi_label_classification")
+    folder = make_source(tmp_path / "source", base, "lora")
+    adapter = run_import(folder, tmp_path / "out")
+    assert "a text has any number of the labels, as the base model's config.json says" in capsys.readouterr().out
+    assert adapter.task.kind == "multi_label"
+    check_against_peft("lora", folder, base, adapter)
+    assert export_main([str(adapter.folder), "--out", str(tmp_path / "bundle"), "--precision", "fp32"]) == 0
+    settings = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    assert settings["problem_type"] == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("n_labels", "problem_type", "flags", "words"),
+    [
+        (3, "single_label_classification", "--multi-label", "has problem_type 'single_label_classification'. Leave"),
+        (3, "regression", "", "of which promptfold takes one number. If the adapter was trained for another kind"),
+        (1, "multi_label_classification", "", "of which promptfold takes two labels or more. If the adapter"),
+        (1, None, "--multi-label", "--multi-label: the adapter's head gives one number"),
+    ],
+)
+def test_another_kind_of_task_than_the_base_models_is_refused(
+    n_labels: int,
+    problem_type: str | None,
+    flags: str,
+    words: str,
+    base_model: Folders,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    base = shutil.copytree(base_model("bert"), tmp_path / "base")
+    folder = make_source(tmp_path / "source", base, "mlp", n_labels=n_labels)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
+    assert words in refusal(capsys, folder, tmp_path / "out", *flags.split())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -24,6 +24,7 @@ from train.foreign.source import PROMPT_METHODS, Source, find_source
 from train.foreign.tensors import PROMPT, TASK_COLUMNS, TASK_ROWS, read_tensors, todays_names
 from train.foreign.tokenizer import source_tokenizer
 from train.model.find import BaseModel, find_base_model, text_limit
+from train.model.loss import PROBLEM_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -153,10 +154,8 @@ def _task_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
     """The task, from what the command and the base model say; what was assumed is printed."""
     if not (config.single or config.pair or config.text_columns):
         say("a text is taken for one sentence (--pair says that it is two)")
-    if n_labels == 1:
-        if config.labels:
-            raise UsageError(f"--labels {','.join(config.labels)}: the adapter's head gives one number. Leave it out.")
-        say("the adapter's head gives one number: a regression")
+    kind = _kind_of(config, settings, n_labels)
+    if kind == REGRESSION:
         return custom_task(config.columns, config.label_column, (), REGRESSION)
     labels = config.labels
     if labels and len(labels) != n_labels:
@@ -173,9 +172,42 @@ def _task_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
         else:
             labels = tuple(f"label_{number}" for number in range(n_labels))
             say(f"the adapter does not name its {n_labels} labels: {', '.join(labels[:8])} (--labels names them)")
-    return custom_task(
-        config.columns, config.label_column, labels, MULTI_LABEL if config.multi_label else CLASSIFICATION
+    return custom_task(config.columns, config.label_column, labels, kind)
+
+
+def _kind_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) -> str:
+    """The kind of task: what the flags say, else the base model's problem_type, else one class a text."""
+    stated = settings.problem_type
+    is_stated_multi = stated == PROBLEM_TYPES[MULTI_LABEL]
+    another = (
+        "If the adapter was trained for another kind of task, give --base-model a copy of the base model whose config.json "
+        "has its problem_type: {}."
     )
+    if n_labels == 1:
+        for flag, is_given in (("--labels", config.labels), ("--multi-label", config.multi_label)):
+            if is_given:
+                raise UsageError(f"{flag}: the adapter's head gives one number, which is a regression. Leave it out.")
+        if is_stated_multi:
+            raise AdapterError(
+                f"The adapter's head gives one number, and the base model's config.json has problem_type {stated!r}, of "
+                f"which promptfold takes two labels or more. {another.format(PROBLEM_TYPES[REGRESSION])}"
+            )
+        say("the adapter's head gives one number: a regression")
+        return REGRESSION
+    if stated == PROBLEM_TYPES[REGRESSION]:
+        raise AdapterError(
+            f"The adapter's head gives {n_labels} numbers, and the base model's config.json has problem_type {stated!r}, of "
+            f"which promptfold takes one number. {another.format(f'{PROBLEM_TYPES[CLASSIFICATION]} or {PROBLEM_TYPES[MULTI_LABEL]}')}"
+        )
+    if config.multi_label and stated not in {None, PROBLEM_TYPES[MULTI_LABEL]}:
+        raise UsageError(
+            f"--multi-label: the base model's config.json has problem_type {stated!r}. Leave it out. "
+            f"{another.format(PROBLEM_TYPES[MULTI_LABEL])}"
+        )
+    if stated is not None:
+        what = "any number of the labels" if is_stated_multi else "one label"
+        say(f"a text has {what}, as the base model's config.json says (problem_type {stated})")
+    return MULTI_LABEL if is_stated_multi or config.multi_label else CLASSIFICATION
 
 
 def _record(
