@@ -84,9 +84,19 @@ def list_mismatches_as(transformers: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def make_source(
-    folder: Path, base: Path, kind: str, *, modules: list[str] | None = None, n_labels: int = N_LABELS
+    folder: Path,
+    base: Path,
+    kind: str,
+    *,
+    modules: list[str] | None = None,
+    n_labels: int = N_LABELS,
+    n_tokens: int | None = None,
+    **changes: Any,
 ) -> Path:
-    """Write what `PeftModel.save_pretrained` writes for an adapter with random weights."""
+    """Write what `PeftModel.save_pretrained` writes for an adapter with random weights.
+
+    ``n_tokens`` is the size to which the vocabulary is changed before; ``changes`` are those of PEFT's settings.
+    """
     import peft
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -98,10 +108,12 @@ def make_source(
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=n_labels, ignore_mismatched_sizes=True
         )
+    if n_tokens is not None:
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)
     name, settings = (PROMPT_KINDS | MERGED_KINDS)[kind]
     # PEFT 0.3's prompts take no modules_to_save.
     extra = {} if modules is None else {"modules_to_save": modules}
-    config = getattr(peft, name)(task_type="SEQ_CLS", **extra, **settings)
+    config = getattr(peft, name)(task_type="SEQ_CLS", **(extra | settings | changes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it corrects a setting for GPT-2's layers, and says so
         model = peft.get_peft_model(model, config)

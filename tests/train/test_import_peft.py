@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from demo.__main__ import main as demo_main
 from demo.engines.adapters import choose_adapters
@@ -175,6 +176,38 @@ def test_a_base_model_may_have_a_head_for_another_number_of_labels(
     tensors = load_file(folder / WEIGHTS)
     save_file({name: tensor for name, tensor in tensors.items() if "classifier.bias" not in name}, folder / WEIGHTS)
     assert "holds no classifier.bias" in refusal(capsys, folder, tmp_path / "lost")
+
+
+def test_of_a_weight_that_stands_twice_in_pefts_file_that_is_taken_which_peft_loads(
+    base_model: Folders, tmp_path: Path
+) -> None:
+    folder = make_source(tmp_path / "source", base_model("bert"), "lora", bias="all")
+    tensors = load_file(folder / WEIGHTS)
+    copied = "base_model.model.classifier.modules_to_save.bias"
+    assert torch.equal(tensors[copied], tensors["base_model.model.classifier.bias"])
+    for number in (0, 5):  # changed, the copy shows which of the two PEFT loads
+        save_file(tensors | {copied: tensors[copied] + number}, folder / WEIGHTS)
+        adapter = run_import(folder, tmp_path / f"out{number}")
+        check_against_peft("lora", folder, base_model("bert"), adapter)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("modules", [["classifier"], ["classifier", "word_embeddings"]])
+def test_an_adapter_of_a_longer_vocabulary_needs_the_base_model_of_that_length(
+    modules: list[str], base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    base = base_model("bert")
+    model = AutoModel.from_pretrained(base)
+    n_tokens = model.config.vocab_size + 3
+    folder = make_source(tmp_path / "source", base, "lora", n_tokens=n_tokens, modules=modules)
+    error = refusal(capsys, folder, tmp_path / "out")
+    assert "with 3 tokens more than" in error
+    assert f"model.resize_token_embeddings({n_tokens}) and model.save_pretrained, and give its folder" in error
+    resized = shutil.copytree(base, tmp_path / "resized")
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    model.save_pretrained(resized)
+    adapter = run_import(folder, tmp_path / "out", "--base-model", str(resized))
+    check_against_peft("lora", folder, resized, adapter)
 
 
 def test_a_pooler_that_was_trained_too_comes_along(source: Sources, base_model: Folders, tmp_path: Path) -> None:

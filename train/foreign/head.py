@@ -54,8 +54,18 @@ def refuse_chance(source: Source, base: BaseModel, labels: Sequence[str], head: 
             f"{source.weights} holds no {', '.join(missing)[:200]}, and {base.name} has none either: PEFT would answer with "
             f"random numbers there. Save the adapter with modules_to_save={modules}, or give the --base-model that has it."
         )
+    embeddings: Any = model.get_input_embeddings().weight
     for name, tensor in head.items():
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
+        if name not in shapes:
+            continue
+        n_more = len(tensor) - len(embeddings)
+        if model.get_parameter(name) is embeddings and tensor.shape[1:] == embeddings.shape[1:] and n_more > 0:
+            raise AdapterError(
+                f"{source.weights} holds {name} with {n_more} tokens more than {base.name} has: the base model was resized "
+                "before the adapter was trained, and its new size is not in the adapter. Write the resized one with "
+                f"model.resize_token_embeddings({len(tensor)}) and model.save_pretrained, and give its folder with --base-model."
+            )
+        if tuple(tensor.shape) != shapes[name]:
             raise AdapterError(
                 f"{source.weights} holds {name} of shape {tuple(tensor.shape)}, which in {base.name} has {shapes[name]}. "
                 "Give the right base model with --base-model."
