@@ -6,6 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
+from demo.__main__ import main as demo_main
+from demo.engines.adapters import choose_adapters
+from demo.engines.stage import Setup, Stage
 from export.__main__ import main as export_main
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
@@ -230,6 +235,37 @@ def test_the_base_models_own_kind_of_task_changes_nothing_in_the_training_of_ano
         train_kind("bert", base, tmp_path / str(number), "--epochs 1", data.flags)
         weights.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
     assert len(weights) == 1
+
+
+def test_an_adapter_whose_base_model_moved_is_used_with_the_flag_that_the_refusal_names(
+    copied: Folders, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base, folder = copied("bert"), tmp_path / "a"
+    train_kind("bert", base, folder, "--epochs 1", data.flags)
+    batch = random_batch(np.random.default_rng(0), 3, 9, token_types=True)
+    golden, moved = peft_logits(folder, base, batch), base.rename(tmp_path / "moved")
+    commands: tuple[tuple[Callable[[list[str]], int], list[str]], ...] = (
+        (evaluate_main, [str(folder), "--file", str(data.validation_file)]),
+        (export_main, [str(folder), "--out", str(tmp_path / "b"), "--precision", "fp32"]),
+    )
+    for main, words in commands:
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"needs the base model it was trained on. Base model {base}: there is no such folder" in error
+        assert re.findall(r"--[\w-]+", error) == ["--base-model"]
+        assert main([*words, "--base-model", str(copied("roberta"))]) == 2
+        assert "was trained on another base model" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "roberta")
+        assert main([*words, "--base-model", str(moved)]) == 0
+    assert OnnxClassifier(load_bundle(tmp_path / "b")).logits(batch) == pytest.approx(golden, abs=1e-4)
+    assert demo_main(["--base-model", str(moved)]) == 2
+    assert "--base-model is that of the adapters at --adapter" in capsys.readouterr().err
+    choices = choose_adapters([folder], str(moved), shipped=tmp_path)
+    with closing(Stage(choices, bundles=[tmp_path / "b"], threads=1)) as stage:
+        pytorch = stage.open(Setup("a")).pytorch
+        assert pytorch is not None
+        assert pytorch.logits(batch) == pytest.approx(golden, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # transformers' own, in Funnel

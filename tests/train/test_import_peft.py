@@ -345,7 +345,10 @@ def test_another_kind_of_task_than_the_base_models_is_refused(
         ({"peft_type": "XLORA"}, "peft_type 'XLORA'"),
         ({"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}, "auto_mapping"),
         ({"base_model_name_or_path": None}, "Give it with --base-model"),
-        ({"base_model_name_or_path": "/home/else/model"}, "Give it with --base-model"),
+        (
+            {"base_model_name_or_path": "/home/else/model"},
+            "Base model /home/else/model: there is no such folder. Give --base-model a",
+        ),
         ({"num_virtual_tokens": 6}, "holds no prompt"),
         ({"modules_to_save": "classifier"}, "modules_to_save"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules"),

@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     from train.model.prompted import PromptedClassifier
 
 
+BASE_FLAG = "--base-model"
+"""The flag of the commands that read adapters, for a base model that lies elsewhere than at the training."""
+
+
 def find_adapter_base(adapter: Adapter) -> BaseModel:
     """Find the base model that an adapter was trained on, and refuse another one under its name."""
     try:
-        base = find_base_model(adapter.model)
+        base = find_base_model(adapter.model, BASE_FLAG)
     except ModelError as cause:
         raise ModelError(f"{adapter.folder} needs the base model it was trained on. {cause}") from cause
     if base.sha256 != adapter.model_sha256:
         raise AdapterError(
             f"{adapter.folder} was trained on another base model: its {adapter.model} has weights with SHA-256 "
             f"{adapter.model_sha256[:12]}…, the one in {base.folder} has {base.sha256[:12]}…. "
-            "Put the right base model there, or train an adapter for this one."
+            f"Put the right base model there, give its folder with {BASE_FLAG}, or train an adapter for this one."
         )
     return base
 

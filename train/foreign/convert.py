@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.adapter.folder import finish_adapter, load_adapter
+from train.adapter.peft import BASE_FLAG
 from train.adapter.peft_config import MERGED_TYPES, PLAIN_SETTINGS
 from train.adapter.record import ADAPTER, FILES, MERGED, Adapter
 from train.common.atomic_folder import check_target, new_folder
@@ -74,7 +75,7 @@ def import_adapter(config: ImportConfig) -> Imported:
     refuse_chance(source, base, task.labels, head)
     is_renamed = tensors.keys() != stored.keys()
     with reference_model(source, tensors, base, task.labels, is_renamed=is_renamed) as reference:
-        max_length = text_limit(base, content.virtual_tokens)
+        max_length = text_limit(base, content.virtual_tokens, "Give the right base model with --base-model.")
         accepted = accepted_inputs(reference)
         tokenizer = source_tokenizer(source, base, max_length, accepted=accepted)
         with new_folder(config.out) as folder:
@@ -105,14 +106,11 @@ def _find_base(source: Source, config: ImportConfig) -> BaseModel:
             "--base-model."
         )
     try:
-        return find_base_model(name)
+        return find_base_model(name, BASE_FLAG)
     except (ModelError, HubError) as cause:
         if config.base_model:
             raise
-        raise type(cause)(
-            f"{source.folder} names the base model {name}, which cannot be had ({str(cause).rstrip('.')}). Give it with "
-            "--base-model: minilm, a hub name or a folder."
-        ) from cause
+        raise type(cause)(f"{source.folder} names a base model that cannot be had. {cause}") from cause
 
 
 def _settings_of(base: BaseModel) -> "PretrainedConfig":

@@ -17,8 +17,10 @@ _FLAGS = {"--allow-bin": "--allow-bin", "--base-model": "--base-model MODEL", "-
 """What an import may have to be told, as it stands in its messages, and in a command."""
 
 
-def import_if_foreign(folder: Path) -> Path:
+def import_if_foreign(folder: Path, base_model: str | None = None) -> Path:
     """A folder as it is, or the adapter folder that was made of it where it holds an adapter of PEFT's.
+
+    ``base_model`` is the one on which it is imported, by default the one that it names.
 
     Raises:
         UsageError: something has to be asked first; the message names the command.
@@ -38,7 +40,7 @@ def import_if_foreign(folder: Path) -> Path:
     command = f"python -m train.import_peft {name} --out ADAPTER"
     try:
         source = find_source(str(folder))
-        digest = hashlib.sha256()
+        digest = hashlib.sha256((base_model or "").encode())
         for path in (source.weights, *(source.folder / name for name in (FILES.config, FILES.tokenizer))):
             digest.update(path.read_bytes() if path.is_file() else b"-")
         target = _cache() / digest.hexdigest()[:16] / folder.resolve().name
@@ -49,7 +51,9 @@ def import_if_foreign(folder: Path) -> Path:
                 say(f"the cached import cannot be used and is made again: {error}")
         say(f"{folder} is an adapter of PEFT's: importing it to {target}")
         # In a child process, so that the page's own never loads torch and its thread pool.
-        run_in_child(_import, folder, target, name=f"The import of {folder}", remedy=f"See why with: {command}")
+        run_in_child(
+            _import, folder, target, base_model, name=f"The import of {folder}", remedy=f"See why with: {command}"
+        )
         return target
     except PromptfoldError as cause:
         flags = "".join(f" {words}" for flag, words in _FLAGS.items() if flag in str(cause))
@@ -60,10 +64,10 @@ def import_if_foreign(folder: Path) -> Path:
         ) from cause
 
 
-def _import(folder: Path, target: Path) -> None:
+def _import(folder: Path, target: Path, base_model: str | None) -> None:
     from train.foreign.convert import import_adapter
 
-    import_adapter(ImportConfig(str(folder), out=target, overwrite=True))
+    import_adapter(ImportConfig(str(folder), out=target, base_model=base_model, overwrite=True))
 
 
 def _cache() -> Path:
