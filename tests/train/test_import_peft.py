@@ -497,6 +497,32 @@ def test_lora_becomes_a_plain_graph_and_export_takes_the_source_itself(
     assert "Export it alone" in capsys.readouterr().err
 
 
+def test_an_import_in_the_cache_is_made_again_when_its_base_model_changed(
+    base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("train.foreign.direct.run_in_child", lambda work, *arguments, **_: work(*arguments))
+    base = shutil.copytree(base_model("bert"), tmp_path / "base")
+    folder = make_source(tmp_path / "source", base, "mlp")
+
+    def is_imported(*words: str) -> bool:
+        command = [str(folder), "--out", str(tmp_path / "b"), "--precision", "fp32", "--overwrite", *words]
+        assert export_main(command) == 0
+        return "importing it to" in capsys.readouterr().out
+
+    assert [is_imported(), is_imported()] == [True, False]
+    weights = {name: 1.5 * tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert [is_imported(), is_imported()] == [True, False]
+    classifier, tokenizer = OnnxClassifier(load_bundle(tmp_path / "b")), load_tokenizer(tmp_path / "b", 40)
+    golden = golden_logits(folder, base, TEXTS[0], "mlp")
+    assert classifier.logits(tokenizer(*TEXTS[0], return_tensors="np"))[0] == pytest.approx(golden, abs=2e-5)
+    moved = base.rename(tmp_path / "moved")
+    assert export_main([str(folder), "--out", str(tmp_path / "c")]) == 2
+    assert "there is no such folder. Give --base-model a folder" in capsys.readouterr().err
+    assert is_imported("--base-model", str(moved))
+
+
 def checkpoints(folder: Path) -> Path:
     """A Trainer's folder that does not say which checkpoint was best."""
     for step in (10, 20):

@@ -10,8 +10,10 @@ from train.adapter.record import FILES
 from train.common.child import run_in_child
 from train.common.console import say
 from train.common.errors import AdapterError, PromptfoldError, UsageError
+from train.common.folder_record import sha256_of_file
 from train.foreign.config import ImportConfig
-from train.foreign.source import CHOOSE, find_source, is_foreign
+from train.foreign.source import CHOOSE, TOKENIZER_FILES, Source, find_source, is_foreign
+from train.model.find import weights_on_disk
 
 _FLAGS = {"--allow-bin": "--allow-bin", "--base-model": "--base-model MODEL", "--task-id": "--task-id NUMBER"}
 """What an import may have to be told, as it stands in its messages, and in a command."""
@@ -40,10 +42,7 @@ def import_if_foreign(folder: Path, base_model: str | None = None) -> Path:
     command = f"python -m train.import_peft {name} --out ADAPTER"
     try:
         source = find_source(str(folder))
-        digest = hashlib.sha256((base_model or "").encode())
-        for path in (source.weights, *(source.folder / name for name in (FILES.config, FILES.tokenizer))):
-            digest.update(path.read_bytes() if path.is_file() else b"-")
-        target = _cache() / digest.hexdigest()[:16] / folder.resolve().name
+        target = _cache() / _key(source, base_model or source.base_model or "") / folder.resolve().name
         if target.is_dir():
             try:
                 return load_adapter(target).folder
@@ -62,6 +61,16 @@ def import_if_foreign(folder: Path, base_model: str | None = None) -> Path:
         raise UsageError(
             f"{folder} is an adapter of PEFT's that has to be imported first. {cause} The command is: {command}{flags}"
         ) from cause
+
+
+def _key(source: Source, base_model: str) -> str:
+    """A hash of all that an import reads: the adapter's files, and the base model's, which may be trained again."""
+    weights = weights_on_disk(base_model, fetch=True) if base_model else []
+    beside = {source.folder, *(file.parent for file in weights if file.suffix != ".gguf")}
+    names = (FILES.config, "config.json", *TOKENIZER_FILES)
+    files = (source.weights, *weights, *(folder / name for folder in sorted(beside) for name in names))
+    hashes = (sha256_of_file(path) if path.is_file() else "-" for path in files)
+    return hashlib.sha256(" ".join((base_model, *hashes)).encode()).hexdigest()[:16]
 
 
 def _import(folder: Path, target: Path, base_model: str | None) -> None:

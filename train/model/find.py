@@ -120,8 +120,39 @@ def find_base_model(name: str, flag: str = "--model") -> BaseModel:
         ) from cause
 
 
+def weights_on_disk(name: str, *, fetch: bool = False) -> list[Path]:
+    """The files with a base model's weights, found without transformers, which imports torch; none where they are absent.
+
+    With ``fetch`` a model of the hub that is not on this disk is downloaded.
+    """
+    folder = Path(name)
+    try:
+        if name == SMOLLM2 or folder.suffix == ".gguf":
+            file = smollm2_folder() / SMOLLM2_FILE if name == SMOLLM2 else folder
+            return [file] if file.is_file() else []
+        if name == MINILM:
+            folder = minilm_folder()
+        elif not folder.is_dir() and _is_hub_name(name):
+            folder = _cached(name) or (_download(name, "--base-model") if fetch else folder)
+        return sorted(file for file in folder.glob(_WEIGHTS) if file.is_file())
+    except OSError:  # whoever opens them says why that cannot be
+        return []
+
+
 def _is_hub_name(name: str) -> bool:
     return not (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip())
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a model in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _remedy(flag: str) -> str:
