@@ -251,6 +251,15 @@ def test_unknown_facts_are_absent_until_they_are_measured(source: Sources, tmp_p
     assert "on 12 validation rows" in (measured.folder / "README.md").read_text()
 
 
+def test_labels_that_are_none_of_the_adapters_can_be_named(source: Sources, tmp_path: Path, capsys: Capture) -> None:
+    rows: list[dict[str, object]] = [{"text": f"word{index}", "label": "abc"[index % 3]} for index in range(6)]
+    words = ["--validation-file", str(write_jsonl(tmp_path / "rows.jsonl", rows))]
+    assert main([str(source("mlp")), "--out", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "Fix or remove them, or name all labels, in the order of the logits, with --labels:\n" in error
+    run_import(source("mlp"), tmp_path / "out", *words, "--labels", "a,b,c")
+
+
 def test_the_best_checkpoint_is_taken_or_asked_for(source: Sources, tmp_path: Path, capsys: Capture) -> None:
     output = tmp_path / "output"
     for step, kind in ((7, "mlp"), (14, "prompt")):

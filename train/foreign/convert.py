@@ -71,7 +71,8 @@ def import_adapter(config: ImportConfig) -> Imported:
     head = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     n_labels = count_labels(base, head)
     task = _task_of(config, settings, n_labels)
-    rows = load_split(task, "validation", config.validation_file) if config.validation_file else None
+    file = config.validation_file
+    rows = load_split(task, "validation", file, takes_labels=True) if file else None
     refuse_chance(source, base, task.labels, head)
     is_renamed = tensors.keys() != stored.keys()
     with reference_model(source, tensors, base, task.labels, is_renamed=is_renamed) as reference:
