@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from demo.__main__ import main as demo_main
 from demo.engines.adapters import choose_adapters
@@ -258,6 +260,19 @@ def test_labels_that_are_none_of_the_adapters_can_be_named(source: Sources, tmp_
     error = capsys.readouterr().err
     assert "Fix or remove them, or name all labels, in the order of the logits, with --labels:\n" in error
     run_import(source("mlp"), tmp_path / "out", *words, "--labels", "a,b,c")
+
+
+def test_which_of_several_adapters_is_taken_is_said(base_model: Folders, tmp_path: Path, capsys: Capture) -> None:
+    base, folder = base_model("bert"), tmp_path / "both"
+    config = LoraConfig(task_type="SEQ_CLS", r=4)
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+    model.add_adapter("other", config)
+    model.save_pretrained(str(folder))
+    run_import(folder, tmp_path / "out")
+    found = re.search("in the folder itself; other beside it can be imported by name: (.*)", capsys.readouterr().out)
+    assert found is not None
+    run_import(found[1], tmp_path / "other")
+    assert "beside" not in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_taken_or_asked_for(source: Sources, tmp_path: Path, capsys: Capture) -> None:

@@ -21,7 +21,7 @@ from train.foreign.compare import N_TEXTS, accepted_inputs, largest_difference, 
 from train.foreign.config import ImportConfig
 from train.foreign.head import count_labels, refuse_chance
 from train.foreign.prompt import check_fit, config_of, prompt_of
-from train.foreign.source import PROMPT_METHODS, Source, find_source
+from train.foreign.source import PROMPT_METHODS, Source, adapters_in, find_source
 from train.foreign.tensors import PROMPT, TASK_COLUMNS, TASK_ROWS, read_tensors, todays_names
 from train.foreign.tokenizer import source_tokenizer
 from train.model.find import BaseModel, find_base_model, text_limit
@@ -62,6 +62,9 @@ def import_adapter(config: ImportConfig) -> Imported:
     check_target(config.out, ADAPTER, overwrite=config.overwrite)
     source = find_source(config.source, allow_bin=config.allow_bin)
     say(f"{source.folder}: {source.peft_type}")
+    if others := adapters_in(source.folder):
+        some = ", ".join(path.name for path in others[:8])
+        say(f"that is the adapter in the folder itself; {some} beside it can be imported by name: {others[0]}")
     stored = read_tensors(source)
     tensors = todays_names(source, stored)
     base = _find_base(source, config)
