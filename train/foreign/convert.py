@@ -179,7 +179,7 @@ def _task_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
 
 def _kind_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) -> str:
     """The kind of task: what the flags say, else the base model's problem_type, else one class a text."""
-    stated = settings.problem_type
+    stated = getattr(settings, "problem_type", None)
     is_stated_multi = stated == PROBLEM_TYPES[MULTI_LABEL]
     another = (
         "If the adapter was trained for another kind of task, give --base-model a copy of the base model whose config.json "
