@@ -119,7 +119,7 @@ def _read_rows(adapter: Adapter, file: Path | None, config: ExportConfig, old: B
     """The labelled rows of an adapter: of a given file, or of the one it was validated with."""
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
     if file is not None:
-        return LabelledRows(file, task, load_split(task, "", file))
+        return LabelledRows(file, task, load_split(task, "validation", file))
     if (file := unchanged_file(adapter.validation_file, adapter.validation_sha256)) is not None:
         return LabelledRows(file, task, load_split(task, "", file, adapter.read_options))
     if old and any(graph.gates for graph in old.graphs):
