@@ -339,7 +339,6 @@ def test_the_base_models_problem_type_is_the_adapters_kind_of_task(
 @pytest.mark.parametrize(
     ("n_labels", "problem_type", "flags", "words"),
     [
-        (3, "single_label_classification", "--multi-label", "has problem_type 'single_label_classification'. Leave"),
         (3, "regression", "", "of which promptfold takes one number. If the adapter was trained for another kind"),
         (1, "multi_label_classification", "", "of which promptfold takes two labels or more. If the adapter"),
         (1, None, "--multi-label", "--multi-label: the adapter's head gives one number"),
@@ -354,11 +353,21 @@ def test_another_kind_of_task_than_the_base_models_is_refused(
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
-    base = shutil.copytree(base_model("bert"), tmp_path / "base")
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), n_labels, problem_type=problem_type)
     folder = make_source(tmp_path / "source", base, "mlp", n_labels=n_labels)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
     assert words in refusal(capsys, folder, tmp_path / "out", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "flags", "kind"),
+    [("single_label_classification", "--multi-label", "multi_label"), ("regression", "", "classification")],
+)
+def test_a_flag_and_another_number_of_labels_count_more_than_what_the_base_model_was_trained_for(
+    problem_type: str, flags: str, kind: str, base_model: Folders, tmp_path: Path
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 1, problem_type=problem_type)
+    folder = make_source(tmp_path / "source", base, "mlp")
+    assert run_import(folder, tmp_path / "out", *flags.split()).task.kind == kind
 
 
 @pytest.mark.parametrize(

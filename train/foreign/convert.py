@@ -196,20 +196,18 @@ def _kind_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
             )
         say("the adapter's head gives one number: a regression")
         return REGRESSION
-    if stated == PROBLEM_TYPES[REGRESSION]:
+    if stated == PROBLEM_TYPES[REGRESSION] and settings.num_labels == n_labels:
         raise AdapterError(
             f"The adapter's head gives {n_labels} numbers, and the base model's config.json has problem_type {stated!r}, of "
             f"which promptfold takes one number. {another.format(f'{PROBLEM_TYPES[CLASSIFICATION]} or {PROBLEM_TYPES[MULTI_LABEL]}')}"
         )
-    if config.multi_label and stated not in {None, PROBLEM_TYPES[MULTI_LABEL]}:
-        raise UsageError(
-            f"--multi-label: the base model's config.json has problem_type {stated!r}. Leave it out. "
-            f"{another.format(PROBLEM_TYPES[MULTI_LABEL])}"
-        )
-    if stated is not None:
+    if config.multi_label:
+        # transformers writes single_label_classification into a model's settings whenever it was trained so.
+        return MULTI_LABEL
+    if stated in {PROBLEM_TYPES[CLASSIFICATION], PROBLEM_TYPES[MULTI_LABEL]}:
         what = "any number of the labels" if is_stated_multi else "one label"
         say(f"a text has {what}, as the base model's config.json says (problem_type {stated})")
-    return MULTI_LABEL if is_stated_multi or config.multi_label else CLASSIFICATION
+    return MULTI_LABEL if is_stated_multi else CLASSIFICATION
 
 
 def _record(
