@@ -55,6 +55,8 @@ class DemoConfig:
     adapters: Annotated[tuple[Path, ...], Parameter(name="--adapter", consume_multiple=1)] = ()
     """folders that `python -m train` wrote; the page starts with the first and offers those that ship as well (default:
     the best of those that ship)"""
+    base_model: str | None = None
+    """folder of the base model of the adapters at --adapter, if it lies elsewhere than at the training"""
     bundles: Annotated[tuple[Path, ...], Parameter(name="--bundle", consume_multiple=1)] = ()
     """folders that `python -m export` wrote from these adapters (default: exported on first use, and kept)"""
     engine: Annotated[str, Parameter(choices=ENGINES)] = "both"
@@ -78,6 +80,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_port(self.port, "--port")
+        if self.base_model is not None and not self.adapters:
+            raise UsageError("--base-model is that of the adapters at --adapter, and none is given. Leave it out.")
         if self.engine == RAY:
             self.serving.check(SERVING_FLAGS)
         elif self.serving != PageServingConfig():
@@ -142,7 +146,7 @@ def _open_stage(config: DemoConfig, at_end: ExitStack) -> "Stage":
     from demo.engines.adapters import choose_adapters
     from demo.engines.stage import Stage
 
-    choices = choose_adapters(config.adapters)
+    choices = choose_adapters(config.adapters, config.base_model)
     service = None
     if config.engine == RAY:
         say(f"starting Ray Serve in {config.serving.address or 'a cluster on this machine'}")

@@ -359,7 +359,9 @@ def peft_logits(
     from train.common.console import quiet_transformers
 
     with quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=n_labels)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base_folder, num_labels=n_labels, ignore_mismatched_sizes=True
+        )
     if model.config.pad_token_id is None and len(batch["input_ids"]) > 1:
         # Or transformers takes no batch. One text has no padding, and may well end with this token.
         model.config.pad_token_id = model.config.eos_token_id

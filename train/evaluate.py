@@ -34,6 +34,8 @@ class EvaluateConfig:
     _: KW_ONLY
     file: Path
     """labelled rows (.csv, .jsonl or .parquet)"""
+    base_model: str | None = None
+    """folder of the base model, if it lies elsewhere than at the training"""
     text_columns: Words = ()
     """the file's text columns (default: the adapter's)"""
     label_column: str | None = None
@@ -54,7 +56,7 @@ class EvaluateConfig:
 def _run(config: EvaluateConfig) -> None:
     from train.fit.loop import predict
 
-    adapter = load_adapter(config.adapter)
+    adapter = load_adapter(config.adapter, config.base_model)
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
     rows = load_split(task, "", config.file, ReadOptions.parse(config.delimiter, config.encoding, config.quote))
     base = find_adapter_base(adapter)

@@ -24,11 +24,16 @@ class Choice:
     """Others that ship and were scored on as many rows of the same task, best first; none if this one does not ship."""
 
 
-def choose_adapters(named: Sequence[Path] = (), *, shipped: Path = SHIPPED) -> tuple[Choice, ...]:
-    """Load the adapters that were named, in their order, then those that ship, best on validation first."""
+def choose_adapters(
+    named: Sequence[Path] = (), base_model: str | None = None, *, shipped: Path = SHIPPED
+) -> tuple[Choice, ...]:
+    """Load the adapters that were named, in their order, then those that ship, best on validation first.
+
+    ``base_model`` is that of the named ones, as for `load_adapter`.
+    """
     # sorted() is stable: equally good adapters stay sorted by name.
     others = sorted(_load_all(shipped), key=lambda adapter: adapter.scores.key, reverse=True)
-    wanted = [load_adapter(import_if_foreign(folder)) for folder in named]
+    wanted = [load_adapter(import_if_foreign(folder, base_model), base_model) for folder in named]
     if not wanted and not others:
         raise AdapterError(f"{shipped} holds no adapter that can be loaded. Name one with --adapter.")
     taken = {adapter.folder.resolve() for adapter in wanted}

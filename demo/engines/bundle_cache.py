@@ -41,7 +41,7 @@ def cached_bundle(adapter: Adapter) -> Bundle:
     try:
         # In a child process, so that the page's own never loads torch and its thread pool.
         run_in_child(
-            _export, adapter.folder, folder, name=f"The export of {adapter.folder}", remedy=f"See why with: {command}"
+            _export, adapter, folder, name=f"The export of {adapter.folder}", remedy=f"See why with: {command}"
         )
     except UsageError as error:
         raise BundleError(
@@ -50,9 +50,9 @@ def cached_bundle(adapter: Adapter) -> Bundle:
     return load_bundle(folder)
 
 
-def _export(adapter_folder: Path, folder: Path) -> None:
+def _export(adapter: Adapter, folder: Path) -> None:
     from export.fold.config import ExportConfig
     from export.fold.pipeline import export_adapters
 
     # Where not even everyday English can say what int8 costs, it is kept ungated: the page says so and starts with fp32.
-    export_adapters(ExportConfig((adapter_folder,), out=folder, ungated=True, overwrite=True))
+    export_adapters(ExportConfig((adapter.folder,), out=folder, base_model=adapter.model, ungated=True, overwrite=True))

@@ -36,15 +36,18 @@ class PromptLogits:
 class PyTorchBackend:
     """The adapter as the PEFT tutorial runs it, `PeftModel.forward`; on request compiled, or in bf16."""
 
-    def __init__(self, adapter_folder: Path, threads: int, *, mode: str = EAGER) -> None:
-        """Load an adapter, in one of `PYTORCH_MODES`; an EngineError where `torch.compile` does not work."""
+    def __init__(self, adapter_folder: Path, threads: int, *, mode: str = EAGER, base_model: str | None = None) -> None:
+        """Load an adapter, in one of `PYTORCH_MODES`; an EngineError where `torch.compile` does not work.
+
+        ``base_model`` is as for `load_adapter`.
+        """
         import torch
 
         from train.adapter.folder import load_adapter
         from train.adapter.peft import find_adapter_base, load_peft_model
 
         torch.set_num_threads(threads)
-        adapter = load_adapter(adapter_folder)
+        adapter = load_adapter(adapter_folder, base_model)
         on_cuda = torch.cuda.is_available()
         self._device = torch.device("cuda" if on_cuda else "cpu")
         model: Any = load_peft_model(adapter.folder, find_adapter_base(adapter), adapter.labels)

@@ -204,7 +204,7 @@ class Stage:
     def _new_engine(self, key: _EngineKey, bundle: Bundle) -> AnyEngine:
         choice = self.choices[key.adapter]
         if key.library == PYTORCH:
-            make_pytorch = partial(PyTorchBackend, mode=key.mode)
+            make_pytorch = partial(PyTorchBackend, mode=key.mode, base_model=choice.adapter.model)
             return EngineProcess(key.library, make_pytorch, choice.adapter.folder, threads=self.threads)
         task = _task_of(bundle, choice).name
         if self.service is not None:

@@ -11,8 +11,7 @@ import numpy as np
 from train.adapter.record import FILES, Adapter
 from train.common.errors import AdapterError, ModelError, first_line
 from train.common.folder_record import sha256_of_files
-from train.config import MINILM, SMOLLM2
-from train.model.find import SMOLLM2_FILE, minilm_folder, smollm2_folder
+from train.model.find import weights_on_disk
 
 PROMPT = "prompt_embeddings"
 """PEFT's name of the prompt in an adapter's weights."""
@@ -104,26 +103,13 @@ def base_files(key: AdapterKey) -> tuple[Path, ...]:
 
     `train.model.find.find_base_model` finds the same, but needs transformers, and with it torch.
     """
-    name, folder = key.adapter.model, Path(key.adapter.model)
     # Only the last part of a path is shown to visitors.
-    missing = f"The base model {folder.name} is not on this machine."
-    if name == SMOLLM2 or folder.suffix == ".gguf":
-        files = [smollm2_folder() / SMOLLM2_FILE if name == SMOLLM2 else folder]
-    else:
-        if name == MINILM:
-            folder = minilm_folder()
-        elif not folder.is_absolute():
-            from huggingface_hub import try_to_load_from_cache
-
-            found = try_to_load_from_cache(name, "config.json")
-            if not isinstance(found, str):
-                raise ModelError(missing)
-            folder = Path(found).parent
-        files = sorted(folder.glob("model*.safetensors"))
-    if not files or not all(file.is_file() for file in files):
-        raise ModelError(missing)
+    name = Path(key.adapter.model).name
+    files = weights_on_disk(key.adapter.model)
+    if not files:
+        raise ModelError(f"The base model {name} is not on this machine.")
     if sha256_of_files(files) != key.adapter.model_sha256:
-        raise ModelError(f"The base model {Path(name).name} on this machine is not the one of the training.")
+        raise ModelError(f"The base model {name} on this machine is not the one of the training.")
     return tuple(files)
 
 

@@ -44,6 +44,8 @@ class BenchConfig:
     bundle: Path | None = None
     """folder that `python -m export` wrote from it; none with --shape-of"""
     _: KW_ONLY
+    base_model: str | None = None
+    """folder of the adapter's base model, if it lies elsewhere than at the training"""
     shape_of: str | None = None
     """random weights instead of an adapter: roberta-large, or a folder with a config.json. Latency does not depend on
     the values"""
@@ -102,8 +104,8 @@ class BenchConfig:
             if self.adapter is None or self.bundle is None:
                 raise UsageError("Give an ADAPTER and the BUNDLE that was exported from it, or --shape-of.")
             return
-        if self.adapter is not None:
-            raise UsageError(f"--shape-of {self.shape_of} makes its own adapter. Leave {self.adapter} out.")
+        if given := self.adapter or self.base_model:
+            raise UsageError(f"--shape-of {self.shape_of} makes its own adapter. Leave {given} out.")
         if self.file is not None:
             raise UsageError(f"--shape-of {self.shape_of} has random weights, which score nothing. Leave --file out.")
         if self.shape_of not in SHAPES and not (Path(self.shape_of) / "config.json").is_file():

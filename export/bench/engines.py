@@ -78,6 +78,7 @@ class Job:
     threads: int
     plan: Plan
     adapter: str
+    base_model: str
     bundle: str
     task: str
     """The name of the adapter's task in the bundle."""

@@ -76,7 +76,7 @@ def prepare(config: BenchConfig, work: Path, threads: int) -> Prepared:
     if plain:
         say("exporting the same model the usual way")
         graphs |= plain_graphs(plain, adapter, base, work / "plain", inputs.calibration)
-    folders = str(adapter.folder), str(bundle.folder)
+    folders = str(adapter.folder), adapter.model, str(bundle.folder)
     job = Job(config.device, threads, config.plan, *folders, task_name, pad_id, str(inputs_file))
     packages = ("torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx")
     about = {
@@ -94,7 +94,7 @@ def _load_folders(config: BenchConfig, work: Path) -> tuple[Adapter, Bundle, str
     if config.shape_of is not None:
         folders = make_random_bundle(config.shape_of, work, device=config.device)
     assert folders[0] and folders[1]  # as `BenchConfig` checks
-    adapter, bundle = load_adapter(folders[0]), load_bundle(folders[1])
+    adapter, bundle = load_adapter(folders[0], config.base_model), load_bundle(folders[1])
     task = bundle.task_of(adapter.sha256)
     if task is None:
         raise BundleError(

@@ -71,7 +71,7 @@ def _load_peft(job: Job, engine: Engine, _: Path) -> Loaded:
     from train.adapter.record import FILES
 
     torch.set_num_threads(job.threads)
-    adapter = load_adapter(Path(job.adapter))
+    adapter = load_adapter(Path(job.adapter), job.base_model)
     base = find_adapter_base(adapter)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
     start = time.perf_counter()

@@ -28,6 +28,8 @@ class ExportConfig:
     _: KW_ONLY
     out: Path
     """folder for the bundle; it appears when everything was measured, or not at all"""
+    base_model: str | None = None
+    """folder of the adapters' base model, if it lies elsewhere than at the training"""
     add: bool = False
     """add the adapters to the bundle at --out, which holds several already"""
     precision: Annotated[str, Parameter(choices=PRECISIONS)] = AUTO

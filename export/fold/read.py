@@ -73,7 +73,7 @@ def read_sources(config: ExportConfig) -> Sources:
     is_wanted = any(graph.is_judged for graph in old.graphs) if old else config.precision != FP32
     tasks = []
     for number, (folder, file) in enumerate(zip(config.adapters, files, strict=True), start=n_old):
-        adapter = load_adapter(import_if_foreign(folder))
+        adapter = load_adapter(import_if_foreign(folder, config.base_model), config.base_model)
         if adapter.is_merged and len(config.adapters) + n_old > 1:
             raise UsageError(
                 f"{folder} ({adapter.method}) changes the base model's weights, so no other adapter can share its graph. "
@@ -94,7 +94,7 @@ def read_sources(config: ExportConfig) -> Sources:
     say(f"[1/5] reading the base model {first.model}")
     base = find_adapter_base(first)
     fit_vocabulary(tokenizer, base, (old or first).folder, AdapterError, "Train the adapter again.")
-    if first.max_length > text_limit(base, first.virtual_tokens):
+    if first.max_length > text_limit(base, first.virtual_tokens, "Train the adapter again."):
         raise AdapterError(
             f"{first.folder} allows texts of {first.max_length} tokens, more than {base.name} has positions for. "
             "Train the adapter again."
@@ -119,7 +119,7 @@ def _read_rows(adapter: Adapter, file: Path | None, config: ExportConfig, old: B
     """The labelled rows of an adapter: of a given file, or of the one it was validated with."""
     task = adapter.task.with_columns(config.text_columns, config.label_column, owner=adapter.folder)
     if file is not None:
-        return LabelledRows(file, task, load_split(task, "", file))
+        return LabelledRows(file, task, load_split(task, "validation", file))
     if (file := unchanged_file(adapter.validation_file, adapter.validation_sha256)) is not None:
         return LabelledRows(file, task, load_split(task, "", file, adapter.read_options))
     if old and any(graph.gates for graph in old.graphs):

@@ -77,7 +77,7 @@ def measured(labels: list[int], file_ms: float, *shape_ms: float, difference: fl
 
 def test_ratios_are_of_one_round_and_figures_are_medians_of_rounds() -> None:
     right, wrong = [0, 1, 1, 0], [0, 1, 0, 0]
-    job, cells = Job("cpu", 1, Plan(0, 1, 1, 0), "", "", "", 0, ""), {"1x8": Shape(1, 8), "file": Shape(4, 8)}
+    job, cells = Job("cpu", 1, Plan(0, 1, 1, 0), "", "", "", "", 0, ""), {"1x8": Shape(1, 8), "file": Shape(4, 8)}
     multiply_adds = {family: {"1x8": 1_250_000, "file": 1} for family in ("peft", "plain", "ours")}
     shapes = [Cell(name, "", shape.batch_size, (shape,)) for name, shape in cells.items()]
     prepared = Prepared(job, {}, shapes, multiply_adds, graphs={}, task=MRPC, expected=right)
@@ -120,7 +120,7 @@ def test_padding_moves_to_the_left_for_pefts_decoders() -> None:
 
 
 def test_a_worker_survives_what_a_library_prints_and_raises_and_tells_how_it_ended(tmp_path: Path) -> None:
-    job = Job("cpu", 1, Plan(0, 1, 1, 0), "", "", "", 0, "")
+    job = Job("cpu", 1, Plan(0, 1, 1, 0), "", "", "", "", 0, "")
     with Worker(sys.executable, job, tmp_path) as worker:
         assert worker.call(partial(print, "not an answer")) is None
         assert worker.call(partial(int, "x")) == "ValueError: invalid literal for int() with base 10: 'x'"

@@ -187,7 +187,7 @@ def test_dense_layers_and_token_embeddings_are_integer_and_nothing_else(
     [
         ("int8", "", "What int8 costs is unknown: the tokenizer does not know"),
         ("fp16", "", "Give labelled rows with --validation-file, or texts in its language with --calibration-file"),
-        *(("auto", name, name) for name in ("none.jsonl", "empty.jsonl", "rows.txt")),
+        *(("auto", name, f"--validation-file {{folder}}/{name}") for name in ("none.jsonl", "empty.jsonl", "rows.txt")),
     ],
 )
 def test_where_nothing_can_say_what_a_precision_costs_it_is_refused(
@@ -201,5 +201,5 @@ def test_where_nothing_can_say_what_a_precision_costs_it_is_refused(
     assert run_export(folder, "--out", no_leftovers / "b", "--precision", precision, *rows) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
-    assert words in printed.err
+    assert words.format(folder=no_leftovers) in printed.err
     assert not (no_leftovers / "b").exists()

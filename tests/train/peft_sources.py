@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 N_LABELS = 3
 VIRTUAL_TOKENS = 5
@@ -51,10 +52,51 @@ MERGED_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """The others are named for BERT's layers."""
 
 
+def make_base_with_head(folder: Path, base: Path, n_labels: int, **settings: Any) -> Path:
+    """A base model that is a classifier already, as those on the hub that were trained for a task of their own."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from train.common.console import quiet_transformers
+
+    torch.manual_seed(4)
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels, **settings)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def list_mismatches_as(transformers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers' loading info have the form that its version 4 or 5 gives it."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    load = Auto.from_pretrained
+
+    def changed(*words: Any, **named: Any) -> Any:
+        loaded = load(*words, **named)
+        if named.get("output_loading_info"):
+            names = [entry if isinstance(entry, str) else entry[0] for entry in loaded[1]["mismatched_keys"]]
+            loaded[1]["mismatched_keys"] = names if transformers == 4 else {(name, (1,), (2,)) for name in names}
+        return loaded
+
+    monkeypatch.setattr(Auto, "from_pretrained", changed)
+
+
 def make_source(
-    folder: Path, base: Path, kind: str, *, modules: list[str] | None = None, n_labels: int = N_LABELS
+    folder: Path,
+    base: Path,
+    kind: str,
+    *,
+    modules: list[str] | None = None,
+    n_labels: int = N_LABELS,
+    n_tokens: int | None = None,
+    **changes: Any,
 ) -> Path:
-    """Write what `PeftModel.save_pretrained` writes for an adapter with random weights."""
+    """Write what `PeftModel.save_pretrained` writes for an adapter with random weights.
+
+    ``n_tokens`` is the size to which the vocabulary is changed before; ``changes`` are those of PEFT's settings.
+    """
     import peft
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -63,11 +105,15 @@ def make_source(
 
     torch.manual_seed(3)
     with quiet_transformers():
-        model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=n_labels, ignore_mismatched_sizes=True
+        )
+    if n_tokens is not None:
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)
     name, settings = (PROMPT_KINDS | MERGED_KINDS)[kind]
     # PEFT 0.3's prompts take no modules_to_save.
     extra = {} if modules is None else {"modules_to_save": modules}
-    config = getattr(peft, name)(task_type="SEQ_CLS", **extra, **settings)
+    config = getattr(peft, name)(task_type="SEQ_CLS", **(extra | settings | changes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it corrects a setting for GPT-2's layers, and says so
         model = peft.get_peft_model(model, config)
@@ -90,7 +136,7 @@ def golden_logits(source: Path, base: Path, sentences: tuple[str, ...], kind: st
 
     with quiet_transformers():
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=labels.get("n_labels", N_LABELS)
+            base, num_labels=labels.get("n_labels", N_LABELS), ignore_mismatched_sizes=True
         )
     model = PeftModel.from_pretrained(model, source).eval()
     batch = AutoTokenizer.from_pretrained(base)(*sentences, return_tensors="pt")

@@ -1,25 +1,35 @@
 """Base models as people bring them: other files than tokenizer.json and safetensors, and vocabularies that do not fit."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
+from demo.__main__ import main as demo_main
+from demo.engines.adapters import choose_adapters
+from demo.engines.stage import Setup, Stage
 from export.__main__ import main as export_main
 from export.bundle.folder import BUNDLE, load_bundle
 from export.runtime.classifier import OnnxClassifier
-from tests.conftest import Data, Folders, make_base_model, write_jsonl
+from tests.conftest import Data, Folders, make_base_model, peft_logits, random_batch, train_kind, write_jsonl
 from tests.test_untrusted import rehash
+from tests.train.peft_sources import list_mismatches_as, make_base_with_head
 from train.__main__ import main as train_main
+from train.adapter.folder import load_adapter
+from train.adapter.peft import find_adapter_base, load_prompted_classifier
 from train.adapter.record import ADAPTER
 from train.common.errors import BundleError, ModelError
 from train.common.folder_record import FolderKind
@@ -187,6 +197,75 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(copied: F
     converted = load_file(found.folder / "model.safetensors")
     assert all(torch.equal(converted[f"bert.{name}"], tensor) for name, tensor in weights.items())
     assert len(base_tokenizer(found, 20)) == found.vocabulary_size
+
+
+@pytest.mark.parametrize("transformers", [4, 5])
+def test_a_head_for_other_labels_gives_way_to_a_new_one_and_no_other_tensor_does(
+    transformers: int,
+    base_model: Folders,
+    data: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 3)
+    list_mismatches_as(transformers, monkeypatch)
+    train_kind("bert", base, tmp_path / "a", "--epochs 1", data.flags)
+    adapter = load_adapter(tmp_path / "a")
+    batch = random_batch(np.random.default_rng(0), 3, 9, token_types=True)
+    logits = load_prompted_classifier(adapter, find_adapter_base(adapter))(
+        **{name: torch.from_numpy(array) for name, array in batch.items()}
+    )["logits"]
+    assert logits.detach().numpy() == pytest.approx(peft_logits(tmp_path / "a", base, batch), abs=2e-5)
+    weights = load_file(base / "model.safetensors")
+    weights["bert.embeddings.token_type_embeddings.weight"] = torch.ones(3, 32)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert train_main(["--model", str(base), "--out", str(tmp_path / "b"), *data.flags]) == 2
+    words = "in another shape, such as bert.embeddings.token_type_embeddings.weight. Take an unbroken copy."
+    assert words in capsys.readouterr().err
+
+
+def test_the_base_models_own_kind_of_task_changes_nothing_in_the_training_of_another(
+    copied: Folders, data: Data, tmp_path: Path
+) -> None:
+    base, weights = copied("bert"), set()
+    config = json.loads((base / "config.json").read_text())
+    for number, problem_type in enumerate((None, "multi_label_classification", "regression")):
+        (base / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
+        train_kind("bert", base, tmp_path / str(number), "--epochs 1", data.flags)
+        weights.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(weights) == 1
+
+
+def test_an_adapter_whose_base_model_moved_is_used_with_the_flag_that_the_refusal_names(
+    copied: Folders, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base, folder = copied("bert"), tmp_path / "a"
+    train_kind("bert", base, folder, "--epochs 1", data.flags)
+    batch = random_batch(np.random.default_rng(0), 3, 9, token_types=True)
+    golden, moved = peft_logits(folder, base, batch), base.rename(tmp_path / "moved")
+    commands: tuple[tuple[Callable[[list[str]], int], list[str]], ...] = (
+        (evaluate_main, [str(folder), "--file", str(data.validation_file)]),
+        (export_main, [str(folder), "--out", str(tmp_path / "b"), "--precision", "fp32"]),
+    )
+    for main, words in commands:
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"needs the base model it was trained on. Base model {base}: there is no such folder" in error
+        assert re.findall(r"--[\w-]+", error) == ["--base-model"]
+        assert main([*words, "--base-model", str(copied("roberta"))]) == 2
+        assert "was trained on another base model" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "roberta")
+        assert main([*words, "--base-model", str(moved)]) == 0
+    assert OnnxClassifier(load_bundle(tmp_path / "b")).logits(batch) == pytest.approx(golden, abs=1e-4)
+    assert demo_main(["--base-model", str(moved)]) == 2
+    assert "--base-model is that of the adapters at --adapter" in capsys.readouterr().err
+    choices = choose_adapters([folder], str(moved), shipped=tmp_path)
+    with closing(Stage(choices, bundles=[tmp_path / "b"], threads=1)) as stage:
+        pytorch = stage.open(Setup("a")).pytorch
+        assert pytorch is not None
+        assert pytorch.logits(batch) == pytest.approx(golden, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # transformers' own, in Funnel

@@ -156,6 +156,7 @@ def test_numbers_are_labels_by_their_value_in_columns_of_any_name(base_model: Fo
         ("--text-columns a,b --labels x,y,x", "--labels x,y,x: a label is named twice"),
         ("--text-columns a,b --labels x,z", "row 2 (line 3): label 'y' in column 'label' is none of task custom's"),
         ("--text-columns a,b", "validation.csv, row 4 (line 5): label 'w' in column 'label' is none of task custom's"),
+        ("--text-columns a,b", "Fix or remove the row, or name all labels, in the order of the logits, with --labels."),
         ("--text-columns a,b --label-column b", "--label-column b is one of --text-columns too"),
         ("--text-columns a,b,one", "--text-columns a,b,one: name one column, or two different ones"),
         ("--text-columns a,a", "--text-columns a,a: name one column, or two different ones"),

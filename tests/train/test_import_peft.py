@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from demo.__main__ import main as demo_main
 from demo.engines.adapters import choose_adapters
@@ -18,7 +21,15 @@ from export.__main__ import main as export_main
 from export.bundle.folder import load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import Folders, MadeOnce, make_pairs, write_jsonl
-from tests.train.peft_sources import PROMPT_KINDS, TASK, VIRTUAL_TOKENS, golden_logits, make_source
+from tests.train.peft_sources import (
+    PROMPT_KINDS,
+    TASK,
+    VIRTUAL_TOKENS,
+    golden_logits,
+    list_mismatches_as,
+    make_base_with_head,
+    make_source,
+)
 from train.adapter.folder import load_adapter
 from train.adapter.peft import find_adapter_base, load_peft_model, load_prompted_classifier
 from train.adapter.record import Adapter
@@ -155,6 +166,52 @@ def test_tensors_by_other_names_are_found(
     check_against_peft(kind, folder, base_model("bert"), adapter, original=source(kind))
 
 
+@pytest.mark.parametrize(("kind", "transformers"), [("mlp", 4), ("lora", 5)])
+def test_a_base_model_may_have_a_head_for_another_number_of_labels(
+    kind: str, transformers: int, base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 2)
+    folder = make_source(tmp_path / "source", base, kind)
+    list_mismatches_as(transformers, monkeypatch)
+    check_against_peft(kind, folder, base, run_import(folder, tmp_path / "out"))
+    # Without a head of its own the adapter would answer with random numbers: the weight fits no more than the bias.
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor for name, tensor in tensors.items() if "classifier.bias" not in name}, folder / WEIGHTS)
+    assert "holds no classifier.bias" in refusal(capsys, folder, tmp_path / "lost")
+
+
+def test_of_a_weight_that_stands_twice_in_pefts_file_that_is_taken_which_peft_loads(
+    base_model: Folders, tmp_path: Path
+) -> None:
+    folder = make_source(tmp_path / "source", base_model("bert"), "lora", bias="all")
+    tensors = load_file(folder / WEIGHTS)
+    copied = "base_model.model.classifier.modules_to_save.bias"
+    assert torch.equal(tensors[copied], tensors["base_model.model.classifier.bias"])
+    for number in (0, 5):  # changed, the copy shows which of the two PEFT loads
+        save_file(tensors | {copied: tensors[copied] + number}, folder / WEIGHTS)
+        adapter = run_import(folder, tmp_path / f"out{number}")
+        check_against_peft("lora", folder, base_model("bert"), adapter)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("modules", [["classifier"], ["classifier", "word_embeddings"]])
+def test_an_adapter_of_a_longer_vocabulary_needs_the_base_model_of_that_length(
+    modules: list[str], base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    base = base_model("bert")
+    model = AutoModel.from_pretrained(base)
+    n_tokens = model.config.vocab_size + 3
+    folder = make_source(tmp_path / "source", base, "lora", n_tokens=n_tokens, modules=modules)
+    error = refusal(capsys, folder, tmp_path / "out")
+    assert "with 3 tokens more than" in error
+    assert f"model.resize_token_embeddings({n_tokens}) and model.save_pretrained, and give its folder" in error
+    resized = shutil.copytree(base, tmp_path / "resized")
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    model.save_pretrained(resized)
+    adapter = run_import(folder, tmp_path / "out", "--base-model", str(resized))
+    check_against_peft("lora", folder, resized, adapter)
+
+
 def test_a_pooler_that_was_trained_too_comes_along(source: Sources, base_model: Folders, tmp_path: Path) -> None:
     folder = source("mlp", modules=["pooler"])
     assert any("pooler" in name for name in load_file(folder / WEIGHTS))
@@ -194,6 +251,28 @@ def test_unknown_facts_are_absent_until_they_are_measured(source: Sources, tmp_p
     assert (measured.n_validation, measured.validation_file) == (12, file)
     assert measured.sha256 == adapter.sha256
     assert "on 12 validation rows" in (measured.folder / "README.md").read_text()
+
+
+def test_labels_that_are_none_of_the_adapters_can_be_named(source: Sources, tmp_path: Path, capsys: Capture) -> None:
+    rows: list[dict[str, object]] = [{"text": f"word{index}", "label": "abc"[index % 3]} for index in range(6)]
+    words = ["--validation-file", str(write_jsonl(tmp_path / "rows.jsonl", rows))]
+    assert main([str(source("mlp")), "--out", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "Fix or remove them, or name all labels, in the order of the logits, with --labels:\n" in error
+    run_import(source("mlp"), tmp_path / "out", *words, "--labels", "a,b,c")
+
+
+def test_which_of_several_adapters_is_taken_is_said(base_model: Folders, tmp_path: Path, capsys: Capture) -> None:
+    base, folder = base_model("bert"), tmp_path / "both"
+    config = LoraConfig(task_type="SEQ_CLS", r=4)
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+    model.add_adapter("other", config)
+    model.save_pretrained(str(folder))
+    run_import(folder, tmp_path / "out")
+    found = re.search("in the folder itself; other beside it can be imported by name: (.*)", capsys.readouterr().out)
+    assert found is not None
+    run_import(found[1], tmp_path / "other")
+    assert "beside" not in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_taken_or_asked_for(source: Sources, tmp_path: Path, capsys: Capture) -> None:
@@ -242,6 +321,55 @@ def test_a_head_of_one_number_is_a_regression_and_labels_may_be_many(
     assert (many.task.kind, many.labels) == ("multi_label", ("x", "y", "z"))
 
 
+def test_the_base_models_problem_type_is_the_adapters_kind_of_task(
+    base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    """And that of the bundle, by which transformers' pipeline chooses between sigmoids and a softmax."""
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 3, problem_type="multi_label_classification")
+    folder = make_source(tmp_path / "source", base, "lora")
+    adapter = run_import(folder, tmp_path / "out")
+    assert "a text has any number of the labels, as the base model's config.json says" in capsys.readouterr().out
+    assert adapter.task.kind == "multi_label"
+    check_against_peft("lora", folder, base, adapter)
+    assert export_main([str(adapter.folder), "--out", str(tmp_path / "bundle"), "--precision", "fp32"]) == 0
+    settings = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    assert settings["problem_type"] == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("n_labels", "problem_type", "flags", "words"),
+    [
+        (3, "regression", "", "of which promptfold takes one number. If the adapter was trained for another kind"),
+        (1, "multi_label_classification", "", "of which promptfold takes two labels or more. If the adapter"),
+        (1, None, "--multi-label", "--multi-label: the adapter's head gives one number"),
+    ],
+)
+def test_another_kind_of_task_than_the_base_models_is_refused(
+    n_labels: int,
+    problem_type: str | None,
+    flags: str,
+    words: str,
+    base_model: Folders,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), n_labels, problem_type=problem_type)
+    folder = make_source(tmp_path / "source", base, "mlp", n_labels=n_labels)
+    assert words in refusal(capsys, folder, tmp_path / "out", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "flags", "kind"),
+    [("single_label_classification", "--multi-label", "multi_label"), ("regression", "", "classification")],
+)
+def test_a_flag_and_another_number_of_labels_count_more_than_what_the_base_model_was_trained_for(
+    problem_type: str, flags: str, kind: str, base_model: Folders, tmp_path: Path
+) -> None:
+    base = make_base_with_head(tmp_path / "base", base_model("bert"), 1, problem_type=problem_type)
+    folder = make_source(tmp_path / "source", base, "mlp")
+    assert run_import(folder, tmp_path / "out", *flags.split()).task.kind == kind
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -250,7 +378,10 @@ def test_a_head_of_one_number_is_a_regression_and_labels_may_be_many(
         ({"peft_type": "XLORA"}, "peft_type 'XLORA'"),
         ({"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}, "auto_mapping"),
         ({"base_model_name_or_path": None}, "Give it with --base-model"),
-        ({"base_model_name_or_path": "/home/else/model"}, "Give it with --base-model"),
+        (
+            {"base_model_name_or_path": "/home/else/model"},
+            "Base model /home/else/model: there is no such folder. Give --base-model a",
+        ),
         ({"num_virtual_tokens": 6}, "holds no prompt"),
         ({"modules_to_save": "classifier"}, "modules_to_save"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules"),
@@ -397,6 +528,32 @@ def test_lora_becomes_a_plain_graph_and_export_takes_the_source_itself(
     both = [str(folder), str(source("ia3"))]
     assert export_main([*both, "--out", str(tmp_path / "two")]) == 2
     assert "Export it alone" in capsys.readouterr().err
+
+
+def test_an_import_in_the_cache_is_made_again_when_its_base_model_changed(
+    base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("train.foreign.direct.run_in_child", lambda work, *arguments, **_: work(*arguments))
+    base = shutil.copytree(base_model("bert"), tmp_path / "base")
+    folder = make_source(tmp_path / "source", base, "mlp")
+
+    def is_imported(*words: str) -> bool:
+        command = [str(folder), "--out", str(tmp_path / "b"), "--precision", "fp32", "--overwrite", *words]
+        assert export_main(command) == 0
+        return "importing it to" in capsys.readouterr().out
+
+    assert [is_imported(), is_imported()] == [True, False]
+    weights = {name: 1.5 * tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert [is_imported(), is_imported()] == [True, False]
+    classifier, tokenizer = OnnxClassifier(load_bundle(tmp_path / "b")), load_tokenizer(tmp_path / "b", 40)
+    golden = golden_logits(folder, base, TEXTS[0], "mlp")
+    assert classifier.logits(tokenizer(*TEXTS[0], return_tensors="np"))[0] == pytest.approx(golden, abs=2e-5)
+    moved = base.rename(tmp_path / "moved")
+    assert export_main([str(folder), "--out", str(tmp_path / "c")]) == 2
+    assert "there is no such folder. Give --base-model a folder" in capsys.readouterr().err
+    assert is_imported("--base-model", str(moved))
 
 
 def checkpoints(folder: Path) -> Path:

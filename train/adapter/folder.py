@@ -90,8 +90,11 @@ def finish_adapter(folder: Path, training: dict[str, Any]) -> None:
     write_record(folder, ADAPTER, training, unhashed=[FILES.card, FILES.curves])
 
 
-def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder and check it file by file; an AdapterError where it is none or was changed."""
+def load_adapter(folder: Path, base_model: str | None = None) -> Adapter:
+    """Read an adapter folder and check it file by file; an AdapterError where it is none or was changed.
+
+    ``base_model`` is where the base model lies now, if not where the training found it.
+    """
     training = read_record(folder, ADAPTER)
     record = parse_record(_TrainingRecord, training, AdapterError, str(folder / FILES.training), ADAPTER.remedy)
     with reading(folder, ADAPTER):
@@ -108,7 +111,7 @@ def load_adapter(folder: Path) -> Adapter:
     refuse_settings(folder, AdapterError)
     return Adapter(
         folder=folder,
-        model=record.model.name,
+        model=base_model or record.model.name,
         model_sha256=record.model.sha256,
         task=task,
         method=record.method,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.adapter.record import FILES, Adapter
 from train.common.errors import AdapterError, ModelError
+from train.config import CLASSIFICATION
 from train.model.classifier import drop_cache, load_classifier, prompted_classifier
 from train.model.find import MALFORMED, BaseModel, find_base_model
 
@@ -15,17 +16,21 @@ if TYPE_CHECKING:
     from train.model.prompted import PromptedClassifier
 
 
+BASE_FLAG = "--base-model"
+"""The flag of the commands that read adapters, for a base model that lies elsewhere than at the training."""
+
+
 def find_adapter_base(adapter: Adapter) -> BaseModel:
     """Find the base model that an adapter was trained on, and refuse another one under its name."""
     try:
-        base = find_base_model(adapter.model)
+        base = find_base_model(adapter.model, BASE_FLAG)
     except ModelError as cause:
         raise ModelError(f"{adapter.folder} needs the base model it was trained on. {cause}") from cause
     if base.sha256 != adapter.model_sha256:
         raise AdapterError(
             f"{adapter.folder} was trained on another base model: its {adapter.model} has weights with SHA-256 "
             f"{adapter.model_sha256[:12]}…, the one in {base.folder} has {base.sha256[:12]}…. "
-            "Put the right base model there, or train an adapter for this one."
+            f"Put the right base model there, give its folder with {BASE_FLAG}, or train an adapter for this one."
         )
     return base
 
@@ -54,7 +59,9 @@ def load_prompted_classifier(
     if adapter.is_merged:
         from train.model.plain import PlainClassifier
 
-        peft_model: Any = load_peft_model(adapter.folder, base, adapter.labels, attention=attention)
+        peft_model: Any = load_peft_model(
+            adapter.folder, base, adapter.labels, kind=adapter.task.kind, attention=attention
+        )
         peft_model = peft_model.double() if is_double else peft_model  # before weights are rounded to their sums
         return PlainClassifier(peft_model.merge_and_unload(), base).eval()
     model = load_classifier(base, adapter.labels, kind=adapter.task.kind, attention=attention)
@@ -64,13 +71,18 @@ def load_prompted_classifier(
 
 
 def load_peft_model(
-    folder: Path, base: BaseModel, labels: Sequence[str], *, attention: str | None = None
+    folder: Path,
+    base: BaseModel,
+    labels: Sequence[str],
+    *,
+    kind: str = CLASSIFICATION,
+    attention: str | None = None,
 ) -> "PeftModel":
     """An adapter as PEFT itself runs it, in evaluation mode. A decoder takes one text at a time, without padding."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    model = load_classifier(base, labels, attention=attention)
+    model = load_classifier(base, labels, kind=kind, attention=attention)
     if base.is_decoder:
         # PEFT is only right without padding: with no padding token, a text may end with any token (</s> often is one),
         # and transformers refuses a batch instead of misreading it.

@@ -97,14 +97,16 @@ class BadRows:
         self.shown += later.shown[: MOST_SHOWN - len(self.shown)]
         self.bad_label = self.bad_label or later.bad_label
 
-    def refuse(self, *, or_else: str = "", or_skip: str = "") -> None:
+    def refuse(self, *, or_else: str = "", or_name: str = "", or_skip: str = "") -> None:
         """Refuse the rows, if there are any, with a `DataError` that names them.
 
-        ``or_else`` is how to leave labels unread, ``or_skip`` how to go on without the rows; empty where that cannot be.
+        ``or_else`` is how to leave labels unread, ``or_name`` how to give their names, ``or_skip`` how to go on without the
+        rows; empty where that cannot be.
         """
         if not self.count:
             return
         others = f", or {or_else} to leave labels unread" if or_else and self.bad_label else ""
+        others += f", or {or_name}" if or_name and self.bad_label else ""
         if self.count == 1:
             raise DataError(f"{self.shown[0]}. {FIX_ROW}{others}{or_skip and f', or {or_skip}'}.")
         more = f"\n  and {self.count - len(self.shown):,} more" if self.count > len(self.shown) else ""

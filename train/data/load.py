@@ -65,8 +65,8 @@ def load_splits(config: TrainConfig) -> Splits:
     if config.class_weights != "none" and task.kind != CLASSIFICATION:
         raise DataError(f"--class-weights is for classes, and task {task.name} is {task.kind}. Leave it out.")
     options = read_options(config)
-    train = load_split(task, "train", config.train_file, options)
-    validation = load_split(task, "validation", config.validation_file, options)
+    train = load_split(task, "train", config.train_file, options, takes_labels=True)
+    validation = load_split(task, "validation", config.validation_file, options, takes_labels=True)
     names = MORE_SPLITS.get(task.name, ()) if config.validation_file is None else ()
     return Splits(task, train, validation, {name: load_split(task, name, None) for name in names})
 
@@ -147,11 +147,13 @@ def class_weights(task: Task, train: "Dataset") -> list[float]:
     return list(map(float, compute_class_weight("balanced", classes=np.arange(len(task.labels)), y=indices)))
 
 
-def load_split(task: Task, split: str, file: Path | None, options: ReadOptions = _AS_GIVEN) -> "Dataset":
+def load_split(
+    task: Task, split: str, file: Path | None, options: ReadOptions = _AS_GIVEN, *, takes_labels: bool = False
+) -> "Dataset":
     """Load the "train" or "validation" split, from ``file`` if given, else from the hub; "" for a file from ``--file``.
 
     The data set has the task's columns; that of the label holds what `train.data.labels.parse_label` gives. Rows without
-    a label are left out, which is said.
+    a label are left out, which is said. With ``takes_labels`` the command has a flag ``--labels``, which a refusal names.
     """
     from datasets import Dataset
 
@@ -173,7 +175,8 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
                 labels.append(label)
             elif row not in checked.bad:
                 missing[class_text(values[row]) or "empty"] += 1
-    bad.refuse()
+    is_named = takes_labels and task.name == "custom" and task.kind != REGRESSION
+    bad.refuse(or_name="name all labels, in the order of the logits, with --labels" if is_named else "")
     source = file or f"{GLUE}/{task.hub_config} ({split})"
     if missing:
         _tell_missing(str(source), task, n_rows, missing)

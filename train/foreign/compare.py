@@ -14,6 +14,7 @@ from train.adapter.peft import load_peft_model, load_prompted_classifier
 from train.adapter.record import FILES, Adapter
 from train.common.errors import AdapterError, ParityError, first_line
 from train.foreign.source import Source
+from train.foreign.tensors import todays_names
 from train.model.find import MALFORMED, BaseModel
 from train.model.tokenizer import load_tokenizer
 
@@ -45,7 +46,7 @@ def reference_model(
             start = {"prompt_tuning_init": "RANDOM"} if "prompt_tuning_init" in source.config else {}
             write_peft_files(folder, tensors, source.config | start)
         model: Any = load_peft_model(folder, base, labels)
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        expected = todays_names(source, get_peft_model_state_dict(model, save_embedding_layers=False))
         missing = sorted(expected.keys() - tensors.keys())
         if missing:
             raise AdapterError(

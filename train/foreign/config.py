@@ -26,7 +26,7 @@ class ImportConfig:
     labels: Words = ()
     """labels in the order of the logits (default: those of the base model's config.json, else label_0,label_1,...)"""
     multi_label: bool = False
-    """a text has any number of the labels, not one"""
+    """a text has any number of the labels, not one (default: what the base model's config.json has as problem_type)"""
     single: bool = False
     """a text is one sentence (default, unless --text-columns names two)"""
     pair: bool = False

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.adapter.folder import finish_adapter, load_adapter
+from train.adapter.peft import BASE_FLAG
 from train.adapter.peft_config import MERGED_TYPES, PLAIN_SETTINGS
 from train.adapter.record import ADAPTER, FILES, MERGED, Adapter
 from train.common.atomic_folder import check_target, new_folder
@@ -20,10 +21,11 @@ from train.foreign.compare import N_TEXTS, accepted_inputs, largest_difference, 
 from train.foreign.config import ImportConfig
 from train.foreign.head import count_labels, refuse_chance
 from train.foreign.prompt import check_fit, config_of, prompt_of
-from train.foreign.source import PROMPT_METHODS, Source, find_source
+from train.foreign.source import PROMPT_METHODS, Source, adapters_in, find_source
 from train.foreign.tensors import PROMPT, TASK_COLUMNS, TASK_ROWS, read_tensors, todays_names
 from train.foreign.tokenizer import source_tokenizer
 from train.model.find import BaseModel, find_base_model, text_limit
+from train.model.loss import PROBLEM_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +62,9 @@ def import_adapter(config: ImportConfig) -> Imported:
     check_target(config.out, ADAPTER, overwrite=config.overwrite)
     source = find_source(config.source, allow_bin=config.allow_bin)
     say(f"{source.folder}: {source.peft_type}")
+    if others := adapters_in(source.folder):
+        some = ", ".join(path.name for path in others[:8])
+        say(f"that is the adapter in the folder itself; {some} beside it can be imported by name: {others[0]}")
     stored = read_tensors(source)
     tensors = todays_names(source, stored)
     base = _find_base(source, config)
@@ -69,11 +74,12 @@ def import_adapter(config: ImportConfig) -> Imported:
     head = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     n_labels = count_labels(base, head)
     task = _task_of(config, settings, n_labels)
-    rows = load_split(task, "validation", config.validation_file) if config.validation_file else None
-    refuse_chance(source, base, n_labels, head)
+    file = config.validation_file
+    rows = load_split(task, "validation", file, takes_labels=True) if file else None
+    refuse_chance(source, base, task.labels, head)
     is_renamed = tensors.keys() != stored.keys()
     with reference_model(source, tensors, base, task.labels, is_renamed=is_renamed) as reference:
-        max_length = text_limit(base, content.virtual_tokens)
+        max_length = text_limit(base, content.virtual_tokens, "Give the right base model with --base-model.")
         accepted = accepted_inputs(reference)
         tokenizer = source_tokenizer(source, base, max_length, accepted=accepted)
         with new_folder(config.out) as folder:
@@ -104,14 +110,11 @@ def _find_base(source: Source, config: ImportConfig) -> BaseModel:
             "--base-model."
         )
     try:
-        return find_base_model(name)
+        return find_base_model(name, BASE_FLAG)
     except (ModelError, HubError) as cause:
         if config.base_model:
             raise
-        raise type(cause)(
-            f"{source.folder} names the base model {name}, which cannot be had ({str(cause).rstrip('.')}). Give it with "
-            "--base-model: minilm, a hub name or a folder."
-        ) from cause
+        raise type(cause)(f"{source.folder} names a base model that cannot be had. {cause}") from cause
 
 
 def _settings_of(base: BaseModel) -> "PretrainedConfig":
@@ -153,10 +156,8 @@ def _task_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
     """The task, from what the command and the base model say; what was assumed is printed."""
     if not (config.single or config.pair or config.text_columns):
         say("a text is taken for one sentence (--pair says that it is two)")
-    if n_labels == 1:
-        if config.labels:
-            raise UsageError(f"--labels {','.join(config.labels)}: the adapter's head gives one number. Leave it out.")
-        say("the adapter's head gives one number: a regression")
+    kind = _kind_of(config, settings, n_labels)
+    if kind == REGRESSION:
         return custom_task(config.columns, config.label_column, (), REGRESSION)
     labels = config.labels
     if labels and len(labels) != n_labels:
@@ -173,9 +174,40 @@ def _task_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) 
         else:
             labels = tuple(f"label_{number}" for number in range(n_labels))
             say(f"the adapter does not name its {n_labels} labels: {', '.join(labels[:8])} (--labels names them)")
-    return custom_task(
-        config.columns, config.label_column, labels, MULTI_LABEL if config.multi_label else CLASSIFICATION
+    return custom_task(config.columns, config.label_column, labels, kind)
+
+
+def _kind_of(config: ImportConfig, settings: "PretrainedConfig", n_labels: int) -> str:
+    """The kind of task: what the flags say, else the base model's problem_type, else one class a text."""
+    stated = getattr(settings, "problem_type", None)
+    is_stated_multi = stated == PROBLEM_TYPES[MULTI_LABEL]
+    another = (
+        "If the adapter was trained for another kind of task, give --base-model a copy of the base model whose config.json "
+        "has its problem_type: {}."
     )
+    if n_labels == 1:
+        for flag, is_given in (("--labels", config.labels), ("--multi-label", config.multi_label)):
+            if is_given:
+                raise UsageError(f"{flag}: the adapter's head gives one number, which is a regression. Leave it out.")
+        if is_stated_multi:
+            raise AdapterError(
+                f"The adapter's head gives one number, and the base model's config.json has problem_type {stated!r}, of "
+                f"which promptfold takes two labels or more. {another.format(PROBLEM_TYPES[REGRESSION])}"
+            )
+        say("the adapter's head gives one number: a regression")
+        return REGRESSION
+    if stated == PROBLEM_TYPES[REGRESSION] and settings.num_labels == n_labels:
+        raise AdapterError(
+            f"The adapter's head gives {n_labels} numbers, and the base model's config.json has problem_type {stated!r}, of "
+            f"which promptfold takes one number. {another.format(f'{PROBLEM_TYPES[CLASSIFICATION]} or {PROBLEM_TYPES[MULTI_LABEL]}')}"
+        )
+    if config.multi_label:
+        # transformers writes single_label_classification into a model's settings whenever it was trained so.
+        return MULTI_LABEL
+    if stated in {PROBLEM_TYPES[CLASSIFICATION], PROBLEM_TYPES[MULTI_LABEL]}:
+        what = "any number of the labels" if is_stated_multi else "one label"
+        say(f"a text has {what}, as the base model's config.json says (problem_type {stated})")
+    return MULTI_LABEL if is_stated_multi else CLASSIFICATION
 
 
 def _record(

@@ -87,10 +87,11 @@ def is_foreign(folder: Path) -> bool:
     """Whether a folder is none of ours and holds an adapter of PEFT's, or checkpoints with one."""
     if not folder.is_dir() or (folder / FILES.training).exists():
         return False
-    return (folder / FILES.config).is_file() or bool(_adapters_in(folder))
+    return (folder / FILES.config).is_file() or bool(adapters_in(folder))
 
 
-def _adapters_in(folder: Path) -> list[Path]:
+def adapters_in(folder: Path) -> list[Path]:
+    """The folders in a folder that hold an adapter: the Trainer's checkpoints, or PEFT's adapters with a name."""
     return sorted(path.parent for path in folder.glob(f"*/{FILES.config}"))
 
 
@@ -98,7 +99,7 @@ def _choose_checkpoint(folder: Path) -> Path:
     """The folder itself, or the one in it that the Trainer says was best."""
     if (folder / FILES.config).is_file():
         return folder
-    found = _adapters_in(folder)
+    found = adapters_in(folder)
     if not found:
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise AdapterError(

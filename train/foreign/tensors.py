@@ -52,9 +52,10 @@ def todays_names(source: Source, tensors: "Mapping[str, torch.Tensor]") -> "dict
     prefix = "base_model." if has_prompt else "base_model.model."
     renamed: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        if ".original_module." in name:
-            continue
         new = re.sub(r"\.modules_to_save(?=\.)|\.default(?=\.|$)", "", name)
+        # Beside the plain name, which PEFT loads, a copy is what `bias="all"` or a resized embedding made it write.
+        if ".original_module." in name or (".modules_to_save." in name and new in tensors):
+            continue
         if new.startswith("prompt_encoder."):
             # model.state_dict() of an adapter that was loaded for inference holds the table there.
             if not new.endswith("embedding.weight") or PROMPT in tensors:

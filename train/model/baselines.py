@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.common.console import quiet_transformers
 from train.common.processes import is_main_process
 from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import Scores, Task, score
+from train.model.classifier import load_classifier
 from train.model.find import BaseModel
 from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
@@ -141,14 +141,13 @@ def _cosines(base: BaseModel, task: Task, dataset: "Dataset", *, batch_size: int
     """The cosine of the two sentences of each row, each as the mean of its last hidden states, shape = (n_rows,)."""
     import torch
     from tqdm.auto import tqdm
-    from transformers import AutoModel
 
     # The tokenizer as it is, without the special tokens that `base_tokenizer` adds for a classifier.
     tokenizer = load_tokenizer(base.folder, base.positions, gguf_file=base.gguf_file)
     fit_vocabulary(tokenizer, base, base.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    with quiet_transformers():
-        model = AutoModel.from_pretrained(**base.source).eval()
+    # As a classifier, whose head is not used: that its backbone is whole is checked there.
+    model: Any = load_classifier(base, ("first", "second")).base_model.eval()
     if torch.cuda.is_available():
         model = model.cuda()
     texts = [text for column in task.text_columns for text in dataset[column]]

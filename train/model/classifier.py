@@ -24,6 +24,13 @@ def load_classifier(
 
     ``attention`` is the implementation of attention; by default transformers chooses.
     """
+    return load_with_random(base, labels, kind=kind, attention=attention)[0]
+
+
+def load_with_random(
+    base: BaseModel, labels: Sequence[str], *, kind: str = CLASSIFICATION, attention: str | None = None
+) -> "tuple[PreTrainedModel, list[str]]":
+    """As `load_classifier`; with it the names of the head's weights that the base model lacks, which are random."""
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
@@ -45,25 +52,31 @@ def load_classifier(
             f"Base model {base.name}: the weights in {base.folder} cannot be loaded ({first_line(cause)}). "
             "Take an unbroken copy."
         ) from cause
-    _check_whole(base, model, loaded)
+    random = _random_weights(base, model, loaded)
     if model.config.pad_token_id is None:
         # transformers' own forward, which PEFT calls, takes no batch without one.
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
-    return model
+    return model, random
 
 
-def _check_whole(base: BaseModel, model: "PreTrainedModel", loaded: Mapping[str, Any]) -> None:
-    """Refuse weights that lack a part of the backbone, or hold it in another shape: it would stay random."""
+def _random_weights(base: BaseModel, model: "PreTrainedModel", loaded: Mapping[str, Any]) -> list[str]:
+    """Names of weights that the files lack or hold in another shape, from transformers' loading info.
+
+    transformers fills them with random numbers, so they may be the head's alone: a ModelError for those of the backbone.
+    """
     heads = {f".{name}." for name in head_modules(model)}
-    wrong = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
+    # transformers 4 lists names; transformers 5 tuples of a name and two shapes.
+    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"])
+    random = [*loaded["missing_keys"], *mismatched]
     backbone = f"{model.base_model_prefix}."
-    random = [name for name in wrong if not any(part in f".{name.removeprefix(backbone)}" for part in heads)]
-    if random:
+    lost = [name for name in random if not any(part in f".{name.removeprefix(backbone)}" for part in heads)]
+    if lost:
         raise ModelError(
-            f"Base model {base.name}: the weights in {base.folder} lack {len(random)} tensors of a model of type "
-            f"{base.model_type!r}, or hold them in another shape, such as {min(random)}. Take an unbroken copy."
+            f"Base model {base.name}: the weights in {base.folder} lack {len(lost)} tensors of a model of type "
+            f"{base.model_type!r}, or hold them in another shape, such as {min(lost)}. Take an unbroken copy."
         )
+    return random
 
 
 def drop_cache(_: object, __: object, outputs: Any) -> Any:

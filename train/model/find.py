@@ -41,7 +41,9 @@ BERT_LIKE = ("bert", "electra", "roberta", "xlm-roberta")  # their layers are co
 # For BLOOM PEFT's prefix tuning uses a shape that transformers has given up.
 NO_KEYS_AND_VALUES = ("bloom",)
 
-_REMEDY = f"Give --model a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {MINILM}."
+_WEIGHTS = "model*.safetensors"
+_WANTED = ("*.json", "*.txt", "*.model", _WEIGHTS)
+"""What is fetched of a model: neither pickles nor *.py files, which can run code."""
 
 MALFORMED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
 """What transformers raises for a malformed file."""
@@ -91,31 +93,70 @@ class BaseModel:
         return {"name": self.name, "hub_name": self.hub_name, "sha256": self.sha256, "is_decoder": self.is_decoder}
 
 
-def find_base_model(name: str) -> BaseModel:
+def find_base_model(name: str, flag: str = "--model") -> BaseModel:
     """Find "minilm", "smollm2", a folder with config.json and safetensors weights, or a GGUF file.
 
-    Any other name is fetched from the hub.
+    Any other name is fetched from the hub. ``flag`` is the one that names a base model in the command that runs.
     """
     folder = Path(name)
     try:
         # The adapter will look for it from another working directory.
         absolute = str(folder.resolve())
         if name == MINILM:
-            return _read_base_model(name, _MINILM_HUB_NAME, minilm_folder(), _MINILM_SHA256)
+            return _read_base_model(name, _MINILM_HUB_NAME, minilm_folder(), flag, _MINILM_SHA256)
         if name == SMOLLM2:
             return _read_gguf(name, _SMOLLM2_HUB_NAME, smollm2_folder() / SMOLLM2_FILE, _SMOLLM2_SHA256)
         if folder.suffix == ".gguf" and folder.is_file():
             return _read_gguf(absolute, absolute, folder)
         if folder.is_dir():
-            return _read_base_model(absolute, absolute, folder)
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
-            raise ModelError(f"Base model {name}: there is no such folder. {_REMEDY}")
-        return _read_base_model(name, name, _download(name))
+            return _read_base_model(absolute, absolute, folder, flag)
+        if not _is_hub_name(name):
+            raise ModelError(f"Base model {name}: there is no such folder. {_remedy(flag)}")
+        return _read_base_model(name, name, _download(name, flag), flag)
     except OSError as cause:
         raise ModelError(
             f"Base model {name}: {cause.filename or 'it'} cannot be read ({cause.strerror or cause}). "
             "Make it readable, or take another one."
         ) from cause
+
+
+def weights_on_disk(name: str, *, fetch: bool = False) -> list[Path]:
+    """The files with a base model's weights, found without transformers, which imports torch; none where they are absent.
+
+    With ``fetch`` a model of the hub that is not on this disk is downloaded.
+    """
+    folder = Path(name)
+    try:
+        if name == SMOLLM2 or folder.suffix == ".gguf":
+            file = smollm2_folder() / SMOLLM2_FILE if name == SMOLLM2 else folder
+            return [file] if file.is_file() else []
+        if name == MINILM:
+            folder = minilm_folder()
+        elif not folder.is_dir() and _is_hub_name(name):
+            folder = _cached(name) or (_download(name, "--base-model") if fetch else folder)
+        return sorted(file for file in folder.glob(_WEIGHTS) if file.is_file())
+    except OSError:  # whoever opens them says why that cannot be
+        return []
+
+
+def _is_hub_name(name: str) -> bool:
+    return not (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip())
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a model in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _remedy(flag: str) -> str:
+    return f"Give {flag} a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {MINILM}."
 
 
 def minilm_folder() -> Path:
@@ -135,35 +176,30 @@ def _package_folder(name: str, package: str, install: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _download(name: str) -> Path:
+def _download(name: str, flag: str) -> Path:
     """Fetch a model from the hub (or find it in the hub's cache) and return its folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [
-        "*.json",
-        "*.txt",
-        "*.model",
-        "model*.safetensors",
-    ]  # neither pickles nor *.py files, which can run code
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         raise HubError(
             f"Base model {name}: the Hugging Face hub did not give it ({first_line(cause)}). Without network, "
-            f"take --model {MINILM}, which ships with the requirements, or a folder that holds the model, "
-            "and give --train-file and --validation-file."
+            f"take {flag} {MINILM}, which ships with the requirements, or a folder that holds the model."
         ) from cause
 
 
-def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: str | None = None) -> BaseModel:
+def _read_base_model(
+    name: str, hub_name: str, folder: Path, flag: str, expected_sha256: str | None = None
+) -> BaseModel:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"Base model {name}: {folder} has no config.json. {_REMEDY}")
-    config = read_json_object(folder / "config.json", ModelError, _REMEDY)
-    weights = sorted(folder.glob("model*.safetensors"))
+        raise ModelError(f"Base model {name}: {folder} has no config.json. {_remedy(flag)}")
+    config = read_json_object(folder / "config.json", ModelError, _remedy(flag))
+    weights = sorted(folder.glob(_WEIGHTS))
     if not weights:
         raise ModelError(
-            f"Base model {name}: {folder} has no safetensors weights. {_REMEDY}{_convert(folder, hub_name)}"
+            f"Base model {name}: {folder} has no safetensors weights. {_remedy(flag)}{_convert(folder, hub_name, flag)}"
         )
     refuse_detours(name, folder, config, weights)
     sha256 = sha256_of_files(weights)
@@ -176,7 +212,7 @@ def _read_base_model(name: str, hub_name: str, folder: Path, expected_sha256: st
     return _base_model(name, hub_name, folder, settings, sha256, max_numbers=n_bytes)
 
 
-def _convert(folder: Path, hub_name: str) -> str:
+def _convert(folder: Path, hub_name: str, flag: str) -> str:
     """How a model whose weights are a pickle becomes one with safetensors; empty where it is known to have no pickle."""
     if Path(hub_name).is_absolute() and not any(folder.glob("pytorch_model*.bin")):
         return ""
@@ -188,7 +224,7 @@ def _convert(folder: Path, hub_name: str) -> str:
     )
     return (
         " A pytorch_model.bin is a pickle, which is not opened here. If you trust it, convert it for "
-        f"--model {shlex.quote(f'{hub_name}-safetensors')}. Run: python -c {shlex.quote(code)}"
+        f"{flag} {shlex.quote(f'{hub_name}-safetensors')}. Run: python -c {shlex.quote(code)}"
     )
 
 
@@ -280,12 +316,12 @@ def _narrowest(settings: "PretrainedConfig") -> int:
     return min((width for width in widths if isinstance(width, int) and width > 0), default=1)
 
 
-def text_limit(base: BaseModel, virtual_tokens: int) -> int:
+def text_limit(base: BaseModel, virtual_tokens: int, remedy: str = "Take fewer with --virtual-tokens.") -> int:
     """The longest text in tokens: the positions without those of the prompt (roberta-large: 512 − 20 = 492)."""
     limit = base.positions - virtual_tokens
     if limit < 8:
         raise ModelError(
             f"{virtual_tokens} virtual tokens leave {limit} of {base.name}'s {base.positions} positions for text. "
-            "Take fewer with --virtual-tokens."
+            f"{remedy}"
         )
     return limit
