@@ -1,8 +1,10 @@
 """Every command line: help for every flag, one sentence for a mistake, settings from a YAML file."""
 
 import importlib
+import re
 import shlex
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,26 @@ def test_every_flag_is_explained_and_suggested_for_a_misspelt_one(
     assert module.main([*words.split(), f"{flag}x"]) == 2
     see = f"See python -m {name.removesuffix('.__main__')} --help."
     assert capsys.readouterr().err == f"error: Unknown option: {flag}x. Did you mean {flag}? {see}\n"
+
+
+@pytest.mark.parametrize(("name", "words"), COMMANDS.items())
+def test_no_number_is_rounded_where_a_whole_one_is_wanted(
+    name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(name).main
+    app = App(default_parameter=Parameter(negative=()))
+    app.default(main.kind)
+    arguments = app.assemble_argument_collection(parse_docstring=True)
+    flags = {item.name: str(item.hint) for item in arguments if item.parse and re.search(r"\bint\b", str(item.hint))}
+    for flag, value in product(flags, ("2.5", "3.0", "0x10", "1_0", "1e3", "two", "4,2.5")):
+        wrong = value.rpartition(",")[2] if flags[flag].startswith("tuple") else value
+        assert main([*words.split(), f"{flag}={value}"]) == 2
+        assert capsys.readouterr().err == f"error: {flag} {wrong}: give a whole number.\n"
+        if main.takes_settings:
+            (tmp_path / "run.yaml").write_text(f"{flag.removeprefix('--')}: '{value}'")
+            at = f"--config {tmp_path / 'run.yaml'}"
+            assert main([*words.split(), *at.split()]) == 2
+            assert capsys.readouterr().err == f"error: {flag} {wrong} from {at}: give a whole number.\n"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +160,9 @@ def test_settings_from_a_file_are_as_flags_which_win(
         ("{file}", "precison: int8", "Unknown option: --precison from {at}. Did you mean --precision? See python -m"),
         ("{file}", "config: c", "Unknown option: --config from {at}."),
         ("{file}", "add: [", "{at}, line 1: this is no YAML. Write one setting a line, such as `batch_size: 16`."),
+        ("{file}", "precision: int8\nadd: true\nprecision: fp16", "{at}, line 3: precision is set twice. Keep one of"),
+        ("{file}", "text_columns: a\ntext-columns: b", "{at}, line 2: text-columns is set twice. Keep one of them."),
+        ("{file}", '{"add": true, "add": false}', "{at}, line 1: add is set twice. Keep one of them."),
         ("{file}", "- add", "{at} holds no settings. Write one setting a line"),
         ("{file}", "add: perhaps", 'Invalid value for [add] from {at}: unable to convert "perhaps" into bool.'),
     ],

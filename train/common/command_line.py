@@ -1,10 +1,11 @@
 """Command lines: each is one frozen dataclass, whose fields give the type, default and help of its flags."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import yaml  # type: ignore[import-untyped]
 from cyclopts import App, ArgumentCollection, Parameter, Token, convert, exceptions
@@ -87,8 +88,7 @@ class Command(Generic[T]):
             config: Annotated[Path | None, Parameter(metavar="FILE")] = None
             """YAML file of settings by the flags' names, such as `batch_size: 16`; flags win over it"""
 
-        if self.takes_settings:
-            app.config = (_read_settings,)
+        app.config = (_read_settings, _check_whole_numbers) if self.takes_settings else (_check_whole_numbers,)
         app.default(WithSettings if self.takes_settings else self.kind)
         try:
             parsed = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
@@ -115,8 +115,10 @@ def _read_settings(app: App, commands: tuple[str, ...], arguments: ArgumentColle
     source = f"--config {own.tokens[0].value}"
     remedy = "Write one setting a line, such as `batch_size: 16`."
     try:
+        content = Path(own.tokens[0].value).read_bytes()
         # All values as text, as they are on the command line: 1e-3 would stay a string, and `no` would become False.
-        settings = yaml.load(Path(own.tokens[0].value).read_bytes(), Loader=yaml.BaseLoader)  # noqa: S506 -- no objects
+        settings = yaml.load(content, Loader=yaml.BaseLoader)  # noqa: S506 -- no objects
+        root = yaml.compose(content, Loader=yaml.BaseLoader)
     except OSError as cause:
         raise UsageError(f"{source} cannot be read ({cause.strerror}). Give a YAML file.") from cause
     except yaml.YAMLError as cause:
@@ -125,6 +127,11 @@ def _read_settings(app: App, commands: tuple[str, ...], arguments: ArgumentColle
         raise UsageError(f"{source}{where}: this is no YAML. {remedy}") from cause
     if not isinstance(settings, dict):
         raise UsageError(f"{source} holds no settings. {remedy}")
+    flags: set[str] = set()
+    for key, _ in root.value:
+        if flag(key.value) in flags:
+            raise UsageError(f"{source}, line {key.start_mark.line + 1}: {key.value} is set twice. Keep one of them.")
+        flags.add(flag(key.value))
     others = ArgumentCollection(argument for argument in arguments if argument is not own)
     for name in settings:
         if others.get(flag(name), None) is None:
@@ -132,6 +139,23 @@ def _read_settings(app: App, commands: tuple[str, ...], arguments: ArgumentColle
                 token=Token(keyword=flag(name), source=source), argument_collection=others
             )
     Dict(settings, source=source)(app, commands, others)
+
+
+def _check_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse all but whole numbers where one is wanted: cyclopts would round 2.5 (`App.config`)."""
+    for argument in arguments:
+        if not _is_whole(argument.hint):
+            continue
+        is_optional = type(None) in get_args(argument.hint)
+        for token in argument.tokens:
+            for word in names(token.value) if argument.hint == tuple[int, ...] else (token.value,):
+                if not re.fullmatch("[+-]?[0-9]+", word) and not (is_optional and word.lower() in {"none", "null"}):
+                    where = "" if token.source == "cli" else f" from {token.source}"
+                    raise UsageError(f"{argument.name} {word}{where}: give a whole number.")
+
+
+def _is_whole(hint: Any) -> bool:
+    return hint is int or any(map(_is_whole, get_args(hint)))
 
 
 def flag(name: str) -> str:
