@@ -1,11 +1,16 @@
 """Every command line: help for every flag, one sentence for a mistake, settings from a YAML file."""
 
 import importlib
+import io
+import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from cyclopts import App, Parameter
@@ -19,6 +24,7 @@ from tests.measure.growth import main as growth
 from train.__main__ import command_of
 from train.__main__ import main as train
 from train.common.command_line import Command
+from train.common.console import say
 from train.common.errors import ModelError, UsageError
 from train.config import TrainConfig
 
@@ -39,6 +45,10 @@ COMMANDS = {
 """Modules with a `main`, and the words that each needs."""
 
 Parse = Callable[[Sequence[str]], object]
+FULL = (
+    "error: standard output cannot be written (No space left on device). What the command makes is complete, but for lines "
+    "that are lost. Send them elsewhere.\n"
+)
 B = Path("b")
 TRAIN = TrainConfig(out=B, seeds=(1, 2), average=0.01, swap_sentences=True)
 EXPORT = ExportConfig((Path("a"), B), out=Path("c"), validation_files=(Path("f"), Path("[g]")))
@@ -113,17 +123,90 @@ def test_a_command_line_becomes_its_dataclass(parse: Parse, words: str, expected
             "path.\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            MemoryError(),
+            2,
+            "error: There is not enough memory (MemoryError). Give a smaller --batch-size, or the process more.\n",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 128 bytes.\nat x.cpp"),
+            2,
+            "error: There is not enough memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 128 bytes.). "
+            "Give a smaller --batch-size, or the process more.\n",
+        ),
+        (
+            ModelError("It does not run."),
+            2,
+            "error: There is not enough memory (CUDA out of memory). Give a smaller --batch-size, or the process more.\n",
+        ),
     ],
 )
 def test_the_exit_status_tells_how_a_command_ended(
     error: BaseException | None, status: int, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: TrainConfig) -> None:
+        if error and "CUDA" in printed:
+            raise error from RuntimeError("CUDA out of memory")
         if error:
             raise error
 
-    assert Command(TrainConfig, run, "python -m train")(["--out", "a"]) == status
+    assert Command(TrainConfig, run, "python -m train")(["--out", "a", "--batch-size", "64"]) == status
     assert capsys.readouterr().err == printed
+
+
+def no_reader() -> TextIO:
+    """A pipe whose other end is closed, as after ``| head -0``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w", buffering=1)
+
+
+UNWRITABLE = [(no_reader, 141, ""), (partial(Path("/dev/full").open, "w"), 2, FULL)]
+
+
+@pytest.mark.parametrize(("open_output", "status", "printed"), UNWRITABLE, ids=["no reader", "full"])
+@pytest.mark.parametrize("words", ["--help", "--out a"])
+def test_output_that_cannot_be_written_ends_no_work(
+    words: str,
+    open_output: Callable[[], TextIO],
+    status: int,
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(config: TrainConfig) -> None:
+        say("before")
+        print("by a library")
+        say("more")
+        (tmp_path / "result").touch()
+        say("after")
+
+    with open_output() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert Command(TrainConfig, run, "python -m train")(words.split()) == status
+        assert sys.stdout is output
+    assert capsys.readouterr().err == printed
+    assert (tmp_path / "result").exists() == (words != "--help")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("ascii", rb"\u597d \xb1"), ("cp1252", b"\\u597d \xb1"), ("utf-8", "好 ±".encode())]
+)
+def test_a_character_that_the_output_lacks_is_written_as_its_number(
+    encoding: str, written: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: TrainConfig) -> None:
+        say("好 ±")
+        raise UsageError("好 ±")
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert Command(TrainConfig, run, "python -m train")(["--out", "a"]) == 2
+    err.flush()
+    assert out.buffer.getvalue() == written + b"\n"
+    assert err.buffer.getvalue() == b"error: " + written + b"\n"
 
 
 @pytest.mark.parametrize(
