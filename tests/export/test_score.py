@@ -544,6 +544,13 @@ def test_a_damaged_parquet_file_is_refused(bundle: Folders, tmp_path: Path, refu
         ("{bundle} --in {in} --out {out} --batch-size 0", "--batch-size 0: give a whole number"),
         ("{bundle} --in {in} --out {out} --chunk-rows 0", "--chunk-rows 0: give a whole number"),
         ("{bundle} --in {in} --out {out} --threads 0", "--threads 0: give a whole number"),
+        *(
+            (
+                f"{{bundle}} --in {{in}} --out {{out}} --{flag} {10**20}",
+                f"--{flag} {10**20}: give a whole number from 1 to",
+            )
+            for flag in ("batch-size", "chunk-rows", "threads")
+        ),
         ("{bundle} --in {in} --out {out} --text-columns sentence1", "was trained on 2 (sentence1, sentence2)"),
         ("{bundle} --in {in} --out {out} --label-column gold", "has no column 'gold'"),
         ("{bundle} --in {in} --out {out} --label-column label --no-labels", "exclude each other"),

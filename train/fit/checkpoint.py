@@ -75,16 +75,27 @@ def _run_folder(out: Path) -> Path:
 
 @contextmanager
 def checkpoints_held(out: Path) -> Iterator[None]:
-    """Keep other runs out of a run's checkpoints within the block; a UsageError where one is at work there."""
+    """Keep other runs out of a run's checkpoints within the block; a UsageError where one is at work there.
+
+    Where the block fails before there is anything to go on with, nothing is left.
+    """
     folder = _run_folder(out)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
+    is_new = not (folder / _RUN).exists()
     with ExitStack() as at_end:
         try:
             at_end.enter_context(held_folder(folder, f"--out {out}"))
         except OSError as cause:
             raise UsageError(f"{folder} cannot be written ({cause.strerror}). Choose another --out.") from cause
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new and not any(folder.glob("seed-*/*")):
+                with suppress(OSError):
+                    _remove_folders(folder)
+                    (folder / _RUN).unlink(missing_ok=True)
+            raise
 
 
 def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
@@ -137,6 +148,7 @@ def remove_checkpoints(out: Path) -> None:
 
 
 def _remove_folders(folder: Path) -> None:
+    """Remove a run's checkpoints, but not its record."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
