@@ -51,7 +51,7 @@ class _Stream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.failure: OSError | None = None
-        if hasattr(stream, "reconfigure"):
+        with suppress(AttributeError, OSError):  # another kind of stream, or what waits in it cannot be written
             stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
