@@ -1,9 +1,16 @@
 """Every command line: help for every flag, one sentence for a mistake, settings from a YAML file."""
 
 import importlib
+import io
+import os
+import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from cyclopts import App, Parameter
@@ -17,6 +24,7 @@ from tests.measure.growth import main as growth
 from train.__main__ import command_of
 from train.__main__ import main as train
 from train.common.command_line import Command
+from train.common.console import say
 from train.common.errors import ModelError, UsageError
 from train.config import TrainConfig
 
@@ -37,6 +45,10 @@ COMMANDS = {
 """Modules with a `main`, and the words that each needs."""
 
 Parse = Callable[[Sequence[str]], object]
+FULL = (
+    "error: standard output cannot be written (No space left on device). What the command makes is complete, but for lines "
+    "that are lost. Send them elsewhere.\n"
+)
 B = Path("b")
 TRAIN = TrainConfig(out=B, seeds=(1, 2), average=0.01, swap_sentences=True)
 EXPORT = ExportConfig((Path("a"), B), out=Path("c"), validation_files=(Path("f"), Path("[g]")))
@@ -62,6 +74,26 @@ def test_every_flag_is_explained_and_suggested_for_a_misspelt_one(
     assert module.main([*words.split(), f"{flag}x"]) == 2
     see = f"See python -m {name.removesuffix('.__main__')} --help."
     assert capsys.readouterr().err == f"error: Unknown option: {flag}x. Did you mean {flag}? {see}\n"
+
+
+@pytest.mark.parametrize(("name", "words"), COMMANDS.items())
+def test_no_number_is_rounded_where_a_whole_one_is_wanted(
+    name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(name).main
+    app = App(default_parameter=Parameter(negative=()))
+    app.default(main.kind)
+    arguments = app.assemble_argument_collection(parse_docstring=True)
+    flags = {item.name: str(item.hint) for item in arguments if item.parse and re.search(r"\bint\b", str(item.hint))}
+    for flag, value in product(flags, ("2.5", "3.0", "0x10", "1_0", "1e3", "two", "4,2.5")):
+        wrong = value.rpartition(",")[2] if flags[flag].startswith("tuple") else value
+        assert main([*words.split(), f"{flag}={value}"]) == 2
+        assert capsys.readouterr().err == f"error: {flag} {wrong}: give a whole number.\n"
+        if main.takes_settings:
+            (tmp_path / "run.yaml").write_text(f"{flag.removeprefix('--')}: '{value}'")
+            at = f"--config {tmp_path / 'run.yaml'}"
+            assert main([*words.split(), *at.split()]) == 2
+            assert capsys.readouterr().err == f"error: {flag} {wrong} from {at}: give a whole number.\n"
 
 
 @pytest.mark.parametrize(
@@ -91,17 +123,90 @@ def test_a_command_line_becomes_its_dataclass(parse: Parse, words: str, expected
             "path.\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            MemoryError(),
+            2,
+            "error: There is not enough memory (MemoryError). Give a smaller --batch-size, or the process more.\n",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 128 bytes.\nat x.cpp"),
+            2,
+            "error: There is not enough memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 128 bytes.). "
+            "Give a smaller --batch-size, or the process more.\n",
+        ),
+        (
+            ModelError("It does not run."),
+            2,
+            "error: There is not enough memory (CUDA out of memory). Give a smaller --batch-size, or the process more.\n",
+        ),
     ],
 )
 def test_the_exit_status_tells_how_a_command_ended(
     error: BaseException | None, status: int, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: TrainConfig) -> None:
+        if error and "CUDA" in printed:
+            raise error from RuntimeError("CUDA out of memory")
         if error:
             raise error
 
-    assert Command(TrainConfig, run, "python -m train")(["--out", "a"]) == status
+    assert Command(TrainConfig, run, "python -m train")(["--out", "a", "--batch-size", "64"]) == status
     assert capsys.readouterr().err == printed
+
+
+def no_reader() -> TextIO:
+    """A pipe whose other end is closed, as after ``| head -0``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w", buffering=1)
+
+
+UNWRITABLE = [(no_reader, 141, ""), (partial(Path("/dev/full").open, "w"), 2, FULL)]
+
+
+@pytest.mark.parametrize(("open_output", "status", "printed"), UNWRITABLE, ids=["no reader", "full"])
+@pytest.mark.parametrize("words", ["--help", "--out a"])
+def test_output_that_cannot_be_written_ends_no_work(
+    words: str,
+    open_output: Callable[[], TextIO],
+    status: int,
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(config: TrainConfig) -> None:
+        say("before")
+        print("by a library")
+        say("more")
+        (tmp_path / "result").touch()
+        say("after")
+
+    with open_output() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert Command(TrainConfig, run, "python -m train")(words.split()) == status
+        assert sys.stdout is output
+    assert capsys.readouterr().err == printed
+    assert (tmp_path / "result").exists() == (words != "--help")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("ascii", rb"\u597d \xb1"), ("cp1252", b"\\u597d \xb1"), ("utf-8", "好 ±".encode())]
+)
+def test_a_character_that_the_output_lacks_is_written_as_its_number(
+    encoding: str, written: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: TrainConfig) -> None:
+        say("好 ±")
+        raise UsageError("好 ±")
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert Command(TrainConfig, run, "python -m train")(["--out", "a"]) == 2
+    err.flush()
+    assert out.buffer.getvalue() == written + b"\n"
+    assert err.buffer.getvalue() == b"error: " + written + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +243,9 @@ def test_settings_from_a_file_are_as_flags_which_win(
         ("{file}", "precison: int8", "Unknown option: --precison from {at}. Did you mean --precision? See python -m"),
         ("{file}", "config: c", "Unknown option: --config from {at}."),
         ("{file}", "add: [", "{at}, line 1: this is no YAML. Write one setting a line, such as `batch_size: 16`."),
+        ("{file}", "precision: int8\nadd: true\nprecision: fp16", "{at}, line 3: precision is set twice. Keep one of"),
+        ("{file}", "text_columns: a\ntext-columns: b", "{at}, line 2: text-columns is set twice. Keep one of them."),
+        ("{file}", '{"add": true, "add": false}', "{at}, line 1: add is set twice. Keep one of them."),
         ("{file}", "- add", "{at} holds no settings. Write one setting a line"),
         ("{file}", "add: perhaps", 'Invalid value for [add] from {at}: unable to convert "perhaps" into bool.'),
     ],

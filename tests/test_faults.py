@@ -129,6 +129,24 @@ def test_a_file_appears_whole_or_not(before: Files, can_exchange: bool, tmp_path
     assert contents(tmp_path) == {"file": b"new"}
 
 
+def test_two_runs_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatch: Patch) -> None:
+    path, sync = tmp_path / "file", train.common.atomic_folder.sync_path
+    (tmp_path / ".file.abcdefgh.partial").write_text("a killed run's")
+    others = iter([b"second"])
+
+    def sync_while_another_writes(part: Path) -> None:
+        for content in others:
+            write_whole(path, content)
+            assert path.read_bytes() == content
+        sync(part)
+
+    monkeypatch.setattr(train.common.atomic_folder, "sync_path", sync_while_another_writes)
+    (tmp_path / "usual").touch()
+    write_whole(path, b"the first one's")
+    assert contents(tmp_path) == {"file": b"the first one's", "usual": b""}
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_an_older_folder_behind_a_link_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")

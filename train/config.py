@@ -1,6 +1,5 @@
 """The settings of a training run, which are the flags of ``python -m train``."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,8 @@ CLASS_WEIGHTS = ("none", "balanced")
 CLASSIFICATION, REGRESSION, MULTI_LABEL = "classification", "regression", "multi_label"
 KINDS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 """Kinds of task: exactly one class a text; a number; any number of labels."""
+MAX_RATE = 1e9
+"""The largest learning rate or weight decay: beyond, their products are no numbers in fp32, in which AdamW computes."""
 
 _DATA, _METHOD, _OPTIMISER, _RUN = (
     Parameter(group=Group.create_ordered(name)) for name in ("Data", "Method", "Optimiser", "Run")
@@ -123,13 +124,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "virtual_tokens", "encoder_hidden_size", "batch_size", "epochs", "max_steps")
-        check_counts(self, "early_stopping", "checkpoint_steps")
+        check_counts(self, "early_stopping", "checkpoint_steps", "max_length")
         for name in ("learning_rate", "prompt_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
-                raise UsageError(f"{flag(name)} {value}: give a number above 0, such as 1e-3.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"--weight-decay {self.weight_decay}: give 0 or a number above it.")
+            if value is not None and not (0 < value <= MAX_RATE):
+                raise UsageError(f"{flag(name)} {value}: give a number above 0 and at most {MAX_RATE:g}, such as 1e-3.")
+        if not 0 <= self.weight_decay <= MAX_RATE:
+            raise UsageError(f"--weight-decay {self.weight_decay}: give a number from 0 to {MAX_RATE:g}, such as 0.01.")
         if not 0 <= self.average < 1:
             raise UsageError(f"--average {self.average}: give a number from 0 to below 1, such as 0.99.")
         if self.max_length is not None and self.max_length < 8:

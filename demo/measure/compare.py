@@ -10,6 +10,7 @@ import numpy as np
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
 from demo.engines.timing import Arrays, Burst, BurstPlan, Served, join_bursts
 from export.runtime.check_text import check_text
+from train.common.errors import EngineError
 from train.config import MULTI_LABEL, REGRESSION
 from train.data.tasks import SEPARATOR, Task
 
@@ -35,6 +36,13 @@ def is_disturbed(round_speedups: Sequence[float]) -> bool:
     return bool(round_speedups) and max(round_speedups) > DISTURBED * min(round_speedups)
 
 
+def finite(logits: np.ndarray, engine: str) -> np.ndarray:
+    """The logits, or an EngineError where one is no number: argmax would make a label of it all the same."""
+    if not np.isfinite(logits).all():
+        raise EngineError(f"The {engine} engine gave logits that are no numbers. Choose another precision.")
+    return logits
+
+
 @dataclass(frozen=True)
 class Answer:
     """One engine's prediction for a text."""
@@ -49,7 +57,7 @@ class Answer:
     @staticmethod
     def of(engine: AnyEngine, task: Task, arrays: Arrays) -> "Answer":
         """Ask an engine about one text, as token ids by the names of the graph's inputs."""
-        return Answer(task, tuple(engine.logits(arrays)[0].tolist()), served=engine.served)
+        return Answer(task, tuple(finite(engine.logits(arrays), engine.name)[0].tolist()), served=engine.served)
 
     @property
     def _row(self) -> np.ndarray:

@@ -12,11 +12,11 @@ import numpy as np
 
 from demo.engines.pytorch import COMPILED
 from demo.engines.stage import AnyEngine, OpenedEngines, Setup, Stage
+from demo.measure.compare import finite
 from demo.measure.upload import AGREE, SIDES, Upload
 from export.runtime.batches import Classified, differ, in_batches
 from export.score.label import PREDICTION, PROBABILITY
 from export.score.write_rows import encode_rows
-from train.common.errors import EngineError
 from train.config import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from train.data.files.find import PACKED
 from train.data.tasks import Scores, count_pairs, score_counts, score_numbers
@@ -171,11 +171,12 @@ def label_upload(stage: Stage, setup: Setup, upload: Upload, *, cancelled: threa
             with stage.measuring:
                 # Opened again each time: another visitor's engines may have taken the place of these.
                 opened = stage.open(setup)
+                engine = _engine(opened, side)
                 end = time.perf_counter() + SLICE_SECONDS
                 while batches and not cancelled.is_set():
                     rows = batches.popleft()
                     encoded = opened.tokenize([sentences[row] for row in rows])
-                    logits[rows] = _finite_logits(opened, side, encoded.arrays)
+                    logits[rows] = finite(engine.logits(encoded.arrays), engine.name)
                     cut[rows] = encoded.cut
                     done += len(rows)
                     if time.perf_counter() >= end:
@@ -203,15 +204,6 @@ def _batch_rows(opened: OpenedEngines, side: str) -> int:
     # A decoder takes one row (`train.adapter.peft.load_peft_model`). What torch.compile made of a batch of one serves
     # others only once it is compiled again, which takes longer than a request may.
     return 1 if opened.bundle.is_decoder or opened.setup.pytorch == COMPILED else BATCH_ROWS
-
-
-def _finite_logits(opened: OpenedEngines, side: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    engine = _engine(opened, side)
-    logits = engine.logits(arrays)
-    if not np.isfinite(logits).all():
-        # argmax would make a label of it all the same.
-        raise EngineError(f"The {engine.name} engine gave logits that are no numbers. Choose another precision.")
-    return logits
 
 
 def write_labelled(scored: Scored, folder: Path) -> Path:

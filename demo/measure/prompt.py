@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from demo.engines.stage import Setup, Stage
+from demo.measure.compare import finite
 from demo.measure.weights import (
     NUMPY_TYPES,
     PROMPT,
@@ -335,6 +336,8 @@ def prompt_effect(stage: Stage, setup: Setup, sentence1: object, sentence2: obje
     encoded = opened.tokenize([sentences])
     with stage.measuring:
         logits = opened.pytorch.prompt_logits(encoded.arrays, RANDOM_PROMPTS, RANDOM_SEED)
+    for part in (logits.learned, logits.random, logits.none):
+        finite(part, opened.pytorch.name)
     return PromptEffect(
         task=opened.task,
         learned=tuple(opened.task.probabilities(logits.learned)[0].tolist()),

@@ -202,7 +202,8 @@ def start_engine(job: Job, name: str, cells: Sequence[str], graph: str) -> Measu
     for cell in cells:
         first_run_ms, logits = started.one_pass(cell)
         timed[cell] = Timed(first_run_ms)
-        if cell in inputs.rows:
+        # argmax would make a class of NaN as well: such an engine has no predictions.
+        if cell in inputs.rows and all(np.isfinite(batch).all() for batch in logits):
             classes = np.concatenate([batch.argmax(axis=1) for batch in logits])
             predictions[cell] = classes[np.argsort(inputs.rows[cell])].tolist()
     # The check comes last: torch.compile specializes on the first shape it meets, which shall be a measured one.

@@ -9,7 +9,7 @@ from export.bundle.folder import BUNDLE, FILES, GRAPH_FILES, Bundle, load_bundle
 from export.fold.config import ExportConfig
 from export.fold.read import Sources, read_sources
 from export.fold.write import write_manifest
-from train.common.atomic_folder import check_target, new_folder
+from train.common.atomic_folder import check_target, held_folder, new_folder
 from train.common.console import say
 from train.common.folder_record import content_of, read_record
 
@@ -23,8 +23,16 @@ def export_adapters(config: ExportConfig) -> Bundle:
         ParityError: the graph's logits are not PyTorch's.
         PrecisionError: the precision that was asked for scores worse than the gate allows.
     """
+    if config.add and config.out.is_dir():
+        # Of two runs that add to one bundle, the later one would drop what the other added.
+        with held_folder(config.out, f"--out {config.out}"):
+            return _export(config)
     if not config.add:
         check_target(config.out, BUNDLE, overwrite=config.overwrite)
+    return _export(config)
+
+
+def _export(config: ExportConfig) -> Bundle:
     sources = read_sources(config)
     # What is imported in functions imports torch, which takes seconds.
     from export.fold.compare import compare_with_peft

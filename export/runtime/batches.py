@@ -66,12 +66,16 @@ def classify(
         logits[rows], cut[rows] = classifier.logits(encoded.arrays), encoded.cut
         if report is not None:
             report(len(rows))
+    _refuse_not_finite(classifier, logits)
+    return Classified.of(task, logits, cut)
+
+
+def _refuse_not_finite(classifier: OnnxClassifier, logits: np.ndarray) -> None:
     if not np.isfinite(logits).all():
         raise BundleError(
             f"{classifier.bundle.folder} gave logits that are no numbers, in {classifier.execution.precision}. Export it "
             "again, and take --precision fp32 if that does not help."
         )
-    return Classified.of(task, logits, cut)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +111,7 @@ def run_rows(classifier: OnnxClassifier, rows: Sequence[TokenRow], *, batch_size
             arrays[TASK_IDS] = np.array([row.task_number for row in batch], np.int64)
         logits[numbers] = classifier.logits(arrays)
         batch_sizes[numbers] = len(batch)
+    _refuse_not_finite(classifier, logits)
     return RowLogits(logits, batch_sizes)
 
 

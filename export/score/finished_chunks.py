@@ -13,14 +13,14 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from export.score.place import S3, Place
 from export.score.write_rows import join_files
-from train.common.atomic_folder import put, sync_folder, sync_path
+from train.common.atomic_folder import held_folder, put, sync_folder, sync_path
 from train.common.errors import UsageError, first_line
 from train.common.folder_record import refuse_another_run
 
@@ -63,13 +63,21 @@ class FinishedChunks:
     run: str = ""
     """SHA-256 of what decides the output's bytes, set by `start`; in records' names, so no run takes another's."""
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder within the block; S3 has no locks, there `finish_folder` finds what they wrote."""
+        with ExitStack() as at_end:
+            with self._writing():
+                if self.place.filesystem.get_file_info(self.place.path).is_file:
+                    raise UsageError(f"{self.place} is a file, not a folder. Move it away, or choose another --out.")
+                if self.place.scheme != S3:
+                    at_end.enter_context(held_folder(Path(self.place.path), f"--out {self.out}"))
+            yield
+
     def refuse_leftovers(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder with a whole output or an interrupted run, unless a flag allows it, or with anything else."""
         with self._writing():
-            is_file = self.place.filesystem.get_file_info(self.place.path).is_file
-            there = set() if is_file else {PurePosixPath(info.path).name for info in self._files()}
-        if is_file:
-            raise UsageError(f"{self.place} is a file, not a folder. Move it away, or choose another --out.")
+            there = {PurePosixPath(info.path).name for info in self._files()}
         if SUCCESS in there:
             if not overwrite:
                 raise UsageError(
@@ -105,23 +113,31 @@ class FinishedChunks:
     def start(self, fingerprint: Mapping[str, Any], *, resume: bool) -> "FinishedChunks":
         """Prepare the folder for a run; an older output and, without ``resume``, an interrupted run are deleted."""
         content = json.dumps(fingerprint, sort_keys=True).encode()
+        started = replace(self, run=hashlib.sha256(content).hexdigest())
         with self._writing():
-            if not (resume and self._holds_run()):
+            if resume and self._holds_run():
+                self._put(RUN, content)
+                self._delete(started._is_of_another_run, PROGRESS)
+            else:
                 # In this order half an output is never taken for a whole one, or for something that is no run.
                 self._put(RUN, content)
                 self._delete(lambda name: name == SUCCESS)
                 self._delete(lambda name: name != RUN)
-        return replace(self, run=hashlib.sha256(content).hexdigest())
+        return started
 
     def find(self, number: int, rows: int) -> ChunkRecord | None:
         """The record of a chunk that this run wrote before and whose every byte is there, or None."""
+        record, _ = self._whole(number) or (None, b"")
+        return record if record is not None and record.rows == rows else None
+
+    def _whole(self, number: int) -> tuple[ChunkRecord, bytes] | None:
+        """A chunk's record and content, or None where the one is not that of the other."""
         try:
             record = ChunkRecord(**json.loads(self._read(self._record_name(number))))
             content = self._read(chunk_name(number, self.suffix))
         except (OSError, ValueError, TypeError):
             return None
-        is_whole = record.rows == rows and record.sha256 == hashlib.sha256(content).hexdigest()
-        return record if is_whole else None
+        return (record, content) if record.sha256 == hashlib.sha256(content).hexdigest() else None
 
     def add(
         self,
@@ -146,7 +162,7 @@ class FinishedChunks:
         whole = folder / f"{_INCOMPLETE}whole"
         with self._writing():
             try:
-                join_files([folder / chunk_name(number, self.suffix) for number in range(n_chunks)], whole, self.suffix)
+                join_files(map(self._joined, range(n_chunks)), whole, self.suffix)
                 sync_path(whole)
                 put(whole, out)
             finally:
@@ -157,18 +173,38 @@ class FinishedChunks:
             self._delete(lambda name: name != RUN)
             self.place.filesystem.delete_dir(self.place.path)
 
+    def _joined(self, number: int) -> bytes:
+        """A chunk's content, which is refused where it is not what was recorded."""
+        found = self._whole(number)
+        if found is None:
+            raise self._changed(chunk_name(number, self.suffix))
+        return found[1]
+
+    def _changed(self, name: str) -> UsageError:
+        return UsageError(
+            f"{self.place.name(self._path(name))} is missing or was changed while others were written. Add --resume to "
+            "write it again."
+        )
+
     def finish_folder(self, sizes: Sequence[int], summary: Mapping[str, Any]) -> None:
-        """Check the size in bytes of every chunk, delete all else, and mark the folder as whole by ``_SUCCESS``."""
+        """Check the size in bytes of every chunk, delete all else, and mark the folder as whole by ``_SUCCESS``.
+
+        A UsageError where another run wrote into the folder meanwhile.
+        """
         expected = {chunk_name(number, self.suffix): n_bytes for number, n_bytes in enumerate(sizes)}
         with self._writing():
+            records = (PurePosixPath(info.path).name for info in self._files(PROGRESS))
+            is_own = hashlib.sha256(self._read(RUN)).hexdigest() == self.run
+            if not is_own or any(map(self._is_of_another_run, records)):
+                raise UsageError(
+                    f"--out {self.out}: another run wrote there too, so what is there may be of either. When the other one "
+                    "has ended, start anew with --overwrite."
+                )
             self._delete(lambda name: name not in {*expected, RUN, PROGRESS})
             found = {PurePosixPath(info.path).name: info.size for info in self._files()}
             for name, n_bytes in expected.items():
                 if found.get(name) != n_bytes:
-                    raise UsageError(
-                        f"{self.place.name(self._path(name))} is missing or was changed while others were written. Add "
-                        "--resume to write it again."
-                    )
+                    raise self._changed(name)
             self._put(SUCCESS, json.dumps(summary).encode())
         # The output is whole; what cannot be removed is only in the way.
         with suppress(OSError):
@@ -177,20 +213,25 @@ class FinishedChunks:
     def _record_name(self, number: int) -> str:
         return f"{PROGRESS}/{self.run[:16]}-{number:08d}.json"
 
+    def _is_of_another_run(self, name: str) -> bool:
+        """Whether a file of `PROGRESS` is another run's record."""
+        return not name.startswith((f"{self.run[:16]}-", _INCOMPLETE))
+
     def _path(self, name: str) -> str:
         return f"{self.place.path}/{name}"
 
     def _holds_run(self) -> bool:
         return bool(self.place.filesystem.get_file_info(self._path(RUN)).is_file)
 
-    def _files(self) -> "list[fs.FileInfo]":
+    def _files(self, folder: str = "") -> "list[fs.FileInfo]":
         from pyarrow import fs
 
-        return list(self.place.filesystem.get_file_info(fs.FileSelector(self.place.path, allow_not_found=True)))
+        place = self._path(folder) if folder else self.place.path
+        return list(self.place.filesystem.get_file_info(fs.FileSelector(place, allow_not_found=True)))
 
-    def _delete(self, is_meant: Callable[[str], bool]) -> None:
-        """Delete files and folders in the folder by their names."""
-        for info in self._files():
+    def _delete(self, is_meant: Callable[[str], bool], folder: str = "") -> None:
+        """Delete files and folders by their names, in the folder or one of its folders."""
+        for info in self._files(folder):
             if is_meant(PurePosixPath(info.path).name):
                 (self.place.filesystem.delete_file if info.is_file else self.place.filesystem.delete_dir)(info.path)
 

@@ -53,8 +53,14 @@ class Inspected:
 
 def score_file(config: ScoreConfig) -> Labelled:
     """Label a file. What a user can fix is raised as a `PromptfoldError`."""
-    source, suffix = _check_files(config), config.out.suffix.lower()
-    chunks = FinishedChunks(local_place(partial_folder(config.out)), str(config.out), suffix)
+    source = _check_files(config)
+    chunks = FinishedChunks(local_place(partial_folder(config.out)), str(config.out), config.out.suffix.lower())
+    with chunks.held():
+        return _score_file(config, source, chunks)
+
+
+def _score_file(config: ScoreConfig, source: Source, chunks: FinishedChunks) -> Labelled:
+    _refuse_older(config)  # again, as another run may have ended since
     chunks.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
     opened = config.open()
     before = _state(source)
@@ -74,7 +80,7 @@ def score_file(config: ScoreConfig) -> Labelled:
     if config.resume:
         chunks.refuse_another_run(fingerprint)
     chunks = chunks.start(fingerprint, resume=config.resume)
-    style = CsvStyle.of(source, suffix)
+    style = CsvStyle.of(source, chunks.suffix)
     labeller = ChunkLabeller(classifier, chunks, opened.task, found.is_labelled, config, found.schema, style)
     records = _label(config, source, labeller, found.rows)
     labelled = add_up(records, opened.task, is_labelled=found.is_labelled, max_length=opened.bundle.max_length)
@@ -103,14 +109,16 @@ def _check_files(config: ScoreConfig) -> Source:
             raise UsageError(f"--out {config.out} is a folder. Give the name of a file.")
         if config.out.exists() and any(config.out.samefile(file.path) for file in source.files):
             raise UsageError(f"--out {config.out} is the file that is read. Choose another name.")
-        if os.path.lexists(config.out) and not config.overwrite:
-            raise UsageError(
-                f"--out {config.out} is there already. Add --overwrite to replace it, or choose another name."
-            )
+        _refuse_older(config)
     except OSError as cause:
         raise UsageError(f"--out {config.out} cannot be used ({cause.strerror or cause}). Choose another.") from cause
     config.check()
     return source
+
+
+def _refuse_older(config: ScoreConfig) -> None:
+    if os.path.lexists(config.out) and not config.overwrite:
+        raise UsageError(f"--out {config.out} is there already. Add --overwrite to replace it, or choose another name.")
 
 
 def _state(source: Source) -> list[tuple[int, int, int]]:

@@ -89,7 +89,18 @@ class _Outcome:
 
 def score_data_set(config: RayScoreConfig) -> Labelled:
     """Label a data set. What a user can fix is raised as a `PromptfoldError`."""
-    job = _plan(config)
+    config.check()
+    if config.workers is not None and config.workers < 1:
+        raise UsageError(f"--workers {config.workers}: give a whole number of at least 1.")
+    import_ray()
+    out = parse_place(config.out, "--out")
+    chunks = FinishedChunks(out, str(out), SUFFIX)
+    with chunks.held():
+        return _score_data_set(config, chunks)
+
+
+def _score_data_set(config: RayScoreConfig, chunks: FinishedChunks) -> Labelled:
+    job = _plan(config, chunks)
     with ray_cluster(config.address) as cluster:
         workers, threads = _lay_out(cluster, config)
         job = replace(job, threads=threads)
@@ -100,18 +111,13 @@ def score_data_set(config: RayScoreConfig) -> Labelled:
     return replace(labelled, rows_skipped=bad_rows)
 
 
-def _plan(config: RayScoreConfig) -> _Job:
+def _plan(config: RayScoreConfig, chunks: FinishedChunks) -> _Job:
     """Refuse what can be refused without reading a row and without a cluster."""
-    config.check()
-    if config.workers is not None and config.workers < 1:
-        raise UsageError(f"--workers {config.workers}: give a whole number of at least 1.")
-    import_ray()
-    source, out = parse_place(config.source, "--in"), parse_place(config.out, "--out")
-    chunks = FinishedChunks(out, str(out), SUFFIX)
+    source = parse_place(config.source, "--in")
     chunks.refuse_leftovers(resume=config.resume, overwrite=config.overwrite)
     opened = config.open()
     bundle, task = opened.bundle, opened.task
-    data_set = find_data_set(source, out)
+    data_set = find_data_set(source, chunks.place)
     columns = data_set.schema.names
     check_header(data_set.name(0), columns, task, config)
     is_labelled = not config.no_labels and task.label_column in columns

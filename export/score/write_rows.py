@@ -3,12 +3,12 @@
 import csv
 import json
 import re
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -233,18 +233,17 @@ def _encode_parquet(
     return content
 
 
-def join_files(chunks: Sequence[Path], whole: Path, suffix: str) -> None:
-    """Join files of one format in their order; in Parquet each becomes one row group."""
+def join_files(contents: Iterable[bytes], whole: Path, suffix: str) -> None:
+    """Join the contents of files of one format in their order; in Parquet each becomes one row group."""
     if suffix != ".parquet":
         with whole.open("wb") as stream:
-            for path in chunks:
-                with path.open("rb") as chunk:
-                    shutil.copyfileobj(chunk, stream)
+            stream.writelines(contents)
         return
+    import pyarrow
     from pyarrow import parquet
 
-    with parquet.ParquetWriter(whole, parquet.read_schema(chunks[0]), write_page_checksum=True) as writer:
-        for path in chunks:
-            with parquet.ParquetFile(path) as chunk:
-                table = chunk.read()
+    tables = (parquet.ParquetFile(pyarrow.BufferReader(content)).read() for content in contents)
+    first = next(tables)
+    with parquet.ParquetWriter(whole, first.schema, write_page_checksum=True) as writer:
+        for table in chain([first], tables):
             writer.write_table(table, row_group_size=len(table))

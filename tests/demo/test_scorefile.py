@@ -23,7 +23,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_s
 
 from demo.access.limits import MAX_BYTES
 from demo.engines.stage import Setup, Stage
-from demo.measure.label_file import BATCH_ROWS, Progress, Scored, _finite_logits, label_upload, write_labelled
+from demo.measure.compare import Answer
+from demo.measure.label_file import BATCH_ROWS, Progress, Scored, label_upload, write_labelled
 from demo.measure.upload import MAX_ROWS, Upload, read_upload
 from demo.page.tab_score import build_score_tab, results_html
 from export.runtime.batches import Classified
@@ -116,7 +117,9 @@ def test_engines_are_as_peft(score: Callable[..., Any], adapter: Folders, base_m
     check_answers("bert", score, adapter("bert"), base_model("bert"), tmp_path)
 
 
-def test_without_pytorch_onnx_runtime_labels_alone(adapter: Folders, bundle: Folders, tmp_path: Path) -> None:
+def test_without_pytorch_onnx_runtime_labels_alone(
+    adapter: Folders, bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with stage_of(adapter("bert"), bundles=(bundle("bert"),), has_pytorch=False) as stage:
         source = write_rows(tmp_path / "in.csv", shuffled_pairs(9, seed=5))
         shown = results_html(run(stage, read_upload(source, MRPC)))
@@ -125,7 +128,12 @@ def test_without_pytorch_onnx_runtime_labels_alone(adapter: Folders, bundle: Fol
         nan = SimpleNamespace(name="half", logits=lambda _: np.full((1, 2), np.nan, np.float32))
         opened = replace(stage.open(Setup("bert")), onnx=cast(Any, nan))
         with pytest.raises(EngineError, match="The half engine gave logits that are no numbers"):
-            _finite_logits(opened, "onnx", opened.tokenize([("word1", "word2")]).arrays)
+            Answer.of(opened.onnx, MRPC, opened.tokenize([("word1", "word2")]).arrays)
+        engine = type(stage.open(Setup("bert")).onnx)
+        monkeypatch.setattr(engine, "logits", lambda _, arrays: np.full((len(arrays["input_ids"]), 2), np.nan))
+        upload = read_upload(write_rows(tmp_path / "again.csv", shuffled_pairs(9, seed=5)), MRPC)
+        with pytest.raises(EngineError, match="engine gave logits that are no numbers"):
+            run(stage, upload)
     assert {"disagreements", "pytorch", "pytorch_mode"}.isdisjoint(summary)
     assert summary["onnx"]["scores"] is None
     assert list(read_rows(Path(written))[0]) == [*MRPC.text_columns, "prediction_onnx", "probability_onnx"]

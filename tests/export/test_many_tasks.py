@@ -13,6 +13,7 @@ from export.runtime.classifier import OnnxClassifier
 from export.score.__main__ import main as score_main
 from tests.conftest import VIRTUAL_TOKENS, Folders, Second, family_of, peft_logits, random_batch, write_three_labels
 from tests.export.graphs import manifest_of, peft_batch, refusal, run_export
+from train.common.atomic_folder import held_folder
 from train.common.errors import TextError
 
 USUAL_KINDS = ("bert",)
@@ -120,3 +121,14 @@ def test_what_cannot_be_put_together_is_refused(
         assert (alone in error) == ("base model" in words)
     assert not (tmp_path / "b").exists()
     assert {path.name: path.read_bytes() for path in two_tasks.iterdir()} == content
+
+
+def test_two_runs_never_add_to_one_bundle(
+    two_tasks: Path, adapter: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The later one would drop the task that the other added."""
+    before = manifest_of(two_tasks)
+    with held_folder(two_tasks, "--out"):
+        error = refusal(capsys, adapter("bert-v2"), "--add", "--out", two_tasks)
+    assert f"--out {two_tasks}: another run is writing there (it holds {two_tasks}). Wait until" in error
+    assert manifest_of(two_tasks) == before

@@ -28,10 +28,10 @@ import export.runtime.session
 from export.score.__main__ import main
 from export.score.data_set import Block, BlockReader, find_data_set
 from export.score.finished_chunks import ChunkRecord, FinishedChunks
-from export.score.place import parse_place
+from export.score.place import local_place, parse_place
 from tests.conftest import POSITIONS, VIRTUAL_TOKENS, WORDS, Folders, flip_bit, make_pairs, peft_logits, write_jsonl
 from tests.train.test_data import GOOD
-from train.common.errors import DataError
+from train.common.errors import DataError, UsageError
 from train.data.tasks import MRPC, TASKS, Task, custom_task, score, score_counts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -393,6 +393,88 @@ def test_an_interrupted_run_is_kept(interrupted: list[str], bundle: Folders, tmp
     assert len(read_rows(tmp_path / "out.jsonl")) == 23
 
 
+@pytest.mark.parametrize("flags", ["", "--overwrite", "--resume"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_two_runs_never_write_one_output(
+    suffix: str, flags: str, bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    """A scheduler's retry, or a job that takes longer than the time until the next one."""
+    source, out = long_file(tmp_path / "in.jsonl", 23), tmp_path / f"out{suffix}"
+    words = ["--in", str(source), "--out", str(out), "--chunk-rows", "10"]
+    refused = []
+
+    def start_another(number: int) -> None:
+        refused.append(refusal(bundle("bert-v2"), *words, *flags.split()))
+
+    with monkeypatch.context() as patch:
+        before_each_chunk(patch, start_another)
+        assert main([str(bundle("bert")), *words, *flags.split()]) == 0
+    assert len(refused) == 3
+    busy = f"error: --out {out}: another run is writing there (it holds {out}.partial). Wait until it has ended"
+    assert all(error.startswith(busy) for error in refused)
+    written = out.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", out.name]
+    out.unlink()
+    assert main([str(bundle("bert")), *words]) == 0
+    assert out.read_bytes() == written
+
+
+def test_a_run_that_waited_for_another_does_not_replace_its_output(
+    bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    held, source, out = FinishedChunks.held, write_rows(tmp_path / "in.csv", make_pairs(3, seed=1)), tmp_path / "o.csv"
+
+    def appear(self: FinishedChunks) -> Any:
+        out.write_text("another run's")
+        return held(self)
+
+    monkeypatch.setattr(FinishedChunks, "held", appear)
+    assert f"--out {out} is there already. Add --overwrite" in refusal(bundle("bert"), "--in", source, "--out", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "o.csv"]
+    assert out.read_text() == "another run's"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_part_that_changes_while_others_are_written_is_not_joined(
+    suffix: str, bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    source, out = long_file(tmp_path / "in.jsonl", 23), tmp_path / f"out{suffix}"
+    words = (bundle("bert"), "--in", source, "--out", out, "--chunk-rows", "10")
+    part = tmp_path / f"out{suffix}.partial" / f"part-00000000{suffix}"
+
+    def damage(number: int) -> None:
+        if number == 2:
+            flip_bit(part, 50)
+
+    with monkeypatch.context() as patch:
+        before_each_chunk(patch, damage)
+        assert f"{part} is missing or was changed while others were written. Add --resume" in refusal(*words)
+    assert not out.exists()
+    assert main([*map(str, words), "--resume"]) == 0
+    assert len(read_rows(out)) == 23
+
+
+def test_two_runs_never_finish_one_folder(tmp_path: Path) -> None:
+    """Where there are no locks, as on S3, a folder's records tell."""
+
+    def add(run: FinishedChunks) -> list[int]:
+        return [run.add(0, run.run.encode(), rows=1, texts_cut=0, counts=[]).n_bytes]
+
+    folder = FinishedChunks(local_place(tmp_path / "out"), "out", ".parquet")
+    first = folder.start({"batch_size": 1}, resume=False)
+    sizes = add(first)
+    second = folder.start({"batch_size": 2}, resume=False)
+    with pytest.raises(UsageError, match="--out out: another run wrote there too"):
+        first.finish_folder(sizes, {})
+    add(second)
+    add(first)
+    with pytest.raises(UsageError, match="another run wrote there too"):
+        second.finish_folder(sizes, {})
+    resumed = folder.start({"batch_size": 2}, resume=True)
+    resumed.finish_folder(add(resumed), {})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_SUCCESS", "part-00000000.parquet"]
+
+
 def test_an_input_changes(bundle: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal) -> None:
     source, out = long_file(tmp_path / "in.jsonl", 23), tmp_path / "out.csv"
     before_each_chunk(monkeypatch, lambda _: os.utime(source, (1, 1)))
@@ -462,6 +544,13 @@ def test_a_damaged_parquet_file_is_refused(bundle: Folders, tmp_path: Path, refu
         ("{bundle} --in {in} --out {out} --batch-size 0", "--batch-size 0: give a whole number"),
         ("{bundle} --in {in} --out {out} --chunk-rows 0", "--chunk-rows 0: give a whole number"),
         ("{bundle} --in {in} --out {out} --threads 0", "--threads 0: give a whole number"),
+        *(
+            (
+                f"{{bundle}} --in {{in}} --out {{out}} --{flag} {10**20}",
+                f"--{flag} {10**20}: give a whole number from 1 to",
+            )
+            for flag in ("batch-size", "chunk-rows", "threads")
+        ),
         ("{bundle} --in {in} --out {out} --text-columns sentence1", "was trained on 2 (sentence1, sentence2)"),
         ("{bundle} --in {in} --out {out} --label-column gold", "has no column 'gold'"),
         ("{bundle} --in {in} --out {out} --label-column label --no-labels", "exclude each other"),
@@ -538,6 +627,14 @@ def test_a_wrong_flag_for_ray(flags: str, words: str, bundle: Folders, tmp_path:
     command = shlex.split(flags.format(**{"in": tmp_path / "in", "tmp": tmp_path}))
     assert words in refusal(bundle("bert"), "--engine", "ray", *command)
     assert contents(tmp_path) == before
+
+
+def test_two_runs_on_ray_never_write_one_folder(bundle: Folders, tmp_path: Path, refusal: Refusal) -> None:
+    write_files(tmp_path / "in", make_pairs(4, seed=26), {"1.parquet": 4})
+    words = (bundle("bert"), "--engine", "ray", "--in", tmp_path / "in", "--out", out := tmp_path / "deep" / "out")
+    with FinishedChunks(local_place(out), str(out), ".parquet").held():
+        assert f"--out {out}: another run is writing there (it holds {out})" in refusal(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_missing_ray_is_named_and_the_other_engine_does_without(

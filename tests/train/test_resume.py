@@ -15,7 +15,7 @@ from tests.conftest import Data, Folders, make_pairs, write_jsonl
 from tests.test_untrusted import Trap
 from tests.train.test_evaluate import Capture
 from train.__main__ import main
-from train.fit.checkpoint import complete_checkpoint
+from train.fit.checkpoint import checkpoints_held, complete_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 
@@ -157,6 +157,16 @@ def test_an_interrupted_run_is_neither_continued_nor_lost_unless_asked(
     assert "going on" not in capsys.readouterr().out
     assert learned(out) == runs.unbroken("v2")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_two_runs_never_write_one_adapter(flags: list[str], runs: Runs, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "deep" / "adapter"
+    folder = out.with_name("adapter.checkpoints")
+    with checkpoints_held(out):
+        assert main([*runs.flags("mlp", out), *flags]) == 2
+        assert f"error: --out {out}: another run is writing there (it holds {folder})." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "scheduler.pt"])

@@ -4,14 +4,17 @@ import json
 import math
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
 
 import train.model.find
 from tests.conftest import MAIN_KINDS, POSITIONS, VIRTUAL_TOKENS, Data, Folders, flip_bit, make_pairs, write_jsonl
+from tests.test_command_lines import UNWRITABLE
 from tests.train.test_evaluate import Capture, check_scores
 from train.__main__ import main
 from train.adapter.folder import load_adapter
@@ -147,6 +150,98 @@ def text_ids(base: Path, data: Data) -> list[int]:
     return [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+@pytest.mark.parametrize(
+    ("label", "flags"),
+    [
+        (lambda row: "ab"[row % 2], "--learning-rate 1e9"),
+        (lambda row: "ab"[row % 2], "--learning-rate 1 --weight-decay 1e9 --average 0.5"),
+        (lambda row: "abc"[row % 3], "--learning-rate 1e9 --method p-tuning-v2"),
+        (lambda row: ["a,b", "b"][row % 2], "--kind multi_label --learning-rate 1e9"),
+        (lambda row: row, "--kind regression --learning-rate 1e9"),
+        (lambda row: row * 1e30, "--kind regression"),
+    ],
+)
+def test_a_training_that_diverges_keeps_nothing(
+    label: Callable[[int], object], flags: str, base_model: Folders, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = [{"text": f"word{row} word{row + 1}", "label": label(row)} for row in range(24)]
+    file, out = str(write_jsonl(tmp_path / "rows.jsonl", rows)), tmp_path / "out"
+    words = f"--virtual-tokens 4 --encoder-hidden-size 16 --epochs 2 --batch-size 4 --text-columns text {flags}".split()
+    words += ["--train-file", file, "--validation-file", file, "--model", str(base_model("bert")), "--out", str(out)]
+    error = refusal(words, capsys)
+    assert re.search(r"the training has diverged before any epoch was good\. Take a smaller --learning-rate", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(("open_output", "status", "printed"), UNWRITABLE, ids=["no reader", "full"])
+def test_a_training_whose_lines_nobody_reads_is_kept(
+    open_output: Callable[[], TextIO],
+    status: int,
+    printed: str,
+    base_model: Folders,
+    data: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    words = f"--virtual-tokens 4 --encoder-hidden-size 16 --max-steps 2 --out {tmp_path / 'a'}".split()
+    with open_output() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["--model", str(base_model("bert")), *data.flags, *words]) == status
+    assert capsys.readouterr().err.endswith(printed)
+    load_adapter(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_of_a_training_that_diverges_later_a_good_epoch_is_kept(
+    bad: float, base_model: Folders, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from train.fit.trainer import PromptTrainer
+
+    def overflow(self: PromptTrainer) -> None:
+        if self.state.global_step == 5:  # of 4 an epoch
+            for tensor in self._trainable().values():
+                tensor.data.fill_(bad)
+
+    monkeypatch.setattr(PromptTrainer, "update_average", overflow)
+    training = run(base_model("bert"), data, tmp_path / "a", "--epochs", "3", "--batch-size", "16")
+    said = capsys.readouterr().out
+    assert (
+        "epoch 2: the training loss is nan and the validation loss nan, so the training has diverged. It ends" in said
+    )
+    assert "epoch 1 is kept; better may be a smaller --learning-rate" in said
+    assert (training["best_epoch"], [epoch["epoch"] for epoch in training["epochs"]]) == (1, [1])
+    assert all(np.isfinite(tensor).all() for tensor in read_state(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert-v2"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_an_adapter_with_numbers_that_are_not_finite_is_refused(
+    kind: str, bad: float, adapter: Folders, data: Data, tmp_path: Path, capsys: Capture
+) -> None:
+    from safetensors.numpy import save_file
+
+    from export.__main__ import main as export
+    from train.evaluate import main as evaluate
+
+    folder = shutil.copytree(adapter(kind), tmp_path / "a")
+    state = read_state(folder)
+    name = max(state)
+    state[name].flat[0] = bad
+    save_file(state, folder / "adapter_model.safetensors")
+    record = content_of(json.loads((folder / "training.json").read_text()))
+    (folder / "training.json").unlink()
+    write_record(folder, ADAPTER, record, unhashed=["README.md", "curves.png"])
+    for command, words in ((evaluate, ["--file", str(data.validation_file)]), (export, ["--out", str(tmp_path / "b")])):
+        capsys.readouterr()
+        assert command([str(folder), *words]) == 2
+        path = folder / "adapter_model.safetensors"
+        error = capsys.readouterr().err
+        assert f"error: {path} holds numbers in {name} that are not finite. Train the adapter again" in error
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("name", ["none"])
 def test_the_prompt_starts_from_the_vocabulary(name: str, base_model: Folders, data: Data, tmp_path: Path) -> None:
     """Next to nothing is learned here, so what is saved is the beginning: [CLS], then words of the training data."""
@@ -226,6 +321,12 @@ def test_the_defaults_are_the_tutorials() -> None:
         ("--out {tmp}/a --epochs 0", "--epochs 0: give a whole number"),
         ("--out {tmp}/a --learning-rate -1", "--learning-rate -1.0: give a number above 0"),
         ("--out {tmp}/a --learning-rate nan", "--learning-rate nan"),
+        ("--out {tmp}/a --learning-rate 1e38", "--learning-rate 1e+38: give a number above 0 and at most 1e+09"),
+        (
+            "--out {tmp}/a --prompt-learning-rate 1e38",
+            "--prompt-learning-rate 1e+38: give a number above 0 and at most",
+        ),
+        ("--out {tmp}/a --weight-decay 1e30", "--weight-decay 1e+30: give a number from 0 to 1e+09"),
         ("--out {tmp}/a --seed -1", "--seed -1"),
         ("--out {tmp}/a --task sst3", "Choose one of: mrpc"),
         ("--out {tmp}/a --train-file {train}", "--validation-file"),
@@ -244,6 +345,18 @@ def test_the_defaults_are_the_tutorials() -> None:
         ("--out {tmp}/a --average 1", "--average 1.0: give a number from 0 to below 1"),
         ("--out {tmp}/a --seeds 1,1", "--seeds names a seed twice"),
         ("--out {tmp}/a --max-steps 0", "--max-steps 0: give a whole number"),
+        (
+            "--out {tmp}/a --batch-size 99999999999999999999",
+            "--batch-size 99999999999999999999: give a whole number from 1",
+        ),
+        (
+            "--out {tmp}/a --max-length 99999999999999999999",
+            "--max-length 99999999999999999999: give a whole number from 1",
+        ),
+        (
+            "--out {tmp}/a {data} --model minilm --encoder-hidden-size 1000000000",
+            "bytes. Error code 12 (Cannot allocate memory)). Give a smaller --encoder-hidden-size, or the process more.",
+        ),
         ("--out {tmp}/a --checkpoint-steps 0", "--checkpoint-steps 0: give a whole number"),
     ],
 )

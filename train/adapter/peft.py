@@ -1,6 +1,6 @@
 """PEFT's part of an adapter folder: its weights, and the models that are made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BASE_FLAG = "--base-model"
 """The flag of the commands that read adapters, for a base model that lies elsewhere than at the training."""
+RETRAIN = "Train the adapter again, with a smaller --learning-rate."
 
 
 def find_adapter_base(adapter: Adapter) -> BaseModel:
@@ -45,10 +46,18 @@ def read_weights(folder: Path, virtual_tokens: int) -> "dict[str, Any]":
         state = load_file(path)
     except (SafetensorError, OSError) as cause:
         raise AdapterError(f"{path} cannot be read ({cause}). Train the adapter again.") from cause
+    refuse_not_finite(state, path, RETRAIN)
     prompt = state.get("prompt_embeddings")
     if prompt is None or prompt.ndim != 2 or prompt.shape[0] != virtual_tokens:
         raise AdapterError(f"{path} holds no prompt of {virtual_tokens} virtual tokens. Train the adapter again.")
     return state
+
+
+def refuse_not_finite(tensors: "Mapping[str, Any]", path: Path, remedy: str) -> None:
+    """Refuse the tensors of a file with an AdapterError where a number is NaN or infinite."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise AdapterError(f"{path} holds numbers in {bad[0]:.80} that are not finite. {remedy}")
 
 
 def load_prompted_classifier(
@@ -81,6 +90,7 @@ def load_peft_model(
     """An adapter as PEFT itself runs it, in evaluation mode. A decoder takes one text at a time, without padding."""
     from peft import PeftModel
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     model = load_classifier(base, labels, kind=kind, attention=attention)
     if base.is_decoder:
@@ -90,8 +100,12 @@ def load_peft_model(
     else:
         model.base_model.register_forward_hook(drop_cache)
     try:
-        return PeftModel.from_pretrained(model, folder).eval()
+        peft_model = PeftModel.from_pretrained(model, folder).eval()
     except (*MALFORMED, RuntimeError, SafetensorError) as cause:
         raise AdapterError(
             f"{folder} does not fit {base.name} ({cause}). Give an adapter of this base model."
         ) from cause
+    path = folder / FILES.weights
+    if path.is_file():  # a pickle was read by `train.foreign.tensors`
+        refuse_not_finite(load_file(path), path, RETRAIN)
+    return peft_model

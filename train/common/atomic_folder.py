@@ -63,14 +63,13 @@ def write_trouble(cause: BaseException) -> str | None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears by one rename, once its bytes are on the disk; after an OSError it is as before."""
-    new = path.with_name(f"{path.name}{_PARTIAL}")
-    try:
+    path = path.absolute()
+    _remove_leftovers(path)
+    with _partial_file(path) as new:
         new.write_bytes(content)
+        new.chmod(0o666 & ~_umask())
         sync_path(new)
         put(new, path)
-    finally:
-        with suppress(OSError):
-            new.unlink()
 
 
 @contextmanager
@@ -85,8 +84,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         _remove_leftovers(target)
         with _partial_folder(target) as partial:
             yield partial
-            mask = os.umask(0)  # it can only be read by setting it
-            os.umask(mask)
+            mask = _umask()
             for path in [*partial.rglob("*"), partial]:
                 # Temporary folders are readable by their owner alone.
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
@@ -102,6 +100,42 @@ def new_folder(target: Path) -> Iterator[Path]:
             f"{target} could not be written ({trouble}). Nothing was left there; "
             "free some space or choose another folder."
         ) from cause
+
+
+@contextmanager
+def held_folder(folder: Path, owner: str) -> Iterator[None]:
+    """Keep other runs out of a folder within the block; it is made, and removed again where nothing was put into it.
+
+    Where the system or the disk has no locks nothing is kept out.
+
+    Raises:
+        UsageError: another run is within such a block; ``owner``, the flag that names the place, begins the message.
+        OSError: the folder cannot be made.
+    """
+    folder = folder.absolute()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor = None
+    try:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = _lock(folder, wait=False)
+            except BlockingIOError as cause:
+                raise UsageError(
+                    f"{owner}: another run is writing there (it holds {folder}). Wait until it has ended, or choose another "
+                    "--out."
+                ) from cause
+            # Before it was locked, the other run may have ended and removed it.
+            if _is_at(descriptor, folder):
+                break
+            _unlock(descriptor)
+        yield
+    finally:
+        # Before it is unlocked, or it might be another run's by then.
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        _unlock(descriptor)
 
 
 def put(new: Path, target: Path) -> None:
@@ -167,11 +201,34 @@ def _partial_folder(target: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+@contextmanager
+def _partial_file(target: Path) -> Iterator[Path]:
+    """The same as a file, with a name that no other run writes."""
+    while True:
+        number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
+        os.close(number)
+        descriptor = _lock(partial := Path(name), wait=True)
+        if partial.exists():
+            break
+        _unlock(descriptor)
+    try:
+        yield partial
+    finally:
+        _unlock(descriptor)
+        _remove(partial)
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove what killed processes left beside a target, and put back an older target that one had moved aside."""
     ours = re.compile(re.escape(f".{target.name}.") + rf"[a-z0-9_]{{8}}({re.escape(_PARTIAL)}|{re.escape(_ASIDE)})")
     for path in target.parent.iterdir():
-        if not ours.fullmatch(path.name) or (descriptor := _lock(path, wait=False)) is None:
+        if not ours.fullmatch(path.name):
+            continue
+        try:
+            descriptor = _lock(path, wait=False)
+        except BlockingIOError:  # another run is writing it
+            continue
+        if descriptor is None:
             continue
         try:
             older = path / target.name
@@ -183,7 +240,10 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:
-    """Lock a folder until `_unlock` or the end of this process; None where it is locked or the system has no locks."""
+    """Lock a folder or file until `_unlock` or the end of this process; None where that is not possible.
+
+    It is gone, or the system or the disk has no locks. Where another run holds it, it is a BlockingIOError, or is waited for.
+    """
     if fcntl is None:
         return None
     descriptor = None
@@ -191,8 +251,10 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return descriptor
-    except OSError:
+    except OSError as cause:
         _unlock(descriptor)
+        if isinstance(cause, BlockingIOError):
+            raise
         return None
 
 
@@ -201,12 +263,26 @@ def _unlock(descriptor: int | None) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, or a link to one, if possible."""
-    if folder.is_symlink():
+def _is_at(descriptor: int | None, folder: Path) -> bool:
+    """Whether what was opened is what has this name now; without a lock, whether there is something."""
+    try:
+        return folder.exists() if descriptor is None else os.path.samestat(os.fstat(descriptor), folder.stat())
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if possible."""
+    if path.is_symlink() or path.is_file():
         with suppress(OSError):
-            folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def sync_path(path: Path) -> None:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
-from train.common.console import said_to, say
+from train.common.console import lasting_streams, said_to, say
 from train.common.errors import EngineError, PromptfoldError
 
 T = TypeVar("T")
@@ -105,7 +105,8 @@ def _begin(work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # They have waited since before the process began (`start_child`), also while it imported this module.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
-    work(*arguments)
+    with lasting_streams():
+        work(*arguments)
 
 
 class _Line(NamedTuple):

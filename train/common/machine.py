@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.common.errors import PromptfoldError
+
 
 def describe_machine() -> str:
     """The GPU, or the processor and how many of its cores torch uses."""
@@ -23,6 +25,14 @@ def describe_machine() -> str:
     name = found[1].strip() if found else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{threads} {'core' if threads == 1 else 'cores'} of {name}"
+
+
+_NO_MEMORY = re.compile(
+    "can't allocate memory|cannot allocate memory|out of memory|failed to allocate|bad_alloc|bad allocation"
+    "|size calculation overflowed|multiplication overflow",
+    re.IGNORECASE,
+)
+"""How PyTorch, ONNX Runtime and the operating system say it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,17 @@ def usable_memory_bytes(proc: Path = Path("/proc/self")) -> int | None:
     with suppress(OSError, ValueError, AttributeError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits, default=None)
+
+
+def memory_trouble(error: BaseException) -> str | None:
+    """How a library said that it could not get memory, in an exception or in what caused it; None for any other."""
+    cause: BaseException | None = error
+    while cause is not None:
+        is_ours = isinstance(cause, PromptfoldError)  # it may only quote what follows
+        if not is_ours and (isinstance(cause, MemoryError) or _NO_MEMORY.search(str(cause))):
+            return str(cause).strip().partition("\n")[0][:200] or type(cause).__name__
+        cause = cause.__cause__
+    return None
 
 
 def _cpu_quotas(proc: Path) -> Iterator[tuple[int, int]]:

@@ -109,8 +109,13 @@ class Task:
         """Logits, shape = (n_rows, n_labels) → what is predicted, in the form in which `score` takes it.
 
         Class indices, int64, shape = (n_rows,); numbers, float64, shape = (n_rows,); or whether each label is predicted,
-        bool, shape = (n_rows, n_labels).
+        bool, shape = (n_rows, n_labels). A UsageError where a logit is no finite number: argmax would make class 0 of NaN.
         """
+        if not np.isfinite(logits).all():
+            raise UsageError(
+                f"The model's logits for task {self.name} are no finite numbers, so it predicts nothing. If it was trained "
+                "here, train it again with a smaller --learning-rate."
+            )
         if self.kind == REGRESSION:
             return logits[:, 0].astype(np.float64)
         if self.kind == MULTI_LABEL:

@@ -10,7 +10,7 @@ PEFT's own checkpoint holds only the table that the prompt encoder computed, fro
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from train.common.atomic_folder import sync_folder, sync_path, write_trouble, write_whole
+from train.common.atomic_folder import held_folder, sync_folder, sync_path, write_trouble, write_whole
 from train.common.errors import UsageError
 from train.common.folder_record import read_json_object, refuse_another_run, sha256_of_file
 from train.common.records import parse_record
@@ -73,6 +73,31 @@ def _run_folder(out: Path) -> Path:
     return out.absolute().with_name(f"{out.name}.checkpoints")
 
 
+@contextmanager
+def checkpoints_held(out: Path) -> Iterator[None]:
+    """Keep other runs out of a run's checkpoints within the block; a UsageError where one is at work there.
+
+    Where the block fails before there is anything to go on with, nothing is left.
+    """
+    folder = _run_folder(out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
+    is_new = not (folder / _RUN).exists()
+    with ExitStack() as at_end:
+        try:
+            at_end.enter_context(held_folder(folder, f"--out {out}"))
+        except OSError as cause:
+            raise UsageError(f"{folder} cannot be written ({cause.strerror}). Choose another --out.") from cause
+        try:
+            yield
+        except BaseException:
+            if is_new and not any(folder.glob("seed-*/*")):
+                with suppress(OSError):
+                    _remove_folders(folder)
+                    (folder / _RUN).unlink(missing_ok=True)
+            raise
+
+
 def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
     """Refuse a run whose checkpoints folder is taken, unless it may be resumed or replaced. Nothing is changed.
 
@@ -87,42 +112,46 @@ def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
             raise UsageError(f"{record} is damaged. {_REMEDY}") from cause
         # JSON turns tuples into lists, as it did in the record.
         refuse_another_run(folder, before, json.loads(json.dumps(fingerprint)))
-    elif folder.exists():
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not config.overwrite and not config.resume:
             raise UsageError(
                 f"{folder} holds an interrupted run. Add --resume to go on with it, or --overwrite to start anew."
             )
-        partial = folder / f"{_RUN}.partial"  # a killed `write_whole` leaves it
-        if not folder.is_dir() or (not record.is_file() and any(path != partial for path in folder.iterdir())):
+        partial = f".{_RUN}."  # a killed `write_whole` leaves such a file
+        if not folder.is_dir() or not (
+            record.is_file() or all(path.name.startswith(partial) for path in folder.iterdir())
+        ):
             raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
 
 
 def prepare_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
     """Make the folder for a run's checkpoints, or keep the one of the run that is resumed."""
-    # Checked again, as another run may have begun during the baselines.
+    # Checked again, as another run may have begun during the baselines where the disk has no locks.
     check_checkpoints(config, fingerprint)
     folder = _run_folder(config.out)
     record = folder / _RUN
     if record.is_file() and config.resume:
         return
     try:
-        if folder.exists():
-            remove_checkpoints(config.out)
-        folder.mkdir(parents=True)
+        # The folder itself stays, as it is locked.
+        _remove_folders(folder)
         write_whole(record, f"{json.dumps(fingerprint, indent=2)}\n".encode())
     except OSError as cause:
-        with suppress(OSError):
-            folder.rmdir()
         raise UsageError(f"{folder} cannot be written ({cause.strerror}). Choose another --out.") from cause
 
 
 def remove_checkpoints(out: Path) -> None:
     """Remove a run's checkpoints. run.json goes last, so that an interrupted removal leaves an interrupted run."""
     folder = _run_folder(out)
+    _remove_folders(folder)
+    shutil.rmtree(folder)
+
+
+def _remove_folders(folder: Path) -> None:
+    """Remove a run's checkpoints, but not its record."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-    shutil.rmtree(folder)
 
 
 def write_progress(folder: Path, trainable: State, progress: Progress) -> None:

@@ -23,7 +23,14 @@ from train.config import TrainConfig, flag
 from train.data.read_rows import sha256_of_path
 from train.data.tasks import METRICS, Scores, best_scores
 from train.data.token_ids import encode, sentences_of, tokens_per_word
-from train.fit.checkpoint import Progress, check_checkpoints, prepare_checkpoints, remove_checkpoints, seed_folder
+from train.fit.checkpoint import (
+    Progress,
+    check_checkpoints,
+    checkpoints_held,
+    prepare_checkpoints,
+    remove_checkpoints,
+    seed_folder,
+)
 from train.fit.curves import draw_curves
 from train.fit.loop import Prepared, check_machine, evaluate, fit, prepare
 from train.model.baselines import Baselines
@@ -74,8 +81,16 @@ def train(config: TrainConfig, *, command: str) -> TrainResult | None:
     """
     main = is_main_process()
     check_machine(config)
-    if main:
-        check_target(config.out, ADAPTER, overwrite=config.overwrite)
+    if not main:
+        return _train(config, command=command)
+    check_target(config.out, ADAPTER, overwrite=config.overwrite)
+    with checkpoints_held(config.out):
+        check_target(config.out, ADAPTER, overwrite=config.overwrite)  # again, as another run may have ended since
+        return _train(config, command=command)
+
+
+def _train(config: TrainConfig, *, command: str) -> TrainResult | None:
+    main = is_main_process()
     prepared = prepare(config)
     task, base, splits = prepared.splits.task, prepared.base, prepared.splits
     fingerprint = _fingerprint(prepared)

@@ -3,6 +3,7 @@
 It imports transformers: other modules import it only when training begins.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from train.common.console import say
 from train.common.errors import UsageError, first_line
 from train.common.processes import is_main_process, process_count
-from train.config import TrainConfig
+from train.config import REGRESSION, TrainConfig
 from train.data.tasks import Scores, Task, score
 from train.data.token_ids import LengthGroupedSampler
 from train.fit.checkpoint import EpochScores, Progress, State, complete_checkpoint, read_trainable, write_progress
@@ -94,6 +96,8 @@ class PromptTrainer(Trainer):
         classifier = self.accelerator.unwrap_model(self.model)
         weights = None if classifier.class_weights is None else classifier.class_weights.cpu()
         loss = mean_loss(classifier.config.problem_type, logits, labels, weights)
+        if not np.isfinite(output.predictions).all():
+            return {"loss": math.nan}  # `_record` ends the training
         scores = score(self._task, self._task.predict(output.predictions), output.label_ids)
         return scores.values | {"loss": float(loss)}
 
@@ -103,17 +107,18 @@ class PromptTrainer(Trainer):
 
     def _record(self, metrics: dict[str, float], trainable: State) -> None:
         progress = self._progress
+        loss = float(self._mean_over_processes(self._loss_sum) / max(1, progress.loss_steps))
+        if not math.isfinite(loss) or not math.isfinite(metrics["eval_loss"]):
+            self._end_diverged(loss, metrics["eval_loss"])
+            return
         scores = Scores({name: metrics[f"eval_{name}"] for name in self._task.metrics})
-        loss = self._mean_over_processes(self._loss_sum) / max(1, progress.loss_steps)
-        epoch = EpochScores(len(progress.epochs) + 1, float(loss), metrics["eval_loss"], scores.values)
+        epoch = EpochScores(len(progress.epochs) + 1, loss, metrics["eval_loss"], scores.values)
         progress.epochs.append(epoch)
         best = Scores(progress.epochs[progress.best_epoch - 1].scores) if progress.best_epoch else None
         if best is None or scores.key > best.key:
             progress.best_epoch = epoch.epoch
             progress.best = {name: tensor.detach().cpu().clone() for name, tensor in trainable.items()}
-        self._loss_sum, progress.loss_steps = 0.0, 0
-        now = time.perf_counter()
-        progress.seconds, self._since = progress.seconds + now - self._since, now
+        self._end_epoch()
         progress.finished = self.state.global_step >= self.state.max_steps
         if progress.stops_early(self._config.early_stopping):
             progress.finished = self.control.should_training_stop = True
@@ -123,6 +128,32 @@ class PromptTrainer(Trainer):
                 f"epoch {epoch.epoch}/{self.state.num_train_epochs}  training loss {epoch.train_loss:.4f}  "
                 f"validation loss {epoch.validation_loss:.4f}  {scores}{mark}"
             )
+
+    def _end_epoch(self) -> None:
+        progress, now = self._progress, time.perf_counter()
+        self._loss_sum, progress.loss_steps = 0.0, 0
+        progress.seconds, self._since = progress.seconds + now - self._since, now
+
+    def _end_diverged(self, loss: float, validation_loss: float) -> None:
+        """End a training whose numbers overflowed: weights that are NaN stay so.
+
+        The best epoch before is kept, as with early stopping, since it is what the run would have kept in any case. A
+        UsageError where there is none.
+        """
+        progress = self._progress
+        what = (
+            f"epoch {len(progress.epochs) + 1}: the training loss is {loss:.4g} and the validation loss "
+            f"{validation_loss:.4g}, so the training has diverged"
+        )
+        remedy = "a smaller --learning-rate or --weight-decay"
+        if self._task.kind == REGRESSION:
+            remedy += ", or labels nearer to 0"
+        if not progress.best_epoch:
+            raise UsageError(f"{what} before any epoch was good. Take {remedy}.")
+        self._end_epoch()
+        progress.finished = self.control.should_training_stop = True
+        if is_main_process():
+            say(f"{what}. It ends here, and epoch {progress.best_epoch} is kept; better may be {remedy}")
 
     # What follows replaces the Trainer's own methods.
 

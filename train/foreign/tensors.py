@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from train.adapter.peft import refuse_not_finite
 from train.common.errors import AdapterError, first_line
 from train.foreign.source import PICKLE, REMEDY, Source
 
@@ -33,9 +34,7 @@ def read_tensors(source: Source) -> "dict[str, torch.Tensor]":
         raise AdapterError(f"{path} holds something else than tensors by name. {REMEDY}")
     if not tensors:
         raise AdapterError(f"{path} holds no tensors. {REMEDY}")
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise AdapterError(f"{path} holds numbers in {bad[0]:.80} that are not finite. {REMEDY}")
+    refuse_not_finite(tensors, path, REMEDY)
     return tensors
 
 
