@@ -231,7 +231,7 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
 
 def labels_of(
     folder: Path, values: list[Any], *, task: Task | None = None, **config: Any
-) -> tuple[tuple[str, ...], list[int]]:
+) -> tuple[tuple[str, ...], list[Any]]:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"t{n}", "label": value}) + "\n" for n, value in enumerate(values)))
     if task is not None:
@@ -258,7 +258,19 @@ def test_values_that_are_no_class_are_left_out_or_refused(tmp_path: Path, capsys
     assert labels_of(tmp_path, ["None", "x"])[0] == ("None", "x")
     with pytest.raises(DataError, match=r"1 labels beside -1.*--labels=-1,1"):
         labels_of(tmp_path, [-1, 1, 1, -1])
-    for value in (["a"], ["a", "b"], [], "['a', 'b']", '["a"]', "[]", "[0 1 0]", "[1. 0.]"):
+    for value in (
+        ["a"],
+        ["a", "b"],
+        [],
+        "['a', 'b']",
+        '["a"]',
+        "[]",
+        "[0 1 0]",
+        "[1. 0.]",
+        "('a',)",
+        "{'a'}",
+        "['a' 'b']",
+    ):
         with pytest.raises(DataError, match="train with kind multi_label"):
             labels_of(tmp_path, ["a", value])
         with pytest.raises(DataError, match="train with kind multi_label"):
@@ -284,6 +296,66 @@ def test_several_labels_are_names(tmp_path: Path) -> None:
     for value, words in (([1, 0, 1], "names a label twice"), ([1.0, 0.0], "no list"), ([True, False], "no list")):
         with pytest.raises(DataError, match=words):
             labels_of(tmp_path, [value, [0, 1]], kind="multi_label")
+
+
+LISTS: list[tuple[list[Any], list[tuple[int, ...]]]] = [
+    (["['x' 'y']", "['y']", "[]"], [(1, 1), (0, 1), (0, 0)]),
+    (["['x'\n \"y\"]", "['y']"], [(1, 1), (0, 1)]),
+    (["('x', 'y')", "('y',)", "()"], [(1, 1), (0, 1), (0, 0)]),
+    (["{'x', 'y'}", "{'y'}", "set()"], [(1, 1), (0, 1), (0, 0)]),
+    (["x,y", "NaN", "NULL", "", None, float("nan")], [(1, 1), *[(0, 0)] * 5]),
+    ([["x", "y"], None, ["y"], []], [(1, 1), (0, 0), (0, 1), (0, 0)]),
+]
+
+
+@pytest.mark.parametrize(("values", "sets"), LISTS)
+def test_lists_are_read_as_python_and_numpy_print_them(
+    values: list[Any], sets: list[tuple[int, ...]], tmp_path: Path, capsys: Capture
+) -> None:
+    assert labels_of(tmp_path, values, kind="multi_label") == (("x", "y"), [list(row) for row in sets])
+    told = capsys.readouterr().out
+    assert told.startswith("2 labels: x, y\n")
+    assert ("in 2 of 6 rows 'label' is NULL or NaN, which is taken for no label" in told) == ("NaN" in values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        *(([text, "y"], "is no list of labels") for text in ("{x, y}", "[x]", "(x, y)", "'x', 'y'", '["x" y]', "{'x'")),
+        (["array(['x', 'y'], dtype=object)", "y"], "is no list of labels"),
+        (["['x' 'y' ... 'z']", "y"], "is no list of labels"),
+        *(([f"x{sep}y", "y", "x"], f"If '{sep.strip()}' stands between") for sep in (";", "|", "; ", " / ")),
+        (["x;y", "y;x"], "write a comma there, or lists in JSON lines or Parquet.*with --labels"),
+        ([[1, 0], [0, 1]], "has the same labels in every row"),
+        (["[1, 0]", "[0, 1]"], "has the same labels in every row"),
+    ],
+)
+def test_lists_that_are_written_in_other_ways_are_refused(values: list[Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words):
+        labels_of(tmp_path, values, kind="multi_label")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Sales (EU), (other)", "Sales (EU)", "drivers'", "'90s"],
+        [":)", ":(", "a) first"],
+        ["food/drink", "food", "food/other"],
+        ["pos/food", "neg/food", "pos/service", "neg/service"],
+        ["x;y", "x", "y", "x, y"],
+        [["x;y"], ["x"], ["y"]],
+    ],
+)
+def test_names_with_brackets_and_separators_are_names(values: list[Any], tmp_path: Path) -> None:
+    names = {name.strip() for value in values for name in (value if isinstance(value, list) else value.split(","))}
+    assert set(labels_of(tmp_path, values, kind="multi_label")[0]) == names
+    joined = ["x;y", "x", "y"]
+    assert labels_of(tmp_path, joined, kind="multi_label", labels=tuple(joined))[1][0] == [1, 0, 0]
+
+
+def test_of_many_labels_the_first_are_listed(tmp_path: Path, capsys: Capture) -> None:
+    labels_of(tmp_path, list(range(12)))
+    assert capsys.readouterr().out.startswith("12 labels: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more\n")
 
 
 SPELLINGS = [

@@ -16,11 +16,15 @@ from train.data.files.chunks import ArrowChunk, Chunk
 from train.data.files.options import ReadOptions
 from train.data.labels import (
     Label,
+    holds_list,
     no_labels,
     refuse_equal_numbers,
+    refuse_equal_sets,
     refuse_fractions,
+    refuse_joined,
     refuse_other_kind,
     split_labels,
+    written_sign,
 )
 from train.data.read_rows import find_source, read_chunks
 from train.data.tasks import (
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 8192
 """Rows read at a time."""
+LABELS_SHOWN = 10
 _AS_GIVEN = ReadOptions()
 
 
@@ -56,6 +61,10 @@ class Splits:
 def load_splits(config: TrainConfig) -> Splits:
     """Load training and validation data and determine the task, as a configuration names them."""
     task = _find_task(config)
+    if task.kind != REGRESSION and is_main_process():
+        more = len(task.labels) - LABELS_SHOWN
+        few = ", ".join(f"{name:.40}" for name in task.labels[:LABELS_SHOWN])
+        say(f"{len(task.labels)} labels: {few}" + (f" and {more:,} more" if more > 0 else ""))
     if config.swap_sentences and not task.is_pair:
         raise DataError(f"--swap-sentences needs two sentences; task {task.name} has one. Leave it out.")
     if config.swap_sentences and not task.symmetric and task.name != "custom":
@@ -92,7 +101,7 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     names: tuple[str, ...] = ()
     assert file is not None  # TrainConfig has checked
     no_class: set[str] = set()
-    bad = BadRows()
+    bad, has_lists = BadRows(), False
     for chunk in _read_file(file, "train", read_options(config)):
         wanted = (*config.text_columns, label_column)
         _check_columns(chunk, wanted, "--text-columns and --label-column name")
@@ -103,6 +112,7 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
                 if (several := split_labels(value)) is None:
                     unusable.setdefault(row, no_labels(value, label_column))
                 found.update(several or ())
+                has_lists |= len(several or ()) > 1 or not isinstance(value, str) or holds_list(value)
                 continue
             refuse_other_kind(chunk.place(row), label_column, value)
             if is_no_class(value, {}):
@@ -115,6 +125,8 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     if len(labels) < 2:
         bad.refuse()  # else named with all other bad rows
     if kind == MULTI_LABEL:
+        if not has_lists:
+            refuse_joined(file, label_column, labels)
         return _in_order(labels)
     refuse_fractions(file, label_column, labels)
     if (nothing := max(no_class, default="")) and len(labels) < 2:
@@ -160,7 +172,7 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
     )
     sentences: list[tuple[str, ...]] = []
     labels: list[Label] = []
-    bad, n_rows, missing = BadRows(), 0, Counter[str]()
+    bad, n_rows, missing, empty = BadRows(), 0, Counter[str](), Counter[str]()
     for chunk in chunks:
         _check_columns(chunk, (*task.text_columns, task.label_column), f"Task {task.name} reads")
         checked = check_rows(chunk, task, with_labels=True, needs_labels=False)
@@ -171,14 +183,23 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
             if label is not None:
                 sentences.append(texts)
                 labels.append(label)
+                if task.kind == MULTI_LABEL and (sign := written_sign(task, values[row])):
+                    empty[sign] += 1
             elif row not in checked.bad:
                 missing[class_text(values[row]) or "empty"] += 1
     bad.refuse()
     source = file or f"{GLUE}/{task.hub_config} ({split})"
     if missing:
         _tell_missing(str(source), task, n_rows, missing)
+    if empty and is_main_process():
+        signs = " or ".join(sorted(empty))
+        say(
+            f"{source}: in {empty.total():,} of {n_rows:,} rows {task.label_column!r} is {signs}, which is taken for no label"
+        )
     if task.kind == REGRESSION:
         refuse_equal_numbers(source, task.label_column, labels)
+    if task.kind == MULTI_LABEL and split == "train":
+        refuse_equal_sets(source, task.label_column, labels)
     columns = dict(zip(task.text_columns, map(list, zip(*sentences, strict=True)), strict=True))
     return Dataset.from_dict({**columns, task.label_column: labels})
 
