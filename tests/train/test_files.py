@@ -229,6 +229,54 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
         load_split(TEXT, "", tmp_path / "no-*.csv")
 
 
+HUB = [f"{split}-00000-of-00001.csv" for split in ("train", "validation", "test")]
+FOLDERS: list[tuple[list[str], str, str]] = [
+    (HUB, "", r"holds several splits \(test, train, validation\)\. Give the files of one .*, such as '.*/d/\*train\*'"),
+    (HUB, "*.csv", r"holds several splits"),
+    (["dev.csv", "test.csv"], "", r"holds several splits \(dev, test\).*/d/\*dev\*'"),
+    (["dataTrain.csv", "dataVal.csv"], "", "holds several splits"),
+    (["a.csv", "a.csv.gz"], "", r"a\.csv and a\.csv\.gz have one name"),
+    (["a.csv", "a.csv.gz"], "a*", r"a\.csv and a\.csv\.gz have one name"),
+    (["train-00000-of-00003.csv", "train-00002-of-00003.csv"], "", r"of the 3 files train-…-of-3 there are 2\. Fetch"),
+    (["train-00000-of-00002.csv", HUB[1]], "train*", r"of the 2 files"),
+]
+
+
+@pytest.mark.parametrize(("names", "pattern", "words"), FOLDERS)
+def test_files_that_are_no_one_data_set_are_refused(names: list[str], pattern: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in names:
+        content = b"text,label\na,1\n"
+        (tmp_path / "d" / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=words):
+        load_split(TEXT, "train", tmp_path / "d" / pattern)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "shown"),
+    [
+        (HUB, "train*", ": 1 rows\n"),
+        (HUB, "[tv]*", ": 3 rows in 3 files: test-00000-of-00001.csv, train-"),
+        (
+            ["latest.csv", "training.csv", "contest.csv"],
+            "",
+            "3 rows in 3 files: contest.csv, latest.csv, training.csv\n",
+        ),
+        (["train-1-of-2.csv", "train-2-of-2.csv"], "", "2 rows in 2 files"),
+        (["x-00000-of-00003.csv", "x-00001-of-00003.csv"], "x-0000[01]*", "2 rows in 2 files"),
+        (["x-00000-of-00003.csv"], "x-00000-of-00003.csv", "1 rows\n"),
+        ([f"p{n}.csv" for n in range(7)], "", "7 rows in 7 files: p0.csv, p1.csv, p2.csv, p3.csv, p4.csv …\n"),
+    ],
+)
+def test_files_of_one_data_set_are_counted(
+    names: list[str], pattern: str, shown: str, tmp_path: Path, capsys: Capture
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("text,label\na,1\n")
+    load_split(TEXT, "train", tmp_path / pattern)
+    assert shown in capsys.readouterr().out
+
+
 def labels_of(
     folder: Path, values: list[Any], *, task: Task | None = None, **config: Any
 ) -> tuple[tuple[str, ...], list[Any]]:

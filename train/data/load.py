@@ -1,7 +1,7 @@
 """Labelled data, from the hub or from a file, checked, with labels as `train.data.labels.parse_label` gives them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from train.config import MINILM, TrainConfig
 from train.data.check_rows import BadRows, CheckedRows, check_columns, check_rows
 from train.data.classes import class_text, is_no_class, name_classes, named_value
 from train.data.files.chunks import ArrowChunk, Chunk
+from train.data.files.find import refuse_splits
 from train.data.files.options import ReadOptions
 from train.data.labels import (
     Label,
@@ -26,7 +27,7 @@ from train.data.labels import (
     split_labels,
     written_sign,
 )
-from train.data.read_rows import find_source, read_chunks
+from train.data.read_rows import Source, find_source, read_chunks
 from train.data.tasks import (
     CLASSIFICATION,
     GLUE,
@@ -102,7 +103,7 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     assert file is not None  # TrainConfig has checked
     no_class: set[str] = set()
     bad, has_lists = BadRows(), False
-    for chunk in _read_file(file, "train", read_options(config)):
+    for chunk in read_chunks(_find_source(file, "train", read_options(config)), CHUNK_ROWS):
         wanted = (*config.text_columns, label_column)
         _check_columns(chunk, wanted, "--text-columns and --label-column name")
         names = chunk.class_names(label_column) or names
@@ -167,9 +168,10 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
     """
     from datasets import Dataset
 
-    chunks: Iterable[Chunk] = (
-        [_load_from_hub(task, split)] if file is None else _read_file(file, split, options, is_told=True)
-    )
+    found = None if file is None else _find_source(file, split, options)
+    if found is not None and found.description and is_main_process():
+        say(found.description)
+    chunks: Iterable[Chunk] = [_load_from_hub(task, split)] if found is None else read_chunks(found, CHUNK_ROWS)
     sentences: list[tuple[str, ...]] = []
     labels: list[Label] = []
     bad, n_rows, missing, empty = BadRows(), 0, Counter[str](), Counter[str]()
@@ -188,6 +190,8 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
             elif row not in checked.bad:
                 missing[class_text(values[row]) or "empty"] += 1
     bad.refuse()
+    if file is not None and found is not None and is_main_process():
+        _tell_size(file, found, n_rows)
     source = file or f"{GLUE}/{task.hub_config} ({split})"
     if missing:
         _tell_missing(str(source), task, n_rows, missing)
@@ -220,11 +224,20 @@ def _tell_missing(source: str, task: Task, n_rows: int, missing: Counter[str]) -
         )
 
 
-def _read_file(file: Path, split: str, options: ReadOptions, *, is_told: bool = False) -> Iterator[Chunk]:
-    source = find_source(file, flag=f"--{split}-file" if split else "--file", options=options)
-    if is_told and source.description and is_main_process():
-        say(source.description)
-    return read_chunks(source, CHUNK_ROWS)
+def _find_source(file: Path, split: str, options: ReadOptions) -> Source:
+    source = find_source(file, flag=_flag(split), options=options)
+    refuse_splits(file, source.files, f"{_flag(split)} {file}")
+    return source
+
+
+def _flag(split: str) -> str:
+    return f"--{split}-file" if split else "--file"
+
+
+def _tell_size(file: Path, source: Source, n_rows: int) -> None:
+    names = [part.path.name for part in source.files]
+    few = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    say(f"{file}: {n_rows:,} rows" + (f" in {len(names):,} files: {few:.300}" if len(names) > 1 else ""))
 
 
 def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str) -> None:
