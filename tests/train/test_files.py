@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow
 import pytest
 from pyarrow import feather, parquet
@@ -103,6 +104,62 @@ def test_what_is_written_far_from_the_start_is_read_too(tmp_path: Path) -> None:
     assert read(tmp_path / "a.tsv", quote="none")[0][-3:] == [
         {"text": text, "label": label} for text, label in (('"b', "1"), ("c", "0"), ('d"', "1"))
     ]
+
+
+SWALLOWED: list[tuple[str, str]] = [
+    ('label,text\npos,"open\nneg,c\npos,d"\nneg,e\n', "row 1 (line 2)"),
+    ('label,text\npos,"open, wide\nneg,d"\nneg,e\n', "row 1 (line 2)"),
+    ('text,label\na,pos\n"b,neg\nc,pos\nd",neg\n', "row 2 (line 3)"),
+    ('text;label\na;pos\n"b;neg\nc";pos\nd;neg\n', "row 2 (line 3)"),
+    ('id|a|b|label\n1|x|y|0\n2|"x|y|1\n3|z"|y|0\n4|z|y|1\n', "row 2 (line 3)"),
+]
+
+
+@pytest.mark.parametrize(("content", "place"), SWALLOWED)
+def test_a_quote_that_swallows_rows_is_refused(content: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"{re.escape(place)}: .* lines that are rows themselves.* add --quote none"):
+        load_split(custom_task((path.read_text()[:5].strip(",;|id"),), "label", ("neg", "pos")), "", path)
+    rows, _ = read(path, quote="none")
+    assert len(rows) == content.count("\n") - 1
+    assert len(read(path, quote='"')[0]) < len(rows)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "Hello\nI like it, much",
+        "Dear Sir,\nthanks, and\nneg, I must say",
+        "neg,b,c\npos",
+        "Thanks\nKind regards,Jo",
+        "neg\npos\n",
+        ",\n,",
+    ],
+)
+def test_texts_of_several_lines_are_texts(cell: str, tmp_path: Path) -> None:
+    for columns in (["label", "text"], ["text", "label"]):
+        rows = [{"label": label, "text": text} for label, text in (("pos", "a"), ("neg", cell), ("pos", cell))]
+        pd.DataFrame(rows)[columns].to_csv(tmp_path / "a.csv", index=False)
+        assert read(tmp_path / "a.csv")[0] == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_numbered"),
+    [
+        (["1,a,x", "2,b,y", "3,c,x"], True),
+        (["0,a,x", "1,b,y", "2,c"], True),
+        (["1,Hello, world", "0,Bye, world"], False),
+        (["0,Hello, world", "1,Bye, world", "1,Or, so"], False),
+        (["1,a,x", "3,b,y"], False),
+    ],
+)
+def test_row_numbers_without_a_name_follow_one_another(rows: list[str], is_numbered: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["label,text", *rows]))
+    source = find_source(tmp_path / "a.csv")
+    (chunk,) = read_chunks(source, 9)
+    assert chunk.columns == (["", "label", "text"] if is_numbered else ["label", "text"])
+    assert ("it has 3 cells" in chunk.unreadable.get(0, "")) != is_numbered
 
 
 WRONG: list[tuple[str, bytes, str]] = [
