@@ -334,11 +334,16 @@ def test_files_of_one_data_set_are_counted(
     assert shown in capsys.readouterr().out
 
 
+def write_labels(folder: Path, values: list[Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{n}", "label": value}) + "\n" for n, value in enumerate(values)))
+    return path
+
+
 def labels_of(
     folder: Path, values: list[Any], *, task: Task | None = None, **config: Any
 ) -> tuple[tuple[str, ...], list[Any]]:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"t{n}", "label": value}) + "\n" for n, value in enumerate(values)))
+    path = write_labels(folder, values)
     if task is not None:
         return task.labels, list(load_split(task, "", path)["label"])
     settings = TrainConfig(out=folder, train_file=path, validation_file=path, text_columns=("text",), **config)
@@ -349,11 +354,11 @@ def labels_of(
 def test_values_that_are_no_class_are_left_out_or_refused(tmp_path: Path, capsys: Capture) -> None:
     signs = [(value, "empty") for value in ("", " ", "\u200b", None, float("nan"))] + [(-1, "-1"), (-1.0, "-1")]
     for nothing, sign in [*signs, *((text, text) for text in ("-1", "-", "nan", "NA", "N/A", "NULL", "<NA>"))]:
-        assert labels_of(tmp_path, [0, 1, nothing, 1]) == (("0", "1"), [0, 1, 1])
-        assert f"left out 1 of 4 rows, whose 'label' is {sign}: they have no label." in capsys.readouterr().out
+        assert labels_of(tmp_path, [0, 1, nothing] + [1] * 17) == (("0", "1"), [0] + [1] * 18)
+        assert f"left out 1 of 20 rows, whose 'label' is {sign}: they have no label." in capsys.readouterr().out
         with pytest.raises(DataError, match=f"it is {sign} in all 2 rows"):
             labels_of(tmp_path, [nothing, nothing], task=TEXT)
-    assert labels_of(tmp_path, [0, 1, "NA", "", 1])[1] == [0, 1, 1]
+    assert labels_of(tmp_path, [0, 1, "NA", "", 1], labels=("0", "1"))[1] == [0, 1, 1]
     told = capsys.readouterr().out
     assert (
         "left out 2 of 5 rows, whose 'label' is NA or empty: they have no label. If NA is a class, it is one of" in told
@@ -401,6 +406,26 @@ def test_several_labels_are_names(tmp_path: Path) -> None:
     for value, words in (([1, 0, 1], "names a label twice"), ([1.0, 0.0], "no list"), ([True, False], "no list")):
         with pytest.raises(DataError, match=words):
             labels_of(tmp_path, [value, [0, 1]], kind="multi_label")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([-1, 0, 1, -1], r"2 labels beside -1, .*, in 2 rows\. .* name all: --labels=-1,0,1, else .* --labels=0,1"),
+        ([-1, 0, 0, 2, 10] * 9, "3 labels beside -1.*--labels=-1,0,2,10, else"),
+        (["NA", "EU", "US", ""], "2 labels beside NA, .*, in 1 rows.*--labels=EU,NA,US, else"),
+    ],
+)
+def test_a_frequent_sign_of_no_label_may_be_a_class(values: list[Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words) as refusal:
+        labels_of(tmp_path, values)
+    for given in re.findall(r"--labels=\S+[^\s,]", str(refusal.value)):  # as the message says, on the command line
+        flags = ["--train-file", "a", "--validation-file", "a", "--out", "a", "--text-columns", "text", given]
+        labels = main.parse(flags).labels
+        assert labels_of(tmp_path, values, labels=labels)[0] == labels
+    # Empty cells are no class, however many they are, nor is what a validation file holds.
+    assert labels_of(tmp_path, [0, 1, "", None, ""]) == (("0", "1"), [0, 1])
+    assert list(load_split(TEXT, "validation", write_labels(tmp_path, [0, -1, 1]))["label"]) == [0, 1]
 
 
 LISTS: list[tuple[list[Any], list[tuple[int, ...]]]] = [

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 8192
 """Rows read at a time."""
 LABELS_SHOWN = 10
+MOST_WITHOUT_LABEL = 0.05
+"""A sign that a row has no label, such as -1, may stand in so many training rows; in more it may be a class."""
 _AS_GIVEN = ReadOptions()
 
 
@@ -101,7 +103,7 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     file, found = config.train_file, Counter[str]()
     names: tuple[str, ...] = ()
     assert file is not None  # TrainConfig has checked
-    no_class: set[str] = set()
+    no_class = Counter[str]()
     bad, has_lists = BadRows(), False
     for chunk in read_chunks(_find_source(file, "train", read_options(config)), CHUNK_ROWS):
         wanted = (*config.text_columns, label_column)
@@ -117,7 +119,7 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
                 continue
             refuse_other_kind(chunk.place(row), label_column, value)
             if is_no_class(value, {}):
-                no_class.add(class_text(value) or "")
+                no_class[class_text(value) or ""] += 1
                 continue
             named = named_value(value, names)
             found[named if isinstance(named, str) else class_text(named) or ""] += 1
@@ -130,12 +132,23 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
             refuse_joined(file, label_column, labels)
         return _in_order(labels)
     refuse_fractions(file, label_column, labels)
-    if (nothing := max(no_class, default="")) and len(labels) < 2:
-        raise DataError(
-            f"{file}: column {label_column!r} has {len(labels)} labels beside {nothing}, which many data sets write where a "
-            f"row has none. If it is a class, name all: --labels={','.join([nothing, *labels]):.80}"
-        )
+    _refuse_frequent_sign(file, label_column, no_class, found, is_named=bool(names))
     return sorted(labels, key=names.index) if set(labels) <= set(names) else _in_order(labels)
+
+
+def _refuse_frequent_sign(
+    file: Path, column: str, no_class: Counter[str], found: Counter[str], *, is_named: bool
+) -> None:
+    """Refuse a column where so many cells say that there is no label that this may be one: -1 beside 0 and 1."""
+    nothing = max(no_class, key=lambda sign: (bool(sign), no_class[sign]), default="")
+    share = no_class[nothing] / max(no_class.total() + found.total(), 1)
+    if not nothing or (len(found) > 1 and (is_named or share <= MOST_WITHOUT_LABEL)):
+        return
+    without = f", else leave these rows out by --labels={','.join(_in_order(found)):.80}" if len(found) > 1 else ""
+    raise DataError(
+        f"{file}: column {column!r} has {len(found)} labels beside {nothing}, which many data sets write where a row has none, in "
+        f"{no_class[nothing]:,} rows. If it is a class, name all: --labels={','.join(_in_order([nothing, *found])):.80}{without}"
+    )
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:
