@@ -254,8 +254,10 @@ def test_names_of_classes_and_saved_data_sets_are_read(tmp_path: Path) -> None:
     rows.to_parquet(tmp_path / "a.parquet")
     rows.save_to_disk(tmp_path / "saved", num_shards=2)
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    other_rows = tmp_path / "b.parquet"
+    rows.select([1, 0]).to_parquet(other_rows)
     for file in (tmp_path / "a.parquet", tmp_path / "saved", tmp_path / "splits" / "train"):
-        config = TrainConfig(out=tmp_path, train_file=file, validation_file=file, text_columns=("text",))
+        config = TrainConfig(out=tmp_path, train_file=file, validation_file=other_rows, text_columns=("text",))
         splits = load_splits(config)
         assert splits.task.labels == ("pos", "neg")  # as the file orders them
         assert (list(splits.train["text"]), list(splits.train["label"])) == (["a", "b", "d"], [1, 0, 1])
@@ -346,7 +348,9 @@ def labels_of(
     path = write_labels(folder, values)
     if task is not None:
         return task.labels, list(load_split(task, "", path)["label"])
-    settings = TrainConfig(out=folder, train_file=path, validation_file=path, text_columns=("text",), **config)
+    other = folder / "other.jsonl"  # the same rows twice, as a copy of the training file is refused
+    other.write_text(2 * path.read_text())
+    settings = TrainConfig(out=folder, train_file=path, validation_file=other, text_columns=("text",), **config)
     splits = load_splits(settings)
     return splits.task.labels, list(splits.train["label"])
 
@@ -390,7 +394,7 @@ def test_values_that_are_no_class_are_left_out_or_refused(tmp_path: Path, capsys
 def test_several_labels_are_names(tmp_path: Path) -> None:
     """In a list, or in the list that pandas writes into a CSV file; not a 0 or 1 for each label."""
     (tmp_path / "a.csv").write_text('text;label\na;[\'x\', \'Y\']\nb;[]\nc;"[""y""]"\nd;x, y\n')
-    (tmp_path / "b.csv").write_text("text;label\na;['x', 'y']\nb;[]\nc;[\"y\"]\nd;x, Y\n")
+    (tmp_path / "b.csv").write_text("text;label\nA;['x', 'y']\nb;[]\nc;[\"y\"]\nd;x, Y\n")
     config = TrainConfig(
         out=tmp_path,
         train_file=tmp_path / "a.csv",
@@ -533,13 +537,46 @@ def test_a_thousand_labels_are_told_apart(tmp_path: Path) -> None:
         labels_of(tmp_path, [f"l{n}" for n in range(1001)])
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("text,label\nc,1\nd,0\n", ""),
+        (
+            "text,label\nc,1\na,0\nb,0\n",
+            "2 of 3 validation rows are training rows too, so the scores flatter the adapter",
+        ),
+        ("text,label\nb,0\na,1\n", "2 of 2 validation rows"),
+        (
+            "text;label\na;1\nb;0\n",
+            r"v\.csv has the same rows as --train-file .*t\.csv.*Give rows that are not trained on\.",
+        ),
+    ],
+)
+def test_rows_of_training_and_validation_are_compared(rows: str, words: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na,1\nb,0\n")
+    (tmp_path / "v.csv").write_text(rows)
+    config = TrainConfig(
+        out=tmp_path, text_columns=("text",), train_file=tmp_path / "t.csv", validation_file=tmp_path / "v.csv"
+    )
+    if "Give" in words:
+        for same in (config, replace(config, validation_file=config.train_file)):
+            with pytest.raises(DataError, match=words.replace("v", "[vt]", 1)):
+                load_splits(same)
+        return
+    load_splits(config)
+    told = capsys.readouterr().out
+    assert words in told
+    assert bool(words) == ("flatter" in told)
+
+
 def test_a_column_may_have_a_comma_in_its_name(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('"review, long",b c,label\nx,y,1\nz,w,0\n')
+    for name, text in (("a.csv", "x"), ("b.csv", "other")):
+        (tmp_path / name).write_text(f'"review, long",b c,label\n{text},y,1\nz,w,0\n')
     files = [
         "--train-file",
         str(tmp_path / "a.csv"),
         "--validation-file",
-        str(tmp_path / "a.csv"),
+        str(tmp_path / "b.csv"),
         "--out",
         str(tmp_path),
     ]

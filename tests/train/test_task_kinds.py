@@ -214,7 +214,7 @@ def test_labels_may_be_a_list_or_a_text_with_commas(tmp_path: Path) -> None:
         label_column="tags",
         kind="multi_label",
         train_file=files[2],
-        validation_file=files[2],
+        validation_file=write_jsonl(tmp_path / "other.jsonl", rows[:2]),
     )
     assert load_splits(config).task.labels == ("10", "a", "b")
     logits = np.log(np.array([[0.3, 0.2, 0.9]]) / (1 - np.array([[0.3, 0.2, 0.9]])))

@@ -79,8 +79,25 @@ def load_splits(config: TrainConfig) -> Splits:
     options = read_options(config)
     train = load_split(task, "train", config.train_file, options)
     validation = load_split(task, "validation", config.validation_file, options)
+    _tell_shared(config, task, train, validation)
     names = MORE_SPLITS.get(task.name, ()) if config.validation_file is None else ()
     return Splits(task, train, validation, {name: load_split(task, name, None) for name in names})
+
+
+def _tell_shared(config: TrainConfig, task: Task, train: "Dataset", validation: "Dataset") -> None:
+    """Say how many validation rows have texts of training rows; refuse files of the same rows, whose scores say nothing."""
+    rows = [list(zip(*(split[name][:] for name in task.text_columns), strict=True)) for split in (train, validation)]
+    if config.train_file is not None and rows[0] == rows[1]:
+        raise DataError(
+            f"--validation-file {config.validation_file} has the same rows as --train-file {config.train_file}, so its scores "
+            "would say nothing about other texts. Give rows that are not trained on."
+        )
+    known = set(rows[0])
+    if (n_shared := sum(texts in known for texts in rows[1])) and is_main_process():
+        say(
+            f"{n_shared:,} of {len(rows[1]):,} validation rows are training rows too, so the scores flatter the adapter; "
+            "leave them out of one of the two"
+        )
 
 
 def read_options(config: TrainConfig) -> ReadOptions:
