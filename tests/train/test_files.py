@@ -538,6 +538,24 @@ def test_a_thousand_labels_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "flags"),
+    [
+        ("text,label", "--text-columns text --label-column label"),
+        ("label,text", "--text-columns text --label-column label"),
+        ("id,text,label", "--text-columns text --label-column label"),
+        ("id,text,gold", "--text-columns text --label-column gold"),
+        ("a b,label", "--text-columns and --label-column"),
+    ],
+)
+def test_other_columns_than_the_tasks_are_named_in_flags(columns: str, flags: str, tmp_path: Path) -> None:
+    cells = {"id": "{n}7{n}", "text": "a longer text {n}", "label": "1", "gold": "pos", "a b": "x"}
+    rows = [",".join(cells[name].format(n=n) for name in columns.split(",")) for n in range(3)]
+    (tmp_path / "a.csv").write_text("\n".join([columns, *rows]))
+    with pytest.raises(DataError, match=rf"Task mrpc reads sentence1, sentence2, label\. For a file .*{flags}\.$"):
+        load_splits(TrainConfig(out=tmp_path, train_file=tmp_path / "a.csv", validation_file=tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
     ("rows", "words"),
     [
         ("text,label\nc,1\nd,0\n", ""),

@@ -1,5 +1,6 @@
 """Labelled data, from the hub or from a file, checked, with labels as `train.data.labels.parse_label` gives them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,9 @@ def load_split(task: Task, split: str, file: Path | None, options: ReadOptions =
     labels: list[Label] = []
     bad, n_rows, missing, empty = BadRows(), 0, Counter[str](), Counter[str]()
     for chunk in chunks:
-        _check_columns(chunk, (*task.text_columns, task.label_column), f"Task {task.name} reads")
+        which = f"Task {task.name} reads"
+        own = split == "train" and task.name != "custom"
+        _check_columns(chunk, (*task.text_columns, task.label_column), which, has_own=own)
         checked = check_rows(chunk, task, with_labels=True, needs_labels=False)
         bad.add(chunk, checked)
         n_rows += len(chunk)
@@ -270,10 +273,21 @@ def _tell_size(file: Path, source: Source, n_rows: int) -> None:
     say(f"{file}: {n_rows:,} rows" + (f" in {len(names):,} files: {few:.300}" if len(names) > 1 else ""))
 
 
-def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str) -> None:
+def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str, *, has_own: bool = False) -> None:
     # In JSON lines a later chunk may lack a column; then its rows are named. A row that cannot be read has none.
     if not chunk.start and len(chunk.unreadable) < len(chunk):
-        check_columns(chunk.file, chunk.columns, wanted, f"{reader} {', '.join(wanted)}.")
+        own = _own_columns(chunk) if has_own else ""
+        check_columns(chunk.file, chunk.columns, wanted, f"{reader} {', '.join(wanted)}.{own}")
+
+
+def _own_columns(chunk: Chunk) -> str:
+    """The flags that name a file's own columns: that of the longest texts, and "label" or that of fewest values."""
+    values = {name: list(map(str, chunk.column(name))) for name in chunk.columns if re.fullmatch(r"[\w.-]+", name)}
+    if len(values) < 2:
+        return " For a file with other columns name them: --text-columns and --label-column."
+    text = max(values, key=lambda name: (name != "label") * (1 + sum(map(len, values[name]))))
+    label = min(values, key=lambda name: (name == text, name != "label", len(set(values[name]))))
+    return f" For a file with other columns name them, such as --text-columns {text} --label-column {label}."
 
 
 def _load_from_hub(task: Task, split: str) -> ArrowChunk:
