@@ -106,6 +106,54 @@ def test_what_is_written_far_from_the_start_is_read_too(tmp_path: Path) -> None:
     ]
 
 
+OTHER_ENCODINGS = [
+    ("cp1254", "film\ng\u00fczel film, \u00e7ok be\u011fendim", "'be\u00f0endim' in line 3"),
+    ("cp1254", "\u00e7al\u0131\u015f\u0131yor", "in line 2"),
+    ("cp1250", "skv\u011bl\u00fd p\u0159\u00edb\u011bh", "'skv\u00ecl\u00fd' in line 2"),
+    ("cp1250", "foarte bun \u015fi ieftin", "'\u00bai' in line 2"),
+    ("cp1250", "via\u0163a mea", "'via\u00fea' in line 2"),
+    ("cp1250", "Kova\u010devi\u0107", "in line 2"),
+    ("cp1251", "The movie \u0411\u0440\u0430\u0442 was excellent and enjoyable for everyone who saw it", "in line 2"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "text", "words"), OTHER_ENCODINGS)
+def test_what_is_no_word_in_windows_1252_is_asked_about(encoding: str, text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"label|text\n0|{text}\n".replace("film\n", "film\n1|").encode(encoding))
+    with pytest.raises(
+        DataError, match=rf"read as Windows-1252 it holds .*{words}, .* Name its --encoding, such as cp12"
+    ):
+        read(path)
+    assert text.splitlines()[-1] == read(path, encoding=encoding)[0][-1]["text"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Það er svolítið skrýtið að ég hafi þýtt bókina á íslensku og æft mig",
+        "Tað er rættiliga stuttligt at síggja føroyskt á skrift í dag",
+        "Rødgrød med fløde på en smuk allé, fôr og Müller, ÅRHUS",
+        "Grüße vom Cafégäste-Übergang, Crème für 5 µm, Nº 3",
+        "Où était l'œuvre naïve ? À Noël, ça brûlait ; Nicolaÿ, Lætitia",
+        "El niño pingüino comió 1º y 2ª; MARÍA Mª José",
+        "Ações e reuniões: você põe à prova, avó e avô",
+        "Perché così? Venerdì, lì, più, è tutto già finito",
+        "Qüestió catalana: això és col·lecció, pèl, camió, raïm",
+        "Coöperatie, één, geïnd, reëel, vóór, enquête",
+        "Smörgåsbord, idé och Ångström; yö, šakki, õhtu",
+        "Björk Guðmundsdóttir, Motörhead, Beyoncé, São Paulo, Žižek, Brontë, piñata, ˆˆ € ™",
+        "Tìr nan Òg, sìth agus dè; Llŷr".replace("ŷ", "y"),
+    ],
+)
+def test_words_of_western_europe_are_read_as_windows_1252(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(f"label|text\n0|{text}\n".encode("cp1252"))
+    rows, said = read(tmp_path / "a.csv")
+    assert rows == [{"label": "0", "text": text}]
+    (sample,) = re.findall(r"Windows-1252, read as Unicode, .*, with words such as '(.*)'$", said)
+    assert sample in text
+
+
 SWALLOWED: list[tuple[str, str]] = [
     ('label,text\npos,"open\nneg,c\npos,d"\nneg,e\n', "row 1 (line 2)"),
     ('label,text\npos,"open, wide\nneg,d"\nneg,e\n', "row 1 (line 2)"),
