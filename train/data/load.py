@@ -65,10 +65,6 @@ class Splits:
 def load_splits(config: TrainConfig) -> Splits:
     """Load training and validation data and determine the task, as a configuration names them."""
     task = _find_task(config)
-    if task.kind != REGRESSION and is_main_process():
-        more = len(task.labels) - LABELS_SHOWN
-        few = ", ".join(f"{name:.40}" for name in task.labels[:LABELS_SHOWN])
-        say(f"{len(task.labels)} labels: {few}" + (f" and {more:,} more" if more > 0 else ""))
     if config.swap_sentences and not task.is_pair:
         raise DataError(f"--swap-sentences needs two sentences; task {task.name} has one. Leave it out.")
     if config.swap_sentences and not task.symmetric and task.name != "custom":
@@ -79,6 +75,10 @@ def load_splits(config: TrainConfig) -> Splits:
         raise DataError(f"--class-weights is for classes, and task {task.name} is {task.kind}. Leave it out.")
     options = read_options(config)
     train = load_split(task, "train", config.train_file, options)
+    if task.kind != REGRESSION and is_main_process():
+        more = len(task.labels) - LABELS_SHOWN
+        few = ", ".join(f"{name:.40}" for name in task.labels[:LABELS_SHOWN])
+        say(f"{len(task.labels)} labels: {few}" + (f" and {more:,} more" if more > 0 else ""))
     validation = load_split(task, "validation", config.validation_file, options)
     _tell_shared(config, task, train, validation)
     names = MORE_SPLITS.get(task.name, ()) if config.validation_file is None else ()
