@@ -20,6 +20,7 @@ from train.common.errors import AdapterError
 from train.data.files.options import ReadOptions
 from train.data.intervals import Interval, metric_intervals, rise_intervals
 from train.data.load import load_split
+from train.data.read_rows import sha256_of_path
 from train.data.tasks import METRICS, score
 from train.data.token_ids import encode
 from train.model.tokenizer import fit_vocabulary, load_tokenizer
@@ -72,6 +73,8 @@ def _run(config: EvaluateConfig) -> None:
     baselines = {name: score(task, values, expected) for name, values in answers.items()}
     rises = {name: rise_intervals(task, values, predicted, expected) for name, values in answers.items()}
     say(f"{config.adapter} on the {len(encoded.rows)} rows of {config.file}")
+    if adapter.train_sha256 and sha256_of_path(config.file) == adapter.train_sha256:
+        say("that is what the adapter was trained on, so the scores flatter it")
     if encoded.texts_cut:
         say(f"{encoded.texts_cut} texts are longer than {adapter.max_length} tokens and lost their end")
     say(f"  this adapter: {scores.with_recalls()}; 95 % intervals: {_in_percent(intervals, '.1f')}")

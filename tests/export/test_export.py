@@ -291,22 +291,23 @@ def test_what_was_trained_on_shards_is_judged_by_them(
     base_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A pattern or a folder stands for several files, which the export reads as the training did."""
-    (tmp_path / "shards").mkdir()
-    rows = [f"{row['sentence1']}^{row['label']}\n" for row in make_pairs(48, seed=5)]
-    for number in range(2):
-        (tmp_path / "shards" / f"{number}.csv").write_text("text^label\n" + "".join(rows[number::2]))
+    for folder, name, seed in (("all", "v", 6), ("checks", "", 6), ("all", "", 5), ("shards", "", 5)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rows = [f"{row['sentence1']}^{row['label']}\n" for row in make_pairs(48, seed=seed)]
+        for number in range(2):
+            (tmp_path / folder / f"{name}{number}.csv").write_text("text^label\n" + "".join(rows[number::2]))
     flags = f"--virtual-tokens 5 --encoder-hidden-size 16 --max-steps 1 --text-columns text --delimiter ^ --overwrite --out {tmp_path}/a"
     words = ["--model", str(base_model("bert")), *flags.split()]
-    for folder, name in ((tmp_path / "shards", "*.csv"), (tmp_path, "shards")):
-        monkeypatch.chdir(folder)  # an adapter keeps the names of its files, not their folders
-        assert train(["--train-file", name, "--validation-file", name, *words]) == 0
+    for place, name, checks in ((tmp_path / "all", "[01].csv", "v*.csv"), (tmp_path, "shards", "checks")):
+        monkeypatch.chdir(place)  # an adapter keeps the names of its files, not their folders
+        assert train(["--train-file", name, "--validation-file", checks, *words]) == 0
         assert len(json.loads((tmp_path / "a" / "training.json").read_text())["data_sha256"]["train"]) == 64
         (task,) = read_sources(ExportConfig((tmp_path / "a",), out=tmp_path / "b", precision="int8")).tasks
         assert task.rows is not None
-        assert (len(task.rows.dataset), str(task.rows.file)) == (48, name)
+        assert (len(task.rows.dataset), str(task.rows.file)) == (48, checks)
         assert task.texts is not None
         assert len(task.texts.rows) == 48
-    (tmp_path / "shards" / "1.csv").write_text("text^label\na^1\n")
+    (tmp_path / "checks" / "1.csv").write_text("text^label\na^1\n")
     (task,) = read_sources(ExportConfig((tmp_path / "a",), out=tmp_path / "b", precision="int8")).tasks
     assert task.rows is None  # they are others now
     assert unchanged_file(Path("/**/*.csv"), "0" * 64) is None

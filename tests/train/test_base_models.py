@@ -284,9 +284,9 @@ def test_texts_of_which_the_tokenizer_knows_no_token_are_refused(
     """And that a model is too large for a bundle is said before, here with a lower limit."""
     monkeypatch.setattr(loop, "MAX_BASE_BYTES", 2**10)
     rows = [{"text": text, "label": label} for label, text in enumerate(("¿¿", "¡¡"))]
-    file = write_jsonl(tmp_path / "rows.jsonl", rows * 8)
+    file, other = (write_jsonl(tmp_path / f"{n}.jsonl", rows * n) for n in (8, 1))
     words = ["--model", str(base_model("bert")), "--out", str(tmp_path / "a"), "--text-columns", "text"]
-    assert train_main([*words, "--train-file", str(file), "--validation-file", str(file)]) == 2
+    assert train_main([*words, "--train-file", str(file), "--validation-file", str(other)]) == 2
     printed = capsys.readouterr()
     assert "cannot be exported: in fp32 its graph would have 0.0 GiB" in printed.out
     assert "knows no token of the 16 training texts in text. Check what" in printed.err

@@ -70,6 +70,14 @@ def test_other_column_names_are_read_when_they_are_given(adapter: Folders, tmp_p
     assert results[0]["scores"] == pytest.approx(results[1]["scores"])
 
 
+def test_the_rows_of_the_training_are_recognised(adapter: Folders, data: Data, capsys: Capture) -> None:
+    for file, is_known in ((data.train_file, True), (data.validation_file, False)):
+        assert main([str(adapter("bert")), "--file", str(file)]) == 0
+        assert (
+            "that is what the adapter was trained on, so the scores flatter it" in capsys.readouterr().out
+        ) == is_known
+
+
 def test_a_wrong_flag_ends_with_one_sentence(adapter: Folders, data: Data, tmp_path: Path, capsys: Capture) -> None:
     for flags, words in (
         (f"--file {tmp_path}/none.jsonl", f"--file {tmp_path}/none.jsonl: there is no such file"),

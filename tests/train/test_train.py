@@ -287,7 +287,7 @@ def test_a_base_model_by_a_relative_path_is_found_from_elsewhere_and_long_texts_
 ) -> None:
     rows = make_pairs(8, seed=3)
     rows[0]["sentence1"] = " ".join(["word1"] * 500)
-    files = [write_jsonl(tmp_path / name, rows) for name in ("t.jsonl", "v.jsonl")]
+    files = [write_jsonl(tmp_path / name, rows[start:]) for name, start in (("t.jsonl", 0), ("v.jsonl", 6))]
     shutil.copytree(base_model("roberta"), tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     run(Path("mine"), Data(*files), Path("adapter"))

@@ -1,7 +1,8 @@
 """Labelled data, from the hub or from a file, checked, with labels as `train.data.labels.parse_label` gives them."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,21 @@ from train.config import MINILM, TrainConfig
 from train.data.check_rows import BadRows, CheckedRows, check_columns, check_rows
 from train.data.classes import class_text, is_no_class, name_classes, named_value
 from train.data.files.chunks import ArrowChunk, Chunk
+from train.data.files.find import refuse_splits
 from train.data.files.options import ReadOptions
 from train.data.labels import (
     Label,
+    holds_list,
     no_labels,
     refuse_equal_numbers,
+    refuse_equal_sets,
     refuse_fractions,
+    refuse_joined,
     refuse_other_kind,
     split_labels,
+    written_sign,
 )
-from train.data.read_rows import find_source, read_chunks
+from train.data.read_rows import Source, find_source, read_chunks
 from train.data.tasks import (
     CLASSIFICATION,
     GLUE,
@@ -39,6 +45,9 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 8192
 """Rows read at a time."""
+LABELS_SHOWN = 10
+MOST_WITHOUT_LABEL = 0.05
+"""A sign that a row has no label, such as -1, may stand in so many training rows; in more it may be a class."""
 _AS_GIVEN = ReadOptions()
 
 
@@ -66,9 +75,30 @@ def load_splits(config: TrainConfig) -> Splits:
         raise DataError(f"--class-weights is for classes, and task {task.name} is {task.kind}. Leave it out.")
     options = read_options(config)
     train = load_split(task, "train", config.train_file, options, takes_labels=True)
+    if task.kind != REGRESSION and is_main_process():
+        more = len(task.labels) - LABELS_SHOWN
+        few = ", ".join(f"{name:.40}" for name in task.labels[:LABELS_SHOWN])
+        say(f"{len(task.labels)} labels: {few}" + (f" and {more:,} more" if more > 0 else ""))
     validation = load_split(task, "validation", config.validation_file, options, takes_labels=True)
+    _tell_shared(config, task, train, validation)
     names = MORE_SPLITS.get(task.name, ()) if config.validation_file is None else ()
     return Splits(task, train, validation, {name: load_split(task, name, None) for name in names})
+
+
+def _tell_shared(config: TrainConfig, task: Task, train: "Dataset", validation: "Dataset") -> None:
+    """Say how many validation rows have texts of training rows; refuse files of the same rows, whose scores say nothing."""
+    rows = [list(zip(*(split[name][:] for name in task.text_columns), strict=True)) for split in (train, validation)]
+    if config.train_file is not None and rows[0] == rows[1]:
+        raise DataError(
+            f"--validation-file {config.validation_file} has the same rows as --train-file {config.train_file}, so its scores "
+            "would say nothing about other texts. Give rows that are not trained on."
+        )
+    known = set(rows[0])
+    if (n_shared := sum(texts in known for texts in rows[1])) and is_main_process():
+        say(
+            f"{n_shared:,} of {len(rows[1]):,} validation rows are training rows too, so the scores flatter the adapter; "
+            "leave them out of one of the two"
+        )
 
 
 def read_options(config: TrainConfig) -> ReadOptions:
@@ -91,9 +121,9 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     file, found = config.train_file, Counter[str]()
     names: tuple[str, ...] = ()
     assert file is not None  # TrainConfig has checked
-    no_class: set[str] = set()
-    bad = BadRows()
-    for chunk in _read_file(file, "train", read_options(config)):
+    no_class = Counter[str]()
+    bad, has_lists = BadRows(), False
+    for chunk in read_chunks(_find_source(file, "train", read_options(config)), CHUNK_ROWS):
         wanted = (*config.text_columns, label_column)
         _check_columns(chunk, wanted, "--text-columns and --label-column name")
         names = chunk.class_names(label_column) or names
@@ -103,10 +133,11 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
                 if (several := split_labels(value)) is None:
                     unusable.setdefault(row, no_labels(value, label_column))
                 found.update(several or ())
+                has_lists |= len(several or ()) > 1 or not isinstance(value, str) or holds_list(value)
                 continue
             refuse_other_kind(chunk.place(row), label_column, value)
             if is_no_class(value, {}):
-                no_class.add(class_text(value) or "")
+                no_class[class_text(value) or ""] += 1
                 continue
             named = named_value(value, names)
             found[named if isinstance(named, str) else class_text(named) or ""] += 1
@@ -115,14 +146,27 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
     if len(labels) < 2:
         bad.refuse()  # else named with all other bad rows
     if kind == MULTI_LABEL:
+        if not has_lists:
+            refuse_joined(file, label_column, labels)
         return _in_order(labels)
     refuse_fractions(file, label_column, labels)
-    if (nothing := max(no_class, default="")) and len(labels) < 2:
-        raise DataError(
-            f"{file}: column {label_column!r} has {len(labels)} labels beside {nothing}, which many data sets write where a "
-            f"row has none. If it is a class, name all: --labels={','.join([nothing, *labels]):.80}"
-        )
+    _refuse_frequent_sign(file, label_column, no_class, found, is_named=bool(names))
     return sorted(labels, key=names.index) if set(labels) <= set(names) else _in_order(labels)
+
+
+def _refuse_frequent_sign(
+    file: Path, column: str, no_class: Counter[str], found: Counter[str], *, is_named: bool
+) -> None:
+    """Refuse a column where so many cells say that there is no label that this may be one: -1 beside 0 and 1."""
+    nothing = max(no_class, key=lambda sign: (bool(sign), no_class[sign]), default="")
+    share = no_class[nothing] / max(no_class.total() + found.total(), 1)
+    if not nothing or (len(found) > 1 and (is_named or share <= MOST_WITHOUT_LABEL)):
+        return
+    without = f", else leave these rows out by --labels={','.join(_in_order(found)):.80}" if len(found) > 1 else ""
+    raise DataError(
+        f"{file}: column {column!r} has {len(found)} labels beside {nothing}, which many data sets write where a row has none, in "
+        f"{no_class[nothing]:,} rows. If it is a class, name all: --labels={','.join(_in_order([nothing, *found])):.80}{without}"
+    )
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:
@@ -157,14 +201,17 @@ def load_split(
     """
     from datasets import Dataset
 
-    chunks: Iterable[Chunk] = (
-        [_load_from_hub(task, split)] if file is None else _read_file(file, split, options, is_told=True)
-    )
+    found = None if file is None else _find_source(file, split, options)
+    if found is not None and found.description and is_main_process():
+        say(found.description)
+    chunks: Iterable[Chunk] = [_load_from_hub(task, split)] if found is None else read_chunks(found, CHUNK_ROWS)
     sentences: list[tuple[str, ...]] = []
     labels: list[Label] = []
-    bad, n_rows, missing = BadRows(), 0, Counter[str]()
+    bad, n_rows, missing, empty = BadRows(), 0, Counter[str](), Counter[str]()
     for chunk in chunks:
-        _check_columns(chunk, (*task.text_columns, task.label_column), f"Task {task.name} reads")
+        which = f"Task {task.name} reads"
+        own = split == "train" and task.name != "custom"
+        _check_columns(chunk, (*task.text_columns, task.label_column), which, has_own=own)
         checked = check_rows(chunk, task, with_labels=True, needs_labels=False)
         bad.add(chunk, checked)
         n_rows += len(chunk)
@@ -173,15 +220,26 @@ def load_split(
             if label is not None:
                 sentences.append(texts)
                 labels.append(label)
+                if task.kind == MULTI_LABEL and (sign := written_sign(task, values[row])):
+                    empty[sign] += 1
             elif row not in checked.bad:
                 missing[class_text(values[row]) or "empty"] += 1
     is_named = takes_labels and task.name == "custom" and task.kind != REGRESSION
     bad.refuse(or_name="name all labels, in the order of the logits, with --labels" if is_named else "")
+    if file is not None and found is not None and is_main_process():
+        _tell_size(file, found, n_rows)
     source = file or f"{GLUE}/{task.hub_config} ({split})"
     if missing:
         _tell_missing(str(source), task, n_rows, missing)
+    if empty and is_main_process():
+        signs = " or ".join(sorted(empty))
+        say(
+            f"{source}: in {empty.total():,} of {n_rows:,} rows {task.label_column!r} is {signs}, which is taken for no label"
+        )
     if task.kind == REGRESSION:
         refuse_equal_numbers(source, task.label_column, labels)
+    if task.kind == MULTI_LABEL and split == "train":
+        refuse_equal_sets(source, task.label_column, labels)
     columns = dict(zip(task.text_columns, map(list, zip(*sentences, strict=True)), strict=True))
     return Dataset.from_dict({**columns, task.label_column: labels})
 
@@ -202,17 +260,37 @@ def _tell_missing(source: str, task: Task, n_rows: int, missing: Counter[str]) -
         )
 
 
-def _read_file(file: Path, split: str, options: ReadOptions, *, is_told: bool = False) -> Iterator[Chunk]:
-    source = find_source(file, flag=f"--{split}-file" if split else "--file", options=options)
-    if is_told and source.description and is_main_process():
-        say(source.description)
-    return read_chunks(source, CHUNK_ROWS)
+def _find_source(file: Path, split: str, options: ReadOptions) -> Source:
+    source = find_source(file, flag=_flag(split), options=options)
+    refuse_splits(file, source.files, f"{_flag(split)} {file}")
+    return source
 
 
-def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str) -> None:
+def _flag(split: str) -> str:
+    return f"--{split}-file" if split else "--file"
+
+
+def _tell_size(file: Path, source: Source, n_rows: int) -> None:
+    names = [part.path.name for part in source.files]
+    few = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    say(f"{file}: {n_rows:,} rows" + (f" in {len(names):,} files: {few:.300}" if len(names) > 1 else ""))
+
+
+def _check_columns(chunk: Chunk, wanted: tuple[str, ...], reader: str, *, has_own: bool = False) -> None:
     # In JSON lines a later chunk may lack a column; then its rows are named. A row that cannot be read has none.
     if not chunk.start and len(chunk.unreadable) < len(chunk):
-        check_columns(chunk.file, chunk.columns, wanted, f"{reader} {', '.join(wanted)}.")
+        own = _own_columns(chunk) if has_own else ""
+        check_columns(chunk.file, chunk.columns, wanted, f"{reader} {', '.join(wanted)}.{own}")
+
+
+def _own_columns(chunk: Chunk) -> str:
+    """The flags that name a file's own columns: that of the longest texts, and "label" or that of fewest values."""
+    values = {name: list(map(str, chunk.column(name))) for name in chunk.columns if re.fullmatch(r"[\w.-]+", name)}
+    if len(values) < 2:
+        return " For a file with other columns name them: --text-columns and --label-column."
+    text = max(values, key=lambda name: (name != "label") * (1 + sum(map(len, values[name]))))
+    label = min(values, key=lambda name: (name == text, name != "label", len(set(values[name]))))
+    return f" For a file with other columns name them, such as --text-columns {text} --label-column {label}."
 
 
 def _load_from_hub(task: Task, split: str) -> ArrowChunk:

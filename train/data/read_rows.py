@@ -35,10 +35,13 @@ class Source:
     def description(self) -> str:
         """What was recognised, for people, in one line; empty where there was nothing to recognise."""
         alike: dict[str, list[str]] = {}
+        samples: dict[str, str] = {}
         for file, written in zip(self.files, self.written, strict=True):
             alike.setdefault(str(written), []).append(file.name)
+            if written.encoding is not None and written.encoding.sample:
+                samples.setdefault(str(written), f", with words such as {written.encoding.sample!r:.40}")
         parts = [
-            names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {words}"
+            names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {words}{samples.get(words, '')}"
             for words, names in alike.items()
             if words
         ]

@@ -110,6 +110,8 @@ def read_csv(
         # Blank names in the middle; a first one is what pandas and R write over the numbers of the rows.
         columns = [column or (f"column {n + 1}" if n else "") for n, column in enumerate(columns)]
         check_names(columns, name)
+        if dialect.is_numbered and "" not in columns:
+            columns = ["", *columns]
         yield from _read_rows(lines, reader, dialect, columns, limits, quote_is_forced=quote_is_forced)
 
 
@@ -122,7 +124,6 @@ def _read_rows(
     *,
     quote_is_forced: bool,
 ) -> Iterator[NumberedRow]:
-    is_first = True
     if_text = remedy(limits, "add --quote none, else --quote '\"'", "put the cell in quotes and each of its own twice")
     while True:
         lines.start_row()
@@ -134,17 +135,14 @@ def _read_rows(
             cells, reason = [], f"it cannot be read as csv ({cause})"
         if not cells and not reason:
             continue  # an empty line
-        if is_first and not reason and "" not in columns and _is_numbered(cells, columns):
-            columns = ["", *columns]
-        is_first = False
         fitted = None if reason else fit_cells(cells, len(columns))
         if fitted is None:
             fitted = _read_leniently(lines, dialect, len(columns))
         elif _swallows_rows(lines.taken, dialect, len(columns)) and not quote_is_forced:
             fitted = None
             reason = (
-                f"a cell that begins with a quote goes on over {len(lines.taken)} lines and their tabs. If quotes are "
-                f"part of the texts, {if_text}"
+                f"a cell that begins with a quote goes on over {len(lines.taken)} lines that are rows themselves. If "
+                f"quotes are part of the texts, {if_text}"
             )
         if fitted is not None:
             repeats = len(columns) > 1 and fitted[-1].strip() == columns[-1] and [*map(trim, fitted)] == columns
@@ -155,11 +153,6 @@ def _read_rows(
         reason = reason or f"it has {len(cells)} cells, the first line names {len(columns)} columns"
         padded = [*cells, *[""] * len(columns)] if 0 < len(cells) < len(columns) else [lines.taken[0].rstrip("\r\n")]
         yield NumberedRow(lines.begin, dict(zip(columns, [*padded, *[""] * len(columns)], strict=False)), reason)
-
-
-def _is_numbered(cells: list[str], columns: list[str]) -> bool:
-    """Whether a row begins with its number, over which R writes no name."""
-    return len(cells) == len(columns) + 1 and cells[0].strip() in {"0", "1"} and cells[-1].strip() != ""
 
 
 def _read_leniently(lines: _Lines, dialect: Dialect, n_columns: int) -> list[str] | None:
@@ -186,7 +179,24 @@ def _read_leniently(lines: _Lines, dialect: Dialect, n_columns: int) -> list[str
 
 
 def _swallows_rows(taken: list[str], dialect: Dialect, n_columns: int) -> bool:
-    """Whether a quoted cell holds both tabs and line ends: a quote that is text, in a file without quoted cells."""
-    if dialect.delimiter != "\t" or len(taken) < 2:
+    """Whether a quoted cell goes on over lines that are rows themselves: its quote is text, or was never closed.
+
+    In a file with tabs that is so where the cell holds a tab too. With another delimiter, which a text may well hold, each
+    further line has to have as many cells as a row, and all lines in one column values that this column has elsewhere.
+    """
+    if len(taken) < 2 or n_columns < 2:
         return False
-    return sum(line.count("\t") for line in taken) > n_columns - 1
+    if dialect.delimiter == "\t":
+        return sum(line.count("\t") for line in taken) > n_columns - 1
+    rows = [[cell.strip(dialect.quote) for cell in line.rstrip("\r\n").split(dialect.delimiter)] for line in taken]
+    if any(len(cells) != n_columns or (not dialect.skips_blanks and _has_blank(cells)) for cells in rows[1:]):
+        return False
+    return any(
+        all(len(cells) > column and cells[column].strip() in known for cells in rows)
+        for column, known in enumerate(dialect.values)
+    )
+
+
+def _has_blank(cells: Sequence[str]) -> bool:
+    """Whether a blank follows a delimiter, as it follows a comma in a text."""
+    return any(cell.startswith(" ") for cell in cells[1:])

@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from train.data.files.chunks import trim
 from train.data.files.options import DELIMITERS, NO_QUOTE, ReadOptions
@@ -31,6 +32,10 @@ class Dialect:
     """Whether the line ``sep=;`` comes before the header."""
     columns: tuple[str, ...] = ()
     """The names in the header, for people."""
+    is_numbered: bool = False
+    """Whether each row begins with its number, over which R writes no name."""
+    values: tuple[frozenset[str], ...] = ()
+    """What the cells of one line hold in the first rows, for each column."""
 
     def reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         """The csv module's reader, strict: what is not quite CSV is an error."""
@@ -90,7 +95,38 @@ def detect_dialect(lines: Sequence[str], suffix: str, options: ReadOptions, *, i
             if n_bad < best_bad and is_worth_it:
                 best, best_bad = tried, n_bad
     best = replace(best, skips_blanks=best.skips_blanks or _has_blanks(lines, best))
-    return replace(best, has_sep_line=has_sep_line, columns=_header(lines, best))
+    best = replace(best, has_sep_line=has_sep_line, columns=_header(lines, best))
+    rows = [cells for cells in _read_sample(lines, best) if cells is None or any(map(trim, cells))][1:]
+    values = [
+        frozenset(cell for cell in column if cell and len(cell.splitlines()) == 1)
+        for column in zip_longest(*filter(None, rows), fillvalue="")
+    ]
+    return replace(best, is_numbered=_is_numbered(rows, len(best.columns)), values=tuple(values))
+
+
+def _read_sample(lines: Sequence[str], dialect: Dialect) -> Iterator[list[str] | None]:
+    """The rows among a file's first lines, None for what is none."""
+    reader = dialect.reader(lines)
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+
+
+def _is_numbered(rows: Sequence[Sequence[str] | None], n_columns: int) -> bool:
+    """Whether all rows have a cell more than there are columns and begin with their numbers, from 0 or 1 on.
+
+    A row of another length is named as a bad one.
+    """
+    numbers = [
+        (place, cells[0].strip())
+        for place, cells in enumerate(rows)
+        if cells and len(cells) == n_columns + 1 and cells[-1].strip()
+    ]
+    return bool(numbers) and any(all(number == str(place + first) for place, number in numbers) for first in (0, 1))
 
 
 def _header(lines: Sequence[str], dialect: Dialect) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 import glob
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,10 @@ PACKED = (".gz", ".zst")
 _CHOICES = f"{', '.join((CSV, JSONL, PARQUET, TSV, JSON, ARROW))}; a text file also as {' or '.join(CSV + end for end in PACKED)}"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 """What `datasets.Dataset.save_to_disk` and `DatasetDict.save_to_disk` write beside the data."""
+_SPLIT = re.compile(r"(?<![a-z])(?:(train)(?:ing)?|(test)|(dev|val(?:id(?:ation)?)?|eval(?:uation)?))(?![a-z])")
+"""The word by which a file's name says of which split it is."""
+_SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)\b.*")
+"""A file's name that says how many there are: train-00000-of-00002.parquet."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,54 @@ def find_files(path: Path, name: str) -> tuple[SourceFile, ...]:
     files = tuple(_source_file(file, str(file)) for file in paths)
     if other := [file for file in files if file.kind != files[0].kind]:
         raise DataError(f"{name}: {files[0].path.name} and {other[0].path.name} are of two kinds. Give files of one.")
+    _refuse_copies(files, name)
+    if path.is_dir() or not re.search(r"[\d?\[]", path.name):  # else a part of the shards may be meant
+        _refuse_incomplete(files, name)
     return files
+
+
+def _refuse_copies(files: Sequence[SourceFile], name: str) -> None:
+    """Refuse a file that is there twice, also in compressed form: its rows would count twice."""
+    seen: dict[Path, SourceFile] = {}
+    for file in files:
+        first = seen.setdefault(file.path.with_name(file.path.name.removesuffix(file.packed)), file)
+        if first is not file:
+            raise DataError(
+                f"{name}: {first.path.name} and {file.path.name} have one name, as a file and a compressed copy of it. Move "
+                "one of them away."
+            )
+
+
+def _refuse_incomplete(files: Sequence[SourceFile], name: str) -> None:
+    """Refuse files of which there are fewer than their names say."""
+    numbers: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if shard := _SHARD.fullmatch(file.path.name):
+            numbers.setdefault((file.path.parent, shard[1], int(shard[3])), set()).add(int(shard[2]))
+    for (_, start, count), found in numbers.items():
+        if len(found) < count:
+            raise DataError(
+                f"{name}: of the {count} files {start}…-of-{count} there are {len(found)}. Fetch the others, or name the "
+                "files that you want by a pattern with their numbers."
+            )
+
+
+def refuse_splits(path: Path, files: Sequence[SourceFile], name: str) -> None:
+    """Refuse all files of a folder where their names are those of several splits, which are no one data set."""
+    folder = path if path.is_dir() else path.parent
+    if len(files) < 2 or not (path.is_dir() or re.fullmatch(r"\*(\.\w+)*", path.name)):
+        return
+    splits: dict[str, str] = {}
+    for file in files:
+        words = re.sub(r"([a-z])([A-Z])", r"\1 \2", file.path.name).lower()
+        if found := _SPLIT.search(words):
+            splits.setdefault(str(found.lastindex), found[0])
+    if len(splits) > 1:
+        word = splits.get("1", next(iter(splits.values())))
+        raise DataError(
+            f"{name} holds several splits ({', '.join(splits.values())}). Give the files of one by a pattern in quotes, "
+            f"such as '{folder / f'*{word}*'}'."
+        )
 
 
 def _source_file(path: Path, name: str) -> SourceFile:

@@ -6,13 +6,14 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from train.common.errors import DataError
 from train.common.limits import MIB
 from train.data.files.find import SourceFile
 from train.data.files.options import Limits, remedy
+from train.data.files.western import WesternWords
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -45,6 +46,8 @@ class Encoding:
     name: str
     """As Python names it."""
     has_bom: bool = False
+    sample: str = field(default="", compare=False)
+    """A word that shows whether it was recognised rightly; empty where there is no doubt."""
 
     def __str__(self) -> str:
         """For people."""
@@ -150,7 +153,7 @@ def _check(file: SourceFile, encoding: str, head: bytes, stream: IO[bytes], limi
 def _scan(file: SourceFile, head: bytes, stream: IO[bytes], limits: Limits | None) -> Encoding:
     """UTF-8, or cp1252 where no byte speaks against it."""
     decoder = codecs.getincrementaldecoder(UTF8)()
-    is_utf8, is_cp1252, high, letters = True, True, 0, 0
+    is_utf8, is_cp1252, high, letters, words = True, True, 0, 0, WesternWords()
     block = head
     while block:
         if 0 in block:  # valid in both, but in no text: the file is of another kind
@@ -162,6 +165,8 @@ def _scan(file: SourceFile, head: bytes, stream: IO[bytes], limits: Limits | Non
                 except UnicodeDecodeError:
                     is_utf8 = False
             is_cp1252 = is_cp1252 and not _NO_CP1252.search(block) and not _UTF8_CHARACTER.search(block)
+        if is_cp1252:
+            words.add(block)
         high += len(block) - len(block.translate(None, _HIGH))
         letters += len(block) - len(block.translate(None, _LETTERS))
         if not is_utf8 and not is_cp1252:
@@ -171,7 +176,15 @@ def _scan(file: SourceFile, head: bytes, stream: IO[bytes], limits: Limits | Non
         return Encoding(UTF8)
     if not is_cp1252 or high > MOST_HIGH * (high + letters):
         raise _no_text(file, limits)
-    return Encoding(CP1252)
+    if words.complaint:
+        what = remedy(
+            limits, "Name its --encoding, such as cp1250 or cp1254, or cp1252 if the word is right", "Save it in UTF-8"
+        )
+        raise DataError(
+            f"{file.name} is not UTF-8, and read as Windows-1252 it holds {words.complaint}, which looks like a word in "
+            f"another encoding. {what}."
+        )
+    return Encoding(CP1252, sample=words.sample)
 
 
 def _no_text(file: SourceFile, limits: Limits | None) -> DataError:
