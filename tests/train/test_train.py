@@ -165,12 +165,24 @@ def test_a_training_that_diverges_keeps_nothing(
     label: Callable[[int], object], flags: str, base_model: Folders, tmp_path: Path, capsys: Capture
 ) -> None:
     rows = [{"text": f"word{row} word{row + 1}", "label": label(row)} for row in range(24)]
-    file, out = str(write_jsonl(tmp_path / "rows.jsonl", rows)), tmp_path / "out"
+    files, out = (
+        [str(write_jsonl(tmp_path / name, part)) for name, part in (("t.jsonl", rows), ("v.jsonl", rows[:12]))],
+        tmp_path / "out",
+    )
     words = f"--virtual-tokens 4 --encoder-hidden-size 16 --epochs 2 --batch-size 4 --text-columns text {flags}".split()
-    words += ["--train-file", file, "--validation-file", file, "--model", str(base_model("bert")), "--out", str(out)]
+    words += [
+        "--train-file",
+        files[0],
+        "--validation-file",
+        files[1],
+        "--model",
+        str(base_model("bert")),
+        "--out",
+        str(out),
+    ]
     error = refusal(words, capsys)
     assert re.search(r"the training has diverged before any epoch was good\. Take a smaller --learning-rate", error)
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", "v.jsonl"}
 
 
 @pytest.mark.parametrize(("open_output", "status", "printed"), UNWRITABLE, ids=["no reader", "full"])
