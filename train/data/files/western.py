@@ -57,11 +57,13 @@ class WesternWords:
         if (is_odd and not self.odd) or (is_icelandic and not self._icelandic):
             line = self._n_lines + block.count(b"\n", 0, start)
             place = f"{word!r:.40} in line {line:,}"
-            self.odd = self.odd or place * is_odd
-            self._icelandic = self._icelandic or place * is_icelandic
+            if is_odd and not self.odd:
+                self.odd = place
+            if is_icelandic and not self._icelandic:
+                self._icelandic = place
 
     @property
     def complaint(self) -> str:
         """A word that speaks against Windows-1252 and its line, or nothing."""
         is_turkish = 4 * self._n_icelandic_too < self._n_icelandic
-        return self.odd or self._icelandic * is_turkish
+        return self.odd or (self._icelandic if is_turkish else "")
