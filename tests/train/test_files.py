@@ -464,8 +464,7 @@ def test_several_labels_are_names(tmp_path: Path) -> None:
     ("values", "words"),
     [
         ([-1, 0, 1, -1], r"2 labels beside -1, .*, in 2 rows\. .* name all: --labels=-1,0,1, else .* --labels=0,1"),
-        ([-1, 0, 0, 2, 10] * 9, "3 labels beside -1.*--labels=-1,0,2,10, else"),
-        (["NA", "EU", "US", ""], "2 labels beside NA, .*, in 1 rows.*--labels=EU,NA,US, else"),
+        ([-2, -1, 0, 1, 2] * 9, "4 labels beside -1.*--labels=-2,-1,0,1,2, else"),
     ],
 )
 def test_a_frequent_sign_of_no_label_may_be_a_class(values: list[Any], words: str, tmp_path: Path) -> None:
@@ -475,7 +474,8 @@ def test_a_frequent_sign_of_no_label_may_be_a_class(values: list[Any], words: st
         flags = ["--train-file", "a", "--validation-file", "a", "--out", "a", "--text-columns", "text", given]
         labels = main.parse(flags).labels
         assert labels_of(tmp_path, values, labels=labels)[0] == labels
-    # Empty cells are no class, however many they are, nor is what a validation file holds.
+    # SNLI's classes are 0 to 2. Empty cells are no class, however many they are, nor is what a validation file holds.
+    assert labels_of(tmp_path, [-1, 0, 1, 2, -1]) == (("0", "1", "2"), [0, 1, 2])
     assert labels_of(tmp_path, [0, 1, "", None, ""]) == (("0", "1"), [0, 1])
     assert list(load_split(TEXT, "validation", write_labels(tmp_path, [0, -1, 1]))["label"]) == [0, 1]
 
@@ -612,10 +612,7 @@ def test_other_columns_than_the_tasks_are_named_in_flags(columns: str, flags: st
             "2 of 3 validation rows are training rows too, so the scores flatter the adapter",
         ),
         ("text,label\nb,0\na,1\n", "2 of 2 validation rows"),
-        (
-            "text;label\na;1\nb;0\n",
-            r"v\.csv has the same rows as --train-file .*t\.csv.*Give rows that are not trained on\.",
-        ),
+        ("text;label\na;1\nb;0\n", "2 of 2 validation rows"),
     ],
 )
 def test_rows_of_training_and_validation_are_compared(rows: str, words: str, tmp_path: Path, capsys: Capture) -> None:
@@ -624,11 +621,6 @@ def test_rows_of_training_and_validation_are_compared(rows: str, words: str, tmp
     config = TrainConfig(
         out=tmp_path, text_columns=("text",), train_file=tmp_path / "t.csv", validation_file=tmp_path / "v.csv"
     )
-    if "Give" in words:
-        for same in (config, replace(config, validation_file=config.train_file)):
-            with pytest.raises(DataError, match=words.replace("v", "[vt]", 1)):
-                load_splits(same)
-        return
     load_splits(config)
     told = capsys.readouterr().out
     assert words in told

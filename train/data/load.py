@@ -39,6 +39,7 @@ from train.data.tasks import (
     custom_task,
     get_task,
 )
+from train.data.token_ids import sentences_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +48,7 @@ CHUNK_ROWS = 8192
 """Rows read at a time."""
 LABELS_SHOWN = 10
 MOST_WITHOUT_LABEL = 0.05
-"""A sign that a row has no label, such as -1, may stand in so many training rows; in more it may be a class."""
+"""The share of training rows in which -1 may say that there is no label where it may also be a class, beside 0 and 1."""
 _AS_GIVEN = ReadOptions()
 
 
@@ -80,23 +81,17 @@ def load_splits(config: TrainConfig) -> Splits:
         few = ", ".join(f"{name:.40}" for name in task.labels[:LABELS_SHOWN])
         say(f"{len(task.labels)} labels: {few}" + (f" and {more:,} more" if more > 0 else ""))
     validation = load_split(task, "validation", config.validation_file, options, takes_labels=True)
-    _tell_shared(config, task, train, validation)
+    _tell_shared(task, train, validation)
     names = MORE_SPLITS.get(task.name, ()) if config.validation_file is None else ()
     return Splits(task, train, validation, {name: load_split(task, name, None) for name in names})
 
 
-def _tell_shared(config: TrainConfig, task: Task, train: "Dataset", validation: "Dataset") -> None:
-    """Say how many validation rows have texts of training rows; refuse files of the same rows, whose scores say nothing."""
-    rows = [list(zip(*(split[name][:] for name in task.text_columns), strict=True)) for split in (train, validation)]
-    if config.train_file is not None and rows[0] == rows[1]:
-        raise DataError(
-            f"--validation-file {config.validation_file} has the same rows as --train-file {config.train_file}, so its scores "
-            "would say nothing about other texts. Give rows that are not trained on."
-        )
-    known = set(rows[0])
-    if (n_shared := sum(texts in known for texts in rows[1])) and is_main_process():
+def _tell_shared(task: Task, train: "Dataset", validation: "Dataset") -> None:
+    """Say how many validation rows have texts of training rows, of which scores say nothing about other texts."""
+    known = set(sentences_of(train, task))
+    if (n_shared := sum(texts in known for texts in sentences_of(validation, task))) and is_main_process():
         say(
-            f"{n_shared:,} of {len(rows[1]):,} validation rows are training rows too, so the scores flatter the adapter; "
+            f"{n_shared:,} of {len(validation):,} validation rows are training rows too, so the scores flatter the adapter; "
             "leave them out of one of the two"
         )
 
@@ -157,10 +152,14 @@ def _find_labels(config: TrainConfig, label_column: str, kind: str) -> list[str]
 def _refuse_frequent_sign(
     file: Path, column: str, no_class: Counter[str], found: Counter[str], *, is_named: bool
 ) -> None:
-    """Refuse a column where so many cells say that there is no label that this may be one: -1 beside 0 and 1."""
+    """Refuse a column where what says that there is no label may be one: -1 in many rows, as of -1, 0 and 1.
+
+    Beside classes from 0 to 2 or more, as SNLI's, -1 is none: a scale that begins below 0 would have -2 too.
+    """
     nothing = max(no_class, key=lambda sign: (bool(sign), no_class[sign]), default="")
     share = no_class[nothing] / max(no_class.total() + found.total(), 1)
-    if not nothing or (len(found) > 1 and (is_named or share <= MOST_WITHOUT_LABEL)):
+    is_scale = nothing == "-1" and (set(found) <= {"0", "1"} or any(name.startswith("-") for name in found))
+    if not nothing or (len(found) > 1 and (is_named or not is_scale or share <= MOST_WITHOUT_LABEL)):
         return
     without = f", else leave these rows out by --labels={','.join(_in_order(found)):.80}" if len(found) > 1 else ""
     raise DataError(
