@@ -16,7 +16,7 @@ from demo.engines.adapters import Choice, choose_adapters
 from demo.measure.all_engines import measure_all
 from demo.page.app import model_facts, not_for_use, quality_words
 from export.__main__ import main as export_main
-from export.bundle.folder import load_bundle
+from export.bundle.folder import Fidelity, load_bundle
 from export.runtime.classifier import OnnxClassifier
 from tests.conftest import VIRTUAL_TOKENS, Folders, Precisions
 from tests.demo.engines import PAIR, both_engines, make_shipped, stage_of
@@ -98,6 +98,13 @@ def test_int8_runs_where_chosen_and_the_page_names_its_cost_the_method_and_the_t
     assert f"int8, on 40 labelled rows: {gate}" in facts
     assert f"P-Tuning, {VIRTUAL_TOKENS} virtual tokens" in facts
     assert "mrpc, pairs of sentences: not_equivalent, equivalent" in facts
+    assert "on texts without labels it was not measured, as the tokenizer does not know 100 % of the words in" in facts
+    found = Fidelity("news", 300, 297, (0.971, 0.997), 0.08, 0.31, 0.98)
+    graphs = tuple(replace(graph, gates=(), no_fidelity="", fidelity=(found,)) for graph in opened.bundle.graphs)
+    told = readable(model_facts(replace(opened, bundle=replace(opened.bundle, graphs=graphs))))
+    assert (
+        "int8, against fp32 on texts of news: 297 of 300 labels equal (99.0 %, 97.1 to 99.7), logits differ by" in told
+    )
     worse = replace(opened.choice, adapter=replace(opened.choice.adapter, scores=Scores({"accuracy": 0.1, "f1": 0.1})))
     assert (
         readable(model_facts(replace(opened, choice=worse)))
@@ -126,7 +133,11 @@ def test_an_ungated_graph_is_never_taken_unasked_and_never_praised(adapter: Fold
     for asked, taken in ((None, "fp32"), ("int8", "int8")):
         assert OnnxClassifier(loaded, precision=asked, use_cuda=False).execution.precision == taken
     with both_engines(missing, out, onnx="int8", has_pytorch=False) as pair:
-        assert "what it costs in quality was not measured" in readable(model_facts(pair.opened))
+        facts = readable(model_facts(pair.opened))
+        assert (
+            "what it costs in quality was not measured here, as the tokenizer does not know 100 % of the words in"
+            in facts
+        )
 
 
 def test_the_page_starts_with_the_fastest_graph_that_passed_and_times_every_engine(
