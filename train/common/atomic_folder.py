@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears by one rename, once its bytes are on the disk; after an OSError it is as before."""
     path = path.absolute()
     _remove_leftovers(path)
-    with _partial_file(path) as new:
+    with _partial(path, _make_file) as new:
         new.write_bytes(content)
         new.chmod(0o666 & ~_umask())
         sync_path(new)
@@ -82,7 +82,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        with _partial_folder(target) as partial:
+        with _partial(target, tempfile.mkdtemp) as partial:
             yield partial
             mask = _umask()
             for path in [*partial.rglob("*"), partial]:
@@ -185,10 +185,12 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 @contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside a target, removed at the end. Its lock tells it from one that a killed process left."""
+def _partial(target: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """A hidden folder or file beside a target, which ``make`` makes, removed at the end. Its name is no other run's, and its
+    lock tells it from one that a killed process left.
+    """
     while True:
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        partial = Path(make(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
         descriptor = _lock(partial, wait=True)
         # Before it was locked, another process may have removed it as a leftover.
         if partial.exists():
@@ -201,21 +203,10 @@ def _partial_folder(target: Path) -> Iterator[Path]:
         _remove(partial)
 
 
-@contextmanager
-def _partial_file(target: Path) -> Iterator[Path]:
-    """The same as a file, with a name that no other run writes."""
-    while True:
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
-        os.close(number)
-        descriptor = _lock(partial := Path(name), wait=True)
-        if partial.exists():
-            break
-        _unlock(descriptor)
-    try:
-        yield partial
-    finally:
-        _unlock(descriptor)
-        _remove(partial)
+def _make_file(*, prefix: str, suffix: str, dir: Path) -> str:
+    number, name = tempfile.mkstemp(suffix, prefix, dir)
+    os.close(number)
+    return name
 
 
 def _remove_leftovers(target: Path) -> None:
