@@ -41,6 +41,8 @@ BERT_LIKE = ("bert", "electra", "roberta", "xlm-roberta")  # their layers are co
 # For BLOOM PEFT's prefix tuning uses a shape that transformers has given up.
 NO_KEYS_AND_VALUES = ("bloom",)
 
+_MODEL_FLAG = "--model"
+"""The flag of ``python -m train``."""
 _WEIGHTS = "model*.safetensors"
 _WANTED = ("*.json", "*.txt", "*.model", _WEIGHTS)
 """What is fetched of a model: neither pickles nor *.py files, which can run code."""
@@ -93,7 +95,7 @@ class BaseModel:
         return {"name": self.name, "hub_name": self.hub_name, "sha256": self.sha256, "is_decoder": self.is_decoder}
 
 
-def find_base_model(name: str, flag: str = "--model") -> BaseModel:
+def find_base_model(name: str, flag: str = _MODEL_FLAG) -> BaseModel:
     """Find "minilm", "smollm2", a folder with config.json and safetensors weights, or a GGUF file.
 
     Any other name is fetched from the hub. ``flag`` is the one that names a base model in the command that runs.
@@ -184,9 +186,11 @@ def _download(name: str, flag: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        # The default task's rows come from the hub, too.
+        files = ", and give --train-file and --validation-file" if flag == _MODEL_FLAG else ""
         raise HubError(
             f"Base model {name}: the Hugging Face hub did not give it ({first_line(cause)}). Without network, "
-            f"take {flag} {MINILM}, which ships with the requirements, or a folder that holds the model."
+            f"take {flag} {MINILM}, which ships with the requirements, or a folder that holds the model{files}."
         ) from cause
 
 

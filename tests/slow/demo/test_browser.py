@@ -236,7 +236,9 @@ def test_a_page_for_single_sentences_has_one_box(browser: Browser, base_model: F
         expect(page.locator("#sentence2")).not_to_be_visible()
         for words in ("gpt2", "P-Tuning v2", "custom, single sentences", "bad, good, so-so"):
             expect(page.locator("#model")).to_contain_text(words)
-        expect(page.locator("#quality")).to_contain_text(f"On 18 validation rows: {load_adapter(adapter).scores}.")
+        expect(page.locator("#quality")).to_contain_text(
+            f"On 18 validation rows: {load_adapter(adapter).scores} (95 %: "
+        )
         page.get_by_label("Sentence", exact=True).first.fill("word4 word7 word1")
         compare(page)
         expect(page.locator("#speedup")).to_contain_text("both give the same label")

@@ -60,8 +60,8 @@ def test_without_a_whole_checkpoint_a_run_begins_anew(left: str, runs: Runs, tmp
     else:
         shutil.rmtree(folder / "seed-0")
         if left == "half of run.json":
-            (folder / "run.json").rename(folder / "run.json.partial")
-            cut(folder / "run.json.partial")
+            (folder / "run.json").rename(half := folder / ".run.json.a1b2c3_4.partial")
+            cut(half)
         elif left != "run.json":
             (folder / "run.json").unlink()
         if left == "nothing":
