@@ -18,10 +18,10 @@ from train.common.command_line import Command, Words, check_counts
 from train.common.console import say
 from train.common.errors import AdapterError
 from train.data.files.options import ReadOptions
-from train.data.intervals import Interval, metric_intervals, rise_intervals
+from train.data.intervals import metric_intervals, rise_intervals
 from train.data.load import load_split
 from train.data.read_rows import sha256_of_path
-from train.data.tasks import METRICS, score
+from train.data.tasks import interval_words, score
 from train.data.token_ids import encode
 from train.model.tokenizer import fit_vocabulary, load_tokenizer
 
@@ -77,9 +77,9 @@ def _run(config: EvaluateConfig) -> None:
         say("that is what the adapter was trained on, so the scores flatter it")
     if encoded.texts_cut:
         say(f"{encoded.texts_cut} texts are longer than {adapter.max_length} tokens and lost their end")
-    say(f"  this adapter: {scores.with_recalls()}; 95 % intervals: {_in_percent(intervals, '.1f')}")
+    say(f"  this adapter: {scores.with_recalls()}; 95 % intervals: {interval_words(intervals)}")
     for name, values in baselines.items():
-        say(f"  {name}: {values.with_recalls()}; from it the adapter rises by {_in_percent(rises[name], '+.1f')}")
+        say(f"  {name}: {values.with_recalls()}; from it the adapter rises by {interval_words(rises[name], '+.1f')}")
     document = {"adapter": str(config.adapter), "file": str(config.file), "rows": len(encoded.rows)}
     results: dict[str, Any] = {
         "scores": scores.values,
@@ -87,14 +87,6 @@ def _run(config: EvaluateConfig) -> None:
     }
     results |= {"recalls": scores.recalls, "intervals": intervals, "rises": rises}
     say(json.dumps(document | {"texts_cut": encoded.texts_cut} | results))
-
-
-def _in_percent(intervals: dict[str, Interval], form: str) -> str:
-    shown = (
-        f"{METRICS[name]} {format(100 * low, form)} to {format(100 * high, form)}"
-        for name, (low, high) in intervals.items()
-    )
-    return ", ".join(shown)
 
 
 main = Command(EvaluateConfig, _run, "python -m train.evaluate")

@@ -8,7 +8,7 @@ from train.adapter.record import FILES, Adapter
 from train.common.errors import AdapterError, ModelError
 from train.config import CLASSIFICATION
 from train.model.classifier import drop_cache, load_classifier, prompted_classifier
-from train.model.find import MALFORMED, BaseModel, find_base_model
+from train.model.find import BASE_FLAG, MALFORMED, BaseModel, find_base_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from train.model.prompted import PromptedClassifier
 
 
-BASE_FLAG = "--base-model"
-"""The flag of the commands that read adapters, for a base model that lies elsewhere than at the training."""
 RETRAIN = "Train the adapter again, with a smaller --learning-rate."
 
 

@@ -87,7 +87,7 @@ class Adapter:
     read_options: ReadOptions
     """How both files were read."""
     tokens_per_word: float
-    """Of the training's texts; 0 where it is not known."""
+    """Tokens for each word of the training's texts; 0 where it is not known."""
     sha256: str
     """One hash over everything in the folder that changes predictions."""
 

@@ -18,7 +18,7 @@ from train.common.limits import MAX_COUNT, MAX_THREADS
 from train.common.machine import give_libraries_usable_cores, memory_trouble
 
 BROKEN_PIPE = 141
-"""The exit status that a shell shows of a program that ended as nobody reads what it prints: 128 and SIGPIPE's number."""
+"""The exit status that a shell shows of a program whose output lost its reader: 128 and SIGPIPE's number."""
 _SIZES = ("batch_size", "chunk_rows", "encoder_hidden_size", "virtual_tokens", "max_length", "threads")
 """Flags that decide how much memory is needed."""
 

@@ -44,7 +44,7 @@ def said_to(*listeners: Callable[[str], None]) -> Iterator[None]:
 class _Stream:
     """A standard stream that raises no error: its first one is kept, and nothing more is written.
 
-    What a run was for is a folder or a file: it shall not be lost because nobody reads its lines any more. A character that
+    What a run was for is a folder or a file: it shall not be lost because its lines have no reader any more. A character that
     the stream's encoding lacks is written as a backslash and its number.
     """
 

@@ -226,6 +226,14 @@ def custom_task(
     return Task("custom", text_columns, label_column, tuple(labels), metrics, labels[1] if is_binary else None)
 
 
+def interval_words(intervals: Mapping[str, tuple[float, float]], form: str = ".1f") -> str:
+    """Intervals by metric, in percent, for people; ``form`` is that of each bound."""
+    return ", ".join(
+        f"{METRICS[name]} {format(100 * low, form)} to {format(100 * high, form)}"
+        for name, (low, high) in intervals.items()
+    )
+
+
 @dataclass(frozen=True)
 class Scores:
     """Metrics of one set of predictions."""
@@ -244,9 +252,7 @@ class Scores:
     @property
     def interval_words(self) -> str:
         """The intervals in percent, for people: "accuracy 66.9 to 75.2, F1 77.9 to 84.8"."""
-        return ", ".join(
-            f"{METRICS[name]} {100 * low:.1f} to {100 * high:.1f}" for name, (low, high) in self.intervals.items()
-        )
+        return interval_words(self.intervals)
 
     @property
     def key(self) -> tuple[float, ...]:

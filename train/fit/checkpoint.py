@@ -99,9 +99,10 @@ def checkpoints_held(out: Path) -> Iterator[None]:
 
 
 def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
-    """Refuse a run whose checkpoints folder is taken, unless it may be resumed or replaced. Nothing is changed.
+    """Refuse a run whose checkpoints folder, which `checkpoints_held` made, is taken, unless it may be resumed or replaced.
 
-    The fingerprint is everything that determines the weights: settings, hashes of data and base model. Plain JSON.
+    Nothing is changed. The fingerprint is everything that determines the weights: settings, hashes of data and base model.
+    Plain JSON.
     """
     folder = _run_folder(config.out)
     record = folder / _RUN
@@ -112,15 +113,13 @@ def check_checkpoints(config: TrainConfig, fingerprint: dict[str, Any]) -> None:
             raise UsageError(f"{record} is damaged. {_REMEDY}") from cause
         # JSON turns tuples into lists, as it did in the record.
         refuse_another_run(folder, before, json.loads(json.dumps(fingerprint)))
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    elif there := [path.name for path in folder.iterdir()]:
         if not config.overwrite and not config.resume:
             raise UsageError(
                 f"{folder} holds an interrupted run. Add --resume to go on with it, or --overwrite to start anew."
             )
         partial = f".{_RUN}."  # a killed `write_whole` leaves such a file
-        if not folder.is_dir() or not (
-            record.is_file() or all(path.name.startswith(partial) for path in folder.iterdir())
-        ):
+        if not record.is_file() and not all(name.startswith(partial) for name in there):
             raise UsageError(f"{folder} holds something that is no interrupted run. Move it away.")
 
 

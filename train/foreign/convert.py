@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.adapter.folder import finish_adapter, load_adapter
-from train.adapter.peft import BASE_FLAG
 from train.adapter.peft_config import MERGED_TYPES, PLAIN_SETTINGS
 from train.adapter.record import ADAPTER, FILES, MERGED, Adapter
 from train.common.atomic_folder import check_target, new_folder
@@ -24,7 +23,7 @@ from train.foreign.prompt import check_fit, config_of, prompt_of
 from train.foreign.source import PROMPT_METHODS, Source, adapters_in, find_source
 from train.foreign.tensors import PROMPT, TASK_COLUMNS, TASK_ROWS, read_tensors, todays_names
 from train.foreign.tokenizer import source_tokenizer
-from train.model.find import BaseModel, find_base_model, text_limit
+from train.model.find import BASE_FLAG, BaseModel, find_base_model, text_limit
 from train.model.loss import PROBLEM_TYPES
 
 if TYPE_CHECKING:

@@ -43,6 +43,8 @@ NO_KEYS_AND_VALUES = ("bloom",)
 
 _MODEL_FLAG = "--model"
 """The flag of ``python -m train``."""
+BASE_FLAG = "--base-model"
+"""The flag of the commands that read adapters, for a base model that lies elsewhere than at the training."""
 _WEIGHTS = "model*.safetensors"
 _WANTED = ("*.json", "*.txt", "*.model", _WEIGHTS)
 """What is fetched of a model: neither pickles nor *.py files, which can run code."""
@@ -135,9 +137,9 @@ def weights_on_disk(name: str, *, fetch: bool = False) -> list[Path]:
         if name == MINILM:
             folder = minilm_folder()
         elif not folder.is_dir() and _is_hub_name(name):
-            folder = _cached(name) or (_download(name, "--base-model") if fetch else folder)
+            folder = _cached(name) or (_download(name, BASE_FLAG) if fetch else folder)
         return sorted(file for file in folder.glob(_WEIGHTS) if file.is_file())
-    except OSError:  # whoever opens them says why that cannot be
+    except OSError:  # the caller that opens them says why that cannot be
         return []
 
 
